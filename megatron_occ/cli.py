@@ -1,0 +1,168 @@
+"""The command line: ``megatron-occ {demo, pretrain, rl, eval, report}``.
+
+Help, ``--print-config`` and ``--dry-run`` answer without importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_occ.config import Config, ConfigError, derive, help_text, load_config, to_yaml, validate
+
+_COMMANDS = {
+    "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
+    "pretrain": "pretrain a model with MTP layers",
+    "rl": "reinforcement learning with verifiable rewards (pretrains first without rl.init_from)",
+    "eval": "validate a checkpoint on held-out problems",
+    "report": "write report.html of a run folder again",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; exits with 2 on a configuration or data error."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.ERROR, format="%(message)s")
+    try:
+        _dispatch(options)
+    except (ConfigError, ValueError) as error:
+        if options.debug:
+            raise
+        sys.exit(f"megatron-occ: error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-occ", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=None if name == "report" else help_text(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "report":
+            command.add_argument("run_dir", type=Path, help="run folder")
+        else:
+            _add_run_options(command, name)
+    return parser
+
+
+def _add_run_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "--config",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="yaml file; given several times, later files win",
+    )
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rl.steps=10")
+    command.add_argument("--print-config", action="store_true", help="print the configuration")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check the configuration and print what would run"
+    )
+    if name == "eval":
+        command.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
+    else:
+        command.add_argument(
+            "--resume", action="store_true", help="continue from the run folder's last checkpoint"
+        )
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    if options.command == "report":
+        _report(options.run_dir)
+        return
+    config = load_config(_config_files(options), options.overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(config, command=options.command, world_size=world_size)
+    if options.dry_run:
+        print(_plan(config, options.command, world_size))
+        return
+    if options.command != "eval":
+        _check_run_folder(Path(config.run_dir), options.resume)
+    _run(options, config)
+
+
+def _config_files(options: argparse.Namespace) -> list[Path]:
+    if options.config or options.command != "demo":
+        return options.config
+    # from a checkout the demo needs no --config, wherever it is started
+    return [Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"]
+
+
+def _check_run_folder(folder: Path, resume: bool) -> None:
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and not resume:
+        raise ConfigError(
+            f"run_dir={folder} is not empty: continue that run with --resume, or name another "
+            "folder with run_dir=..."
+        )
+    if resume and not used:
+        raise ConfigError(f"--resume: run_dir={folder} holds no run: leave --resume out to start")
+
+
+def _run(options: argparse.Namespace, config: Config) -> None:
+    # imported late: these bring torch and Megatron-Core
+    from megatron_occ import run as runs
+    from megatron_occ.mcore.startup import shutdown
+
+    command = options.command
+    run = runs.Run(config, resume=command != "eval" and options.resume)
+    try:
+        if command == "eval":
+            for name, value in runs.evaluate_checkpoint(run, options.checkpoint).items():
+                print(f"{name} {value:g}")
+            return
+        if command == "pretrain":
+            runs.pretrain(run)
+            run.finish(config.pretrain.steps)
+            return
+        start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run)
+        run.finish(runs.reinforce(run, start))
+    finally:
+        shutdown()
+
+
+def _report(folder: Path) -> None:
+    from megatron_occ.observe import print_summary, write_report
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: name the run_dir of a run")
+    write_report(folder)
+    print_summary(folder)
+
+
+def _plan(config: Config, command: str, world_size: int) -> str:
+    sizes = derive(config, world_size)
+    lines = [
+        to_yaml(config).rstrip(),
+        "",
+        f"command            {command}",
+        f"ranks              {world_size} (tensor {config.parallel.tensor}, data {sizes.data_parallel})",
+    ]
+    if config.rl.init_from is None and config.pretrain.steps or command == "pretrain":
+        lines.append(
+            f"pretraining        {sizes.pretrain_updates} updates of {config.pretrain.batch_size} "
+            f"sequences, {sizes.pretrain_micro_batches} micro-batches a rank"
+        )
+    if command in ("rl", "demo"):
+        lines.append(
+            f"RL                 {config.rl.steps} steps of {sizes.step_sequences} responses, "
+            f"{config.rl.mini_batches} updates each, {sizes.micro_batches} micro-batches a rank"
+        )
+    return "\n".join(lines)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,26 @@
+"""Configuration: schema, loading, presets, validation and help. Imports no torch."""
+
+from __future__ import annotations
+
+from megatron_occ.config.errors import ConfigError
+from megatron_occ.config.help import help_text, reference_markdown
+from megatron_occ.config.load import flat_values, load_config, save_config, to_yaml
+from megatron_occ.config.presets import PRESETS
+from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import Sizes, derive
+from megatron_occ.config.validate import validate
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "ConfigError",
+    "Sizes",
+    "derive",
+    "flat_values",
+    "help_text",
+    "load_config",
+    "reference_markdown",
+    "save_config",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,100 @@
+"""Published regimes of MTP in RL and of the policy loss, as values of other keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_occ.config.keys import spell
+
+_GROUP_ADVANTAGE = {"rl.advantage.baseline": "mean", "rl.advantage.normalize": True}
+
+
+def _regime(signal: str, coefficient: str, head: str) -> dict[str, Any]:
+    return {
+        "mtp.trunk.signal": signal,
+        "mtp.trunk.coefficient": coefficient,
+        "mtp.head.signal": head,
+    }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # The regimes compared in arXiv 2605.28184; occ_decoupled is this project's.
+    "mtp.preset": {
+        "none": _regime("none", "fixed", "none"),
+        "detach": _regime("none", "fixed", "ce") | {"mtp.head.weight": 0.1},
+        "ce": _regime("ce", "fixed", "same_as_trunk") | {"mtp.trunk.weight": 0.1},
+        "policy": _regime("policy", "fixed", "same_as_trunk") | {"mtp.trunk.weight": 1.0},
+        "occ": _regime("policy", "occ", "same_as_trunk"),
+        "occ_decoupled": _regime("policy", "occ", "ce") | {"mtp.head.weight": 0.1},
+    },
+    "rl.algorithm": {
+        # GRPO: arXiv 2402.03300, equation 3.
+        "grpo": {
+            **_GROUP_ADVANTAGE,
+            "rl.loss.aggregation": "sequence",
+            "rl.loss.clip_low": 0.2,
+            "rl.loss.clip_high": 0.2,
+        },
+        # DAPO: arXiv 2503.14476, equation 8; dual clip: arXiv 1912.09729.
+        "dapo": {
+            **_GROUP_ADVANTAGE,
+            "rl.loss.aggregation": "token",
+            "rl.loss.clip_low": 0.2,
+            "rl.loss.clip_high": 0.28,
+            "rl.loss.dual_clip": 10.0,
+            "rl.dynamic_sampling.enabled": True,
+        },
+        # GSPO: arXiv 2507.18071, equation 5 and section 5.1.
+        "gspo": {
+            **_GROUP_ADVANTAGE,
+            "rl.loss.aggregation": "gspo",
+            "rl.loss.clip_low": 3e-4,
+            "rl.loss.clip_high": 4e-4,
+        },
+    },
+}
+# Keys that say which regime it is. A preset cannot be combined with another value of these.
+REGIME_KEYS = (
+    "mtp.trunk.signal",
+    "mtp.trunk.coefficient",
+    "mtp.head.signal",
+    "rl.loss.aggregation",
+)
+
+
+def preset_values(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the chosen presets stand for, by dotted key.
+
+    Args:
+        chosen: values of ``mtp.preset`` and ``rl.algorithm``; null and unknown names give nothing.
+    """
+    values = {}
+    for key, presets in PRESETS.items():
+        name = chosen.get(key)
+        if isinstance(name, str):
+            values |= presets.get(name, {})
+    return values
+
+
+def preset_conflicts(
+    values: Mapping[str, Any], origins: Mapping[str, str] | None = None
+) -> list[str]:
+    """The regime keys that contradict a chosen preset, one message each.
+
+    Args:
+        values: a whole configuration by dotted key.
+        origins: where a value was given, by dotted key, for the messages.
+    """
+    problems = []
+    for preset_key, presets in PRESETS.items():
+        name = values[preset_key]
+        for key, wanted in presets.get(name, {}).items():
+            if key not in REGIME_KEYS or values[key] == wanted:
+                continue
+            where = f"{origins[key]}: " if origins and key in origins else ""
+            problems.append(
+                f"{where}{key} = {spell(values[key])} contradicts {preset_key} = {name}, which "
+                f"sets it to {spell(wanted)}. Drop one of the two ({preset_key}=null keeps {key})"
+            )
+    return problems

@@ -1,0 +1,271 @@
+"""The configuration: every key, its default, its range and one line of help. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and allowed range.
+
+    Args:
+        default: the default value; a dict or list is copied for each instance.
+        text: one line for ``--help``.
+        choices: the allowed strings.
+        minimum, maximum: inclusive bounds.
+        above, below: exclusive bounds.
+    """
+    limits = {"choices": choices, "min": minimum, "max": maximum, "above": above, "below": below}
+    metadata = {
+        "help": text,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+    }
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type, text: str) -> Any:
+    """A nested section of the configuration."""
+    return field(default_factory=cls, metadata={"help": text})
+
+
+@dataclass
+class ModelConfig:
+    num_layers: int = option(3, "transformer layers of the trunk", minimum=1)
+    hidden_size: int = option(96, "width of the residual stream", minimum=1)
+    ffn_hidden_size: int = option(384, "width of the gated MLP", minimum=1)
+    num_attention_heads: int = option(4, "attention heads", minimum=1)
+    num_query_groups: int | None = option(
+        None, "key/value heads (null: as many as heads)", minimum=1
+    )
+    kv_channels: int | None = option(None, "width of a head (null: hidden_size / heads)", minimum=1)
+    max_position_embeddings: int = option(64, "longest sequence, prompt and response", minimum=2)
+    rotary_base: int = option(10000, "base period of the rotary embedding", above=0)
+    norm_epsilon: float = option(1e-5, "epsilon of RMSNorm", above=0)
+    qk_layernorm: bool = option(False, "RMSNorm on queries and keys")
+    qkv_bias: bool = option(False, "bias in the query/key/value projection")
+    tie_embeddings: bool = option(True, "output layer shares the embedding's weight")
+    init_std: float = option(0.02, "standard deviation of the initial weights", above=0)
+
+
+@dataclass
+class TokenizerConfig:
+    kind: str = option(
+        "char", "char, or hf for a local Hugging Face folder", choices=("char", "hf")
+    )
+    alphabet: str | None = option(None, "characters of a char tokenizer (null: the task's own)")
+    path: str | None = option(None, "folder of a Hugging Face tokenizer")
+
+
+@dataclass
+class TaskConfig:
+    name: str | None = option("reversed_multiplication", "generated task (null: use data.prompts)")
+    params: dict[str, Any] = option({}, "parameters of the generated task, e.g. {digits_a: 3}")
+
+
+@dataclass
+class DataConfig:
+    task: TaskConfig = section(TaskConfig, "generated problems")
+    corpus: str | None = option(None, "pretraining text: path prefix written by preprocess_data.py")
+    prompts: str | None = option(None, "jsonl of RL prompts (prompt, answer, optional task_name)")
+    validation_prompts: str | None = option(None, "jsonl of held-out prompts")
+    verifier: str = option("arithmetic", "verifier of records that carry no task_name")
+    verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = option(
+        1, "tensor-parallel size; the rest of the world is data-parallel", minimum=1
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
+    schedule: str = option(
+        "constant", "decay after the warm-up", choices=("constant", "cosine", "linear")
+    )
+    warmup_steps: int = option(0, "updates of linear warm-up", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
+    beta1: float = option(0.9, "Adam's first decay", minimum=0, below=1)
+    beta2: float = option(0.95, "Adam's second decay", minimum=0, below=1)
+    eps: float = option(1e-8, "Adam's epsilon", above=0)
+    clip_grad: float = option(
+        1.0, "largest gradient norm of trunk and shared parameters (0: no clip)", minimum=0
+    )
+
+
+@dataclass
+class TrunkConfig:
+    signal: str = option(
+        "policy", "MTP loss whose gradient enters the trunk", choices=("none", "ce", "policy")
+    )
+    coefficient: str = option("occ", "how its weight is chosen", choices=("fixed", "occ"))
+    weight: float = option(0.1, "the weight, with coefficient=fixed", minimum=0)
+    estimator: str = option(
+        "logprob",
+        "OCC formula: the paper's, or the released code's",
+        choices=("logprob", "released"),
+    )
+    statistics: str = option(
+        "previous",
+        "mini-batch that lambda is taken from: the previous one, or this one (a forward pass more)",
+        choices=("previous", "current"),
+    )
+    lambda_plus: float = option(
+        1.0, "lambda+ of the paper's formula (f of the released one)", above=0
+    )
+    clamp: list[float | None] = option([0.0, None], "lower and upper bound of lambda (null: open)")
+    ema: float = option(
+        0.0, "decay of the exponential average of the statistics", minimum=0, below=1
+    )
+
+
+@dataclass
+class HeadConfig:
+    signal: str = option(
+        "same_as_trunk",
+        "what trains the MTP head: the trunk's own loss, or a loss cut off from the trunk",
+        choices=("same_as_trunk", "none", "ce", "soft_ce", "tv", "policy"),
+    )
+    weight: float = option(0.1, "weight of a loss of its own", minimum=0)
+    clip_grad: float = option(
+        1.0, "largest gradient norm of the head's parameters (0: no clip)", minimum=0
+    )
+
+
+@dataclass
+class MTPConfig:
+    num_layers: int = option(1, "MTP depths K", minimum=0)
+    preset: str | None = option(
+        None,
+        "published regime: sets trunk and head",
+        choices=("none", "detach", "ce", "policy", "occ", "occ_decoupled"),
+    )
+    trunk: TrunkConfig = section(TrunkConfig, "gradient that MTP sends into the trunk")
+    head: HeadConfig = section(HeadConfig, "training of the MTP head itself")
+
+
+@dataclass
+class PretrainConfig:
+    steps: int = option(750, "updates", minimum=0)
+    batch_size: int = option(128, "sequences an update, over all ranks", minimum=1)
+    micro_batch_size: int = option(128, "sequences a forward pass", minimum=1)
+    sequence_length: int = option(48, "tokens a sequence", minimum=2)
+    mtp_weight: float = option(
+        0.1, "weight of the MTP cross-entropy, averaged over depths", minimum=0
+    )
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of pretraining")
+    save_every: int = option(250, "updates between checkpoints", minimum=1)
+    log_every: int = option(10, "updates between lines of metrics", minimum=1)
+
+
+@dataclass
+class AdvantageConfig:
+    baseline: str = option("mean", "group baseline", choices=("mean", "leave_one_out"))
+    normalize: bool = option(True, "divide by the group's standard deviation (false: Dr.GRPO)")
+
+
+@dataclass
+class PolicyLossConfig:
+    aggregation: str = option(
+        "token", "how token losses are averaged", choices=("token", "sequence", "gspo")
+    )
+    clip_low: float = option(0.2, "lower clip of the ratio", above=0, below=1)
+    clip_high: float = option(0.28, "upper clip of the ratio", above=0)
+    dual_clip: float | None = option(None, "bound for negative advantages (null: off)", above=1)
+    importance_cap: float | None = option(
+        None,
+        "cap of the truncated importance weights against rollout log-probs (null: off)",
+        above=0,
+    )
+    entropy_coefficient: float = option(0.0, "weight of the entropy bonus", minimum=0)
+    kl_coefficient: float = option(
+        0.0, "weight of the KL penalty to the reference policy", minimum=0
+    )
+    kl_kind: str = option("k3", "estimator of the KL", choices=("k1", "k2", "k3"))
+
+
+@dataclass
+class RolloutConfig:
+    max_response_length: int = option(32, "tokens of a response at most", minimum=1)
+    temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
+    batch_size: int = option(512, "sequences generated at once on a data-parallel rank", minimum=1)
+    log_samples: int = option(8, "responses a step written to rollouts.jsonl", minimum=0)
+
+
+@dataclass
+class DynamicSamplingConfig:
+    enabled: bool = option(False, "replace groups whose rewards have no spread (DAPO)")
+    max_rounds: int = option(4, "rounds of rollouts a step at most", minimum=1)
+
+
+@dataclass
+class OverlongConfig:
+    buffer: int = option(
+        0, "tokens before the limit over which the penalty grows (0: off)", minimum=0
+    )
+    penalty: float = option(1.0, "penalty at the limit", minimum=0)
+
+
+@dataclass
+class ValidationConfig:
+    every: int = option(25, "RL steps between validations (0: only before and after)", minimum=0)
+    problems: int = option(512, "held-out problems", minimum=1)
+    samples: int = option(1, "samples a problem, the k of avg@k and pass@k", minimum=1)
+    temperature: float = option(1.0, "sampling temperature", above=0)
+
+
+@dataclass
+class RLConfig:
+    init_from: str | None = option(
+        None, "checkpoint folder of the policy (null: pretrain first, for pretrain.steps)"
+    )
+    steps: int = option(100, "rollout steps", minimum=1)
+    algorithm: str | None = option(
+        None,
+        "published setting: sets advantage, loss and (dapo) dynamic sampling",
+        choices=("grpo", "dapo", "gspo"),
+    )
+    prompts_per_step: int = option(32, "prompts a step, over all ranks", minimum=1)
+    samples_per_prompt: int = option(16, "samples a prompt (the group)", minimum=1)
+    mini_batches: int = option(4, "updates a step", minimum=1)
+    micro_batch_size: int = option(128, "sequences a forward pass", minimum=1)
+    advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
+    loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
+    rollout: RolloutConfig = section(RolloutConfig, "generation")
+    dynamic_sampling: DynamicSamplingConfig = section(DynamicSamplingConfig, "dynamic sampling")
+    overlong: OverlongConfig = section(OverlongConfig, "overlong reward shaping")
+    validation: ValidationConfig = section(ValidationConfig, "validation")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of RL")
+    save_every: int = option(25, "RL steps between checkpoints", minimum=1)
+
+
+@dataclass
+class Config:
+    run_dir: str = option("runs/default", "folder that the run writes")
+    seed: int = option(0, "seed of weights, data and sampling", minimum=0, maximum=2**31 - 1)
+    precision: str = option(
+        "fp32", "precision of parameters and activations", choices=("fp32", "bf16")
+    )
+    keep_checkpoints: int = option(2, "newest checkpoints kept of each phase", minimum=1)
+    model: ModelConfig = section(ModelConfig, "architecture")
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
+    data: DataConfig = section(DataConfig, "data")
+    parallel: ParallelConfig = section(ParallelConfig, "layout")
+    mtp: MTPConfig = section(MTPConfig, "multi-token prediction in RL")
+    pretrain: PretrainConfig = section(PretrainConfig, "pretraining")
+    rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")

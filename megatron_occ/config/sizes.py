@@ -1,0 +1,67 @@
+"""Batch and update counts that follow from a configuration and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_occ.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts in sequences, unless the name says otherwise.
+
+    Attributes:
+        data_parallel: data-parallel ranks.
+        rank_prompts: prompts a data-parallel rank rolls out in a step.
+        step_sequences: sequences of a rollout step, over all ranks.
+        rank_step_sequences: sequences of a rollout step on a data-parallel rank.
+        mini_batch: sequences of an update, over all ranks.
+        rank_mini_batch: sequences of an update on a data-parallel rank.
+        micro_batches: micro-batches of an RL update on a data-parallel rank.
+        rl_updates: optimizer updates of the whole RL run.
+        rank_pretrain_batch: sequences of a pretraining update on a data-parallel rank.
+        pretrain_micro_batches: micro-batches of a pretraining update on a data-parallel rank.
+        pretrain_updates: optimizer updates of the whole pretraining.
+    """
+
+    data_parallel: int
+    rank_prompts: int
+    step_sequences: int
+    rank_step_sequences: int
+    mini_batch: int
+    rank_mini_batch: int
+    micro_batches: int
+    rl_updates: int
+    rank_pretrain_batch: int
+    pretrain_micro_batches: int
+    pretrain_updates: int
+
+
+def derive(config: Config, world_size: int = 1) -> Sizes:
+    """The sizes of a configuration, for the phases in which ``validate`` accepts it.
+
+    Args:
+        config: a configuration; counts of a phase that does not divide evenly are rounded down.
+        world_size: ranks in all, a multiple of ``parallel.tensor``.
+    """
+    rl, pretrain = config.rl, config.pretrain
+    data_parallel = world_size // config.parallel.tensor
+    assert data_parallel >= 1, "validate refuses a world smaller than parallel.tensor"
+    step_sequences = rl.prompts_per_step * rl.samples_per_prompt
+    mini_batch = step_sequences // rl.mini_batches
+    rank_mini_batch = mini_batch // data_parallel
+    rank_pretrain_batch = pretrain.batch_size // data_parallel
+    return Sizes(
+        data_parallel=data_parallel,
+        rank_prompts=rl.prompts_per_step // data_parallel,
+        step_sequences=step_sequences,
+        rank_step_sequences=step_sequences // data_parallel,
+        mini_batch=mini_batch,
+        rank_mini_batch=rank_mini_batch,
+        micro_batches=rank_mini_batch // rl.micro_batch_size,
+        rl_updates=rl.steps * rl.mini_batches,
+        rank_pretrain_batch=rank_pretrain_batch,
+        pretrain_micro_batches=rank_pretrain_batch // pretrain.micro_batch_size,
+        pretrain_updates=pretrain.steps,
+    )

@@ -1,0 +1,171 @@
+"""Refuses contradictions before anything is built: what keys must satisfy together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_occ.config.errors import ConfigError
+from megatron_occ.config.keys import check_value, leaves
+from megatron_occ.config.load import flat_values
+from megatron_occ.config.presets import preset_conflicts
+from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.validate_layout import layout_problems
+from megatron_occ.config.validate_mtp import mtp_problems
+
+COMMANDS = ("pretrain", "rl", "demo", "eval")
+
+
+def validate(config: Config, *, command: str, world_size: int = 1) -> None:
+    """Refuses a configuration that could not do what it says.
+
+    Args:
+        config: the configuration; also one that was built or changed in Python.
+        command: "pretrain", "rl", "demo" or "eval". Only what the command uses is checked;
+            "rl" and "demo" include pretraining where ``rl.init_from`` is null.
+        world_size: ranks in all.
+
+    Raises:
+        ConfigError: with every problem found: key, value and remedy.
+    """
+    if command not in COMMANDS:
+        raise ValueError(f"command={command!r}: must be one of {', '.join(COMMANDS)}")
+    problems = _value_problems(config) or list(_problems(config, command, world_size))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _value_problems(config: Config) -> list[str]:
+    problems = []
+    values = flat_values(config)
+    for key, leaf in leaves().items():
+        try:
+            check_value(leaf, values[key])
+        except ValueError as error:
+            problems.append(str(error))
+    return problems or preset_conflicts(values)
+
+
+def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
+    trains = command in ("rl", "demo")
+    first = trains and config.rl.init_from is None and config.pretrain.steps > 0
+    pretrains = command == "pretrain" or first
+    yield from _tokenizer(config)
+    yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
+    if pretrains:
+        yield from _pretraining(config)
+    if command != "pretrain":
+        yield from _prompts(config)
+        yield from _responses(config)
+    if trains:
+        yield from _reinforcement(config)
+        yield from mtp_problems(config)
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "hf":
+        if tokenizer.path is None:
+            yield "tokenizer.kind=hf: needs tokenizer.path, the folder of the tokenizer"
+        if tokenizer.alphabet is not None:
+            yield "tokenizer.alphabet: is for tokenizer.kind=char. Set it to null"
+        return
+    if tokenizer.path is not None:
+        yield f"tokenizer.path={tokenizer.path}: is for tokenizer.kind=hf. Set one or the other"
+    if tokenizer.alphabet is None and config.data.task.name is None:
+        yield (
+            "tokenizer.alphabet=null: without data.task.name there is no task to take the "
+            "characters from. Set tokenizer.alphabet, or tokenizer.kind=hf and tokenizer.path"
+        )
+
+
+def _pretraining(config: Config) -> Iterator[str]:
+    pretrain, limit = config.pretrain, config.model.max_position_embeddings
+    yield from _source(config, "data.corpus", config.data.corpus, "pretraining")
+    yield from _optimizer("pretrain.optimizer", pretrain.optimizer, pretrain.steps)
+    if pretrain.steps == 0:
+        yield "pretrain.steps=0: there is nothing to do. Give at least 1"
+    if pretrain.sequence_length > limit:
+        yield (
+            f"pretrain.sequence_length={pretrain.sequence_length}: is more than "
+            f"model.max_position_embeddings={limit}. Lower the one or raise the other"
+        )
+    if pretrain.mtp_weight == 0 and config.mtp.num_layers > 0:
+        yield (
+            f"pretrain.mtp_weight=0: the mtp.num_layers={config.mtp.num_layers} MTP layers would "
+            "not be trained. Give a weight above 0, or mtp.num_layers=0"
+        )
+
+
+def _source(config: Config, key: str, path: str | None, use: str) -> Iterator[str]:
+    task = config.data.task.name
+    if task is None and path is None:
+        yield f"{key}=null: {use} has no data. Give {key} or data.task.name"
+    if task is not None and path is not None:
+        yield (
+            f"{key}={path}: data.task.name={task} is given too, and only one can be used. "
+            f"Set data.task.name=null or {key}=null"
+        )
+
+
+def _prompts(config: Config) -> Iterator[str]:
+    data = config.data
+    yield from _source(config, "data.prompts", data.prompts, "RL")
+    if data.prompts is not None and data.task.name is None and data.validation_prompts is None:
+        yield (
+            "data.validation_prompts=null: there is nothing to validate on. Hold out some lines "
+            "of data.prompts and give them as data.validation_prompts"
+        )
+    if data.validation_prompts is not None and data.task.name is not None:
+        yield (
+            f"data.validation_prompts={data.validation_prompts}: data.task.name={data.task.name} "
+            "makes its own held-out problems. Set data.task.name=null or "
+            "data.validation_prompts=null"
+        )
+
+
+def _responses(config: Config) -> Iterator[str]:
+    length, limit = config.rl.rollout.max_response_length, config.model.max_position_embeddings
+    if length >= limit:
+        yield (
+            f"rl.rollout.max_response_length={length}: leaves no room for a prompt in "
+            f"model.max_position_embeddings={limit}. Lower the one or raise the other"
+        )
+
+
+def _reinforcement(config: Config) -> Iterator[str]:
+    rl = config.rl
+    yield from _optimizer("rl.optimizer", rl.optimizer, rl.steps * rl.mini_batches)
+    if rl.samples_per_prompt < 2:
+        yield (
+            f"rl.samples_per_prompt={rl.samples_per_prompt}: a group of one has no baseline "
+            f"(rl.advantage.baseline={rl.advantage.baseline}) and no spread, so its advantage is "
+            "0. Give at least 2"
+        )
+    if rl.dynamic_sampling.enabled and rl.dynamic_sampling.max_rounds < 2:
+        yield (
+            f"rl.dynamic_sampling.max_rounds={rl.dynamic_sampling.max_rounds}: no group could "
+            "be replaced. Give at least 2, or rl.dynamic_sampling.enabled=false"
+        )
+    buffer, length = rl.overlong.buffer, rl.rollout.max_response_length
+    if buffer > length:
+        yield (
+            f"rl.overlong.buffer={buffer}: is more than rl.rollout.max_response_length={length}. "
+            f"Give at most {length}"
+        )
+    if buffer > 0 and rl.overlong.penalty == 0:
+        yield f"rl.overlong.penalty=0: rl.overlong.buffer={buffer} has no effect. Set it to 0 too"
+
+
+def _optimizer(key: str, optimizer: OptimizerConfig, updates: int) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{key}.min_lr={optimizer.min_lr}: is more than {key}.lr={optimizer.lr}. Lower it"
+    if optimizer.min_lr != 0 and optimizer.schedule == "constant":
+        yield (
+            f"{key}.min_lr={optimizer.min_lr}: {key}.schedule=constant never gets there. "
+            f"Set {key}.min_lr=0, or {key}.schedule=cosine or linear"
+        )
+    if optimizer.warmup_steps > updates > 0:
+        yield (
+            f"{key}.warmup_steps={optimizer.warmup_steps}: the run has {updates} updates in all. "
+            f"Give at most {updates}"
+        )

@@ -1,0 +1,89 @@
+"""What the keys of ``mtp`` must satisfy together: a regime that cannot act is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_occ.config.keys import spell
+from megatron_occ.config.schema import Config, TrunkConfig
+
+
+def mtp_problems(config: Config) -> Iterator[str]:
+    """Problems of the MTP regime in RL, one message each.
+
+    Args:
+        config: a configuration whose single values are in range.
+    """
+    trunk, head = config.mtp.trunk, config.mtp.head
+    own_loss = head.signal not in ("none", "same_as_trunk")
+    if config.mtp.num_layers == 0 and (trunk.signal != "none" or own_loss):
+        yield (
+            f"mtp.num_layers=0: there is no MTP layer for mtp.trunk.signal={trunk.signal} and "
+            f"mtp.head.signal={head.signal}. Set mtp.preset=none (in place of these keys), or "
+            "mtp.num_layers=1 or more"
+        )
+    if trunk.signal == "none" and head.signal == "same_as_trunk":
+        yield (
+            "mtp.head.signal=same_as_trunk: mtp.trunk.signal=none has no loss to share, so "
+            "nothing trains the MTP layers. Set mtp.head.signal=ce (preset detach), or none to "
+            "freeze them"
+        )
+    if own_loss and head.weight == 0:
+        yield (
+            f"mtp.head.weight=0: mtp.head.signal={head.signal} would train nothing. Give a "
+            "weight above 0, or mtp.head.signal=none to freeze the MTP layers"
+        )
+    if trunk.signal != "none" and trunk.coefficient == "fixed" and trunk.weight == 0:
+        yield (
+            f"mtp.trunk.weight=0: mtp.trunk.signal={trunk.signal} would have no effect. Give a "
+            "weight above 0, or mtp.trunk.signal=none"
+        )
+    yield from _clamp(trunk)
+    if trunk.coefficient == "occ":
+        yield from _calibration(trunk, config.rl.mini_batches)
+
+
+def _clamp(trunk: TrunkConfig) -> Iterator[str]:
+    clamp = trunk.clamp
+    if len(clamp) != 2:
+        yield (
+            f"mtp.trunk.clamp={spell(clamp)}: needs two entries, the lower and the upper bound "
+            "of lambda, for example [0.0, null]"
+        )
+        return
+    low, high = clamp
+    if low is not None and high is not None and low > high:
+        yield f"mtp.trunk.clamp={spell(clamp)}: the lower bound is above the upper. Swap them"
+    if trunk.coefficient == "occ" and high is not None and high <= 0:
+        yield (
+            f"mtp.trunk.clamp={spell(clamp)}: lambda could never be above 0, so the MTP loss "
+            "would not be minimised. Give an upper bound above 0, or null"
+        )
+
+
+def _calibration(trunk: TrunkConfig, mini_batches: int) -> Iterator[str]:
+    if trunk.signal != "policy":
+        yield (
+            f"mtp.trunk.coefficient=occ: calibrates the policy gradient of the MTP heads, not "
+            f"mtp.trunk.signal={trunk.signal}. Set mtp.trunk.coefficient=fixed, or "
+            "mtp.trunk.signal=policy"
+        )
+    if mini_batches == 1:
+        yield (
+            "rl.mini_batches=1: with mtp.trunk.coefficient=occ lambda would stay 0, since in the "
+            "first mini-batch of a step the policy still is the old policy (d_RL = l - o = 0). "
+            "Give rl.mini_batches=2 or more, or mtp.trunk.coefficient=fixed"
+        )
+    if trunk.estimator != "released":
+        return
+    if trunk.statistics == "current":
+        yield (
+            "mtp.trunk.statistics=current: mtp.trunk.estimator=released takes lambda from each "
+            "micro-batch by definition. Leave mtp.trunk.statistics=previous, or set "
+            "mtp.trunk.estimator=logprob"
+        )
+    if trunk.ema != 0:
+        yield (
+            f"mtp.trunk.ema={trunk.ema}: mtp.trunk.estimator=released takes lambda from each "
+            "micro-batch alone. Set mtp.trunk.ema=0, or mtp.trunk.estimator=logprob"
+        )

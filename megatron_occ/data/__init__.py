@@ -1,0 +1,43 @@
+"""Tokenizers, generated tasks, prompts and pretraining batches. Imports nothing of Megatron."""
+
+from __future__ import annotations
+
+from megatron_occ.data.corpus import TaskCorpus
+from megatron_occ.data.jsonl import read_jsonl_texts
+from megatron_occ.data.prompts import (
+    PromptRecord,
+    PromptStream,
+    extract_final_answer,
+    read_prompts,
+)
+from megatron_occ.data.tasks import (
+    Problem,
+    ReversedAddition,
+    ReversedMultiplication,
+    Task,
+    build_task,
+)
+from megatron_occ.data.tokenizers import (
+    CharTokenizer,
+    HFTokenizer,
+    Tokenizer,
+    build_tokenizer,
+)
+
+__all__ = [
+    "CharTokenizer",
+    "HFTokenizer",
+    "Problem",
+    "PromptRecord",
+    "PromptStream",
+    "ReversedAddition",
+    "ReversedMultiplication",
+    "Task",
+    "TaskCorpus",
+    "Tokenizer",
+    "build_task",
+    "build_tokenizer",
+    "extract_final_answer",
+    "read_jsonl_texts",
+    "read_prompts",
+]

@@ -1,0 +1,72 @@
+"""Pretraining batches made of generated problems."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_occ.data.splits import first_problem
+from megatron_occ.data.tasks import Problem, Task
+from megatron_occ.data.tokenizers import Tokenizer
+
+
+class TaskCorpus:
+    """Batches of a task's problems, one problem a row, as a function of the step alone.
+
+    A row is prompt, solution and eos, padded on the right. ``seed`` picks the range of train
+    problems (seed 0 starts at problem 0); the validation split is the same for every seed.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        seed: int = 0,
+        *,
+        split: str = "train",
+        mask_prompt: bool = True,
+    ) -> None:
+        """Raises ValueError for a negative seed or an unknown split.
+
+        ``mask_prompt`` leaves the prompt out of the loss: random operands cannot be learned.
+        """
+        self._task = task
+        self._tokenizer = tokenizer
+        self._split = split
+        self._mask_prompt = mask_prompt
+        self._first = first_problem(split, seed)
+
+    def batch(
+        self, step: int, size: int, sequence_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``step * size`` to ``step * size + size - 1``.
+
+        Returns ``ids`` [size, sequence_length] int64 and ``loss_mask`` [size, sequence_length]
+        float32. The mask is aligned with the tokens: 1 where the token itself is to be predicted
+        (solution and eos; with ``mask_prompt=False`` the prompt as well, except the very first
+        token, which nothing comes before). Raises ValueError when step or size is out of range, a
+        problem is longer than ``sequence_length``, or the split has no such problem.
+        """
+        if step < 0 or size < 1:
+            raise ValueError(f"need step >= 0 and size >= 1, got step={step}, size={size}")
+        ids, mask = [], []
+        first = self._first + step * size
+        for index in range(first, first + size):
+            row_ids, row_mask = self._row(self._task.problem(self._split, index), sequence_length)
+            ids.append(row_ids)
+            mask.append(row_mask)
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.float32)
+
+    def _row(self, problem: Problem, sequence_length: int) -> tuple[list[int], list[int]]:
+        prompt = self._tokenizer.encode(problem.prompt)
+        predicted = [*self._tokenizer.encode(problem.solution), self._tokenizer.eos_id]
+        padding = sequence_length - len(prompt) - len(predicted)
+        if padding < 0:
+            raise ValueError(
+                f"problem {problem.prompt + problem.solution!r:.80} has {len(prompt)} prompt and "
+                f"{len(predicted)} solution and eos tokens, more than the sequence length "
+                f"{sequence_length}: raise it to at least {sequence_length - padding}"
+            )
+        prompt_mask = [0 if self._mask_prompt else 1] * len(prompt)
+        mask = prompt_mask + [1] * len(predicted) + [0] * padding
+        mask[0] = 0
+        return prompt + predicted + [self._tokenizer.pad_id] * padding, mask

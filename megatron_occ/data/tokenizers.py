@@ -1,0 +1,147 @@
+"""Tokenizers: characters for the generated tasks, Hugging Face files for everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What the package needs from a tokenizer. ``encode`` adds no special tokens."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens dropped."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the tokenizer, JSON-ready: saved with a checkpoint, compared on load."""
+        ...
+
+
+class CharTokenizer:
+    """One token a character: pad 0, eos 1, then the alphabet in the given order from 2."""
+
+    pad_id = 0
+    eos_id = 1
+    _FIRST_CHARACTER = 2
+
+    def __init__(self, alphabet: str) -> None:
+        """Raises ValueError when the alphabet is empty or repeats a character."""
+        if not alphabet:
+            raise ValueError("alphabet is empty: give the characters the tokenizer shall know")
+        repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
+        if repeated:
+            raise ValueError(f"alphabet {alphabet!r} repeats {', '.join(map(repr, repeated))}")
+        self.alphabet = alphabet
+        self.vocab_size = len(alphabet) + self._FIRST_CHARACTER
+        self._ids = {char: id_ for id_, char in enumerate(alphabet, start=self._FIRST_CHARACTER)}
+
+    def encode(self, text: str) -> list[int]:
+        """One id a character. Raises ValueError for a character outside the alphabet."""
+        try:
+            return [self._ids[char] for char in text]
+        except KeyError:
+            position = next(i for i, char in enumerate(text) if char not in self._ids)
+            raise ValueError(
+                f"character {text[position]!r} at position {position} of {text!r:.80} is not in "
+                f"the alphabet {self.alphabet!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without pad and eos.
+
+        An id outside the vocabulary (the model's output layer may be padded to a larger size)
+        becomes U+FFFD, so that it is seen and never verified as correct.
+        """
+        special = (self.pad_id, self.eos_id)
+        return "".join(self._character(int(id_)) for id_ in ids if int(id_) not in special)
+
+    def state(self) -> dict[str, Any]:
+        """Kind and alphabet."""
+        return {"kind": "char", "alphabet": self.alphabet}
+
+    def _character(self, id_: int) -> str:
+        if self._FIRST_CHARACTER <= id_ < self.vocab_size:
+            return self.alphabet[id_ - self._FIRST_CHARACTER]
+        return "\N{REPLACEMENT CHARACTER}"
+
+
+class HFTokenizer:
+    """A tokenizer from local Hugging Face files. Nothing is downloaded, no foreign code is run.
+
+    Pad falls back to eos where the files define none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ValueError when the files are missing, unreadable or define no eos token."""
+        from transformers import AutoTokenizer
+
+        name = os.fspath(path)
+        # A name that is no local path would be looked up on the hub.
+        if not os.path.exists(name):
+            raise ValueError(f"tokenizer path {name!r} does not exist: give a local folder")
+        try:
+            inner = AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the library raises many kinds for bad files
+            raise ValueError(f"no tokenizer could be read from {name!r}: {error}") from error
+        if inner.eos_token_id is None:
+            raise ValueError(f"the tokenizer in {name!r} has no eos token: set eos_token in it")
+        self._inner = inner
+        self.vocab_size = len(inner)
+        self.eos_id = inner.eos_token_id
+        self.pad_id = inner.eos_token_id if inner.pad_token_id is None else inner.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return self._inner.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens, spaces left as they are."""
+        return self._inner.decode(
+            [int(id_) for id_ in ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Kind, special ids and a hash of the vocabulary; not the path, which may move."""
+        vocabulary = json.dumps(self._inner.get_vocab(), sort_keys=True)
+        return {
+            "kind": "hf",
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "pad_id": self.pad_id,
+            "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        }
+
+
+def build_tokenizer(
+    kind: str, *, alphabet: str | None = None, path: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """Make a tokenizer: "char" with an ``alphabet``, or "hf" with a local ``path``.
+
+    Raises ValueError for an unknown kind and when the argument of the kind is missing or that of
+    the other kind is given.
+    """
+    if kind == "char":
+        if alphabet is None or path is not None:
+            raise ValueError("tokenizer kind 'char' takes alphabet, and no path")
+        return CharTokenizer(alphabet)
+    if kind == "hf":
+        if path is None or alphabet is not None:
+            raise ValueError("tokenizer kind 'hf' takes path, and no alphabet")
+        return HFTokenizer(path)
+    raise ValueError(f"unknown tokenizer kind {kind!r}: use 'char' or 'hf'")

@@ -1,0 +1,45 @@
+"""Losses and calibration as pure functions of log-probs, logits and rewards; torch only."""
+
+from __future__ import annotations
+
+from megatron_occ.losses.advantages import group_advantages, group_has_spread, overlong_penalty
+from megatron_occ.losses.alignment import align_mtp_targets, shift_to_source, shift_to_tokens
+from megatron_occ.losses.calibration import (
+    CalibrationSums,
+    calibration_sums,
+    coefficient_from_sums,
+    occ_coefficient,
+    released_coefficient,
+)
+from megatron_occ.losses.calibrator import Coefficient, OCCCalibrator
+from megatron_occ.losses.drafting import agreement, soft_cross_entropy, total_variation
+from megatron_occ.losses.kl import kl_penalty, masked_sum
+from megatron_occ.losses.policy import (
+    clipped_policy_loss,
+    response_counts,
+    truncated_importance_weights,
+)
+
+__all__ = [
+    "CalibrationSums",
+    "Coefficient",
+    "OCCCalibrator",
+    "agreement",
+    "align_mtp_targets",
+    "calibration_sums",
+    "clipped_policy_loss",
+    "coefficient_from_sums",
+    "group_advantages",
+    "group_has_spread",
+    "kl_penalty",
+    "masked_sum",
+    "occ_coefficient",
+    "overlong_penalty",
+    "released_coefficient",
+    "response_counts",
+    "shift_to_source",
+    "shift_to_tokens",
+    "soft_cross_entropy",
+    "total_variation",
+    "truncated_importance_weights",
+]

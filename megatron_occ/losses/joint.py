@@ -1,0 +1,249 @@
+"""The joint loss: policy loss of the main head plus what MTP sends to the trunk and to its own head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_occ.losses.alignment import shift_to_source, shift_to_tokens
+from megatron_occ.losses.calibration import calibration_sums, released_coefficient
+from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
+from megatron_occ.losses.kl import kl_penalty, masked_sum
+from megatron_occ.losses.policy import clipped_policy_loss
+
+
+_METRIC_NAMES = {
+    "clip_fraction_low": "clip_fraction/low",
+    "clip_fraction_high": "clip_fraction/high",
+    "dual_clip_fraction": "clip_fraction/dual",
+    "ratio_sum": "ratio/mean",
+    "approx_kl": "approx_kl",
+}
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Settings of the clipped policy loss, shared by the main head and the MTP policy loss."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+    aggregation: str = "token"
+    entropy_coefficient: float = 0.0
+    kl_coefficient: float = 0.0
+    kl_kind: str = "k3"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What MTP sends into the trunk, and what trains the MTP head.
+
+    Args:
+        trunk: loss whose gradient enters the trunk: ``none``, ``ce`` or ``policy``.
+        head: ``same_as_trunk`` (one graph, one loss), ``none`` (frozen), or a loss of its own that
+            is cut off from the trunk: ``ce``, ``soft_ce``, ``tv``, ``policy``.
+        trunk_weight: weight of the trunk loss, averaged over depths; None: the coefficients given
+            to the loss (OCC).
+        head_weight: weight of the head's own loss, averaged over depths.
+        estimator: ``logprob`` or ``released`` (used with ``trunk_weight=None``).
+        lambda_plus: scale of the released formula, the f of the released code.
+        clamp: bounds of the released formula's coefficient (the calibrator bounds the paper's).
+    """
+
+    trunk: str = "none"
+    head: str = "ce"
+    trunk_weight: float | None = 0.1
+    head_weight: float = 0.1
+    estimator: str = "logprob"
+    lambda_plus: float = 1.0
+    clamp: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def passes(self) -> tuple[tuple[bool, bool], ...]:
+        """Forward passes of the MTP block, each as (gradient to trunk, gradient to head).
+
+        The trunk pass comes first. One loss for both needs one pass; two losses need two, since a
+        parameter's gradient can't be told apart by the loss that it came from.
+        """
+        to_trunk = self.trunk != "none"
+        if to_trunk and self.head == "same_as_trunk":
+            return ((True, True),)
+        own_loss = self.head not in ("none", "same_as_trunk")
+        passes = ((True, False),) * to_trunk + ((False, True),) * own_loss
+        return passes or ((False, False),)
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """Loss of one micro-batch, to be summed over micro-batches and data-parallel ranks."""
+
+    policy: PolicySettings
+    regime: Regime
+
+    def __call__(
+        self,
+        outputs: HeadOutputs,
+        targets: JointTargets,
+        normalizers: Normalizers,
+        coefficients: Tensor | None = None,
+    ) -> tuple[Tensor, LossReport]:
+        """Compute loss and report.
+
+        Args:
+            outputs: of the model.
+            targets: constants.
+            normalizers: global counts.
+            coefficients: lambda [K], with ``regime.trunk_weight=None`` and the log-prob estimator.
+
+        Returns:
+            The scalar ``L_RL + (1/K) sum_k lambda_k L_k + (w/K) sum_k H_k`` (arXiv 2605.28184, with
+            the head's own loss H added), and detached sums.
+        """
+        report = LossReport()
+        loss = self._main_loss(outputs, targets, normalizers, report.metrics)
+        if not outputs.passes:
+            return loss, report
+        depths = outputs.passes[0].size(0)
+        report.calibration = calibration_sums(
+            *_token_aligned(outputs, targets), _each_to_tokens(targets.mask[1:])
+        )
+        _describe_heads(outputs, targets, normalizers, report.metrics)
+        if self.regime.trunk != "none":
+            weights = self._trunk_weights(outputs, targets, coefficients, depths)
+            if self._is_released:
+                weights = _answer_non_finite(weights, targets, normalizers, report.metrics)
+            losses = self._depth_losses(self.regime.trunk, outputs.passes[0], targets, normalizers)
+            loss = loss + (weights.to(losses.dtype) * losses).sum()
+        if self.regime.head not in ("none", "same_as_trunk"):
+            losses = self._head_losses(outputs, targets, normalizers)
+            loss = loss + self.regime.head_weight * losses.mean()
+        return loss, report
+
+    @property
+    def _is_released(self) -> bool:
+        return self.regime.trunk_weight is None and self.regime.estimator == "released"
+
+    def _main_loss(
+        self,
+        outputs: HeadOutputs,
+        targets: JointTargets,
+        normalizers: Normalizers,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:
+        mask, tokens = targets.mask[0], normalizers.tokens[0]
+        loss, sums = self._policy_loss(outputs.logprobs, targets, normalizers, depth=0)
+        metrics["loss/policy"] = loss.detach()
+        count = normalizers.sequences[0] if self.policy.aggregation == "gspo" else tokens
+        for name, total in sums.items():
+            metrics[_METRIC_NAMES[name]] = total / count
+        if outputs.entropy is not None:
+            entropy = masked_sum(outputs.entropy, mask) / tokens
+            metrics["entropy"] = entropy.detach()
+            if self.policy.entropy_coefficient:
+                loss = loss - self.policy.entropy_coefficient * entropy
+        if targets.ref_logprobs is not None:
+            kl = masked_sum(self._kl(outputs.logprobs, targets.ref_logprobs, mask), mask) / tokens
+            metrics["loss/kl"] = kl.detach()
+            loss = loss + self.policy.kl_coefficient * kl
+        return loss
+
+    def _kl(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+        return kl_penalty(logprobs, reference, self.policy.kl_kind, mask=mask)
+
+    def _policy_loss(
+        self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        per_token = self.policy.aggregation == "token"
+        weights = targets.importance_weights
+        if weights is not None and depth > 0:
+            weights = shift_to_source(weights, depth - 1, fill=1.0)
+        return clipped_policy_loss(
+            logprobs,
+            targets.old_logprobs[depth],
+            targets.advantages,
+            targets.mask[depth],
+            clip_low=self.policy.clip_low,
+            clip_high=self.policy.clip_high,
+            dual_clip=self.policy.dual_clip,
+            aggregation=self.policy.aggregation,
+            importance_weights=weights,
+            normalizer=(normalizers.tokens if per_token else normalizers.sequences)[depth],
+        )
+
+    def _trunk_weights(
+        self, outputs: HeadOutputs, targets: JointTargets, coefficients: Tensor | None, depths: int
+    ) -> Tensor:
+        """Weight of each depth's loss, [K]; it scales the loss, so the clipped side never flips."""
+        device = outputs.logprobs.device
+        if self.regime.trunk_weight is not None:
+            return torch.full((depths,), self.regime.trunk_weight / depths, device=device)
+        if self._is_released:
+            aligned = _token_aligned(outputs, targets)
+            raw = released_coefficient(*aligned, factor=self.regime.lambda_plus)
+            # its 1/K is part of the formula
+            return raw if self.regime.clamp == (None, None) else raw.clamp(*self.regime.clamp)
+        assert coefficients is not None, "OCC needs the coefficients of this mini-batch"
+        return coefficients.to(device) / depths
+
+    def _depth_losses(
+        self, signal: str, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers
+    ) -> Tensor:
+        """Loss of each depth, [K]."""
+        depths = range(logprobs.size(0))
+        if signal == "policy":
+            losses = [self._policy_loss(logprobs[k], targets, normalizers, k + 1)[0] for k in depths]
+        else:
+            losses = [
+                -masked_sum(logprobs[k], targets.mask[k + 1]) / normalizers.tokens[k + 1]
+                for k in depths
+            ]
+        return torch.stack(losses)
+
+    def _head_losses(
+        self, outputs: HeadOutputs, targets: JointTargets, normalizers: Normalizers
+    ) -> Tensor:
+        if self.regime.head in ("ce", "policy"):
+            return self._depth_losses(self.regime.head, outputs.passes[-1], targets, normalizers)
+        assert outputs.distance is not None, f"{self.regime.head} needs the distance of the heads"
+        pairs = enumerate(outputs.distance, start=1)
+        means = [masked_sum(d, targets.mask[k]) / normalizers.tokens[k] for k, d in pairs]
+        return torch.stack(means)
+
+
+def _token_aligned(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, Tensor, Tensor]:
+    """Detached l [b, s], o [b, s] and m_k [K, b, s], entry t about token x_t."""
+    return (
+        shift_to_tokens(outputs.logprobs.detach(), 0),
+        shift_to_tokens(targets.old_logprobs[0], 0),
+        _each_to_tokens(outputs.passes[0].detach()),
+    )
+
+
+def _each_to_tokens(values: Tensor) -> Tensor:
+    """[K, b, s] of depths 1..K, source frame, to token frame."""
+    return torch.stack([shift_to_tokens(depth, k) for k, depth in enumerate(values, start=1)])
+
+
+def _answer_non_finite(
+    weights: Tensor, targets: JointTargets, normalizers: Normalizers, metrics: dict[str, Tensor]
+) -> Tensor:
+    """Replace non-finite weights [K] of this micro-batch by 0, count them, and log the weights."""
+    finite = torch.isfinite(weights)
+    weights = torch.where(finite, weights, 0.0)
+    share = targets.mask[1:].sum((1, 2)) / normalizers.tokens[1:]
+    for k, weight in enumerate(weights * share, start=1):
+        metrics[f"lambda/mtp_{k}"] = weight
+    metrics["calibration/non_finite"] = (~finite).sum()
+    return weights
+
+
+def _describe_heads(
+    outputs: HeadOutputs, targets: JointTargets, normalizers: Normalizers, metrics: dict[str, Tensor]
+) -> None:
+    for k, logprobs in enumerate(outputs.passes[-1].detach(), start=1):
+        mask, tokens = targets.mask[k], normalizers.tokens[k]
+        metrics[f"loss/mtp_{k}"] = -masked_sum(logprobs, mask) / tokens
+        if outputs.agreement is not None:
+            metrics[f"agreement/mtp_{k}"] = masked_sum(outputs.agreement[k - 1], mask) / tokens

@@ -1,0 +1,153 @@
+"""Checkpoints by Megatron-Core's distributed checkpointing, whole or not there at all.
+
+A checkpoint is written to ``step_000100.tmp`` and renamed when every rank is done: a folder under
+its final name is complete. Beside Megatron's files lies ``meta.json``: versions, architecture,
+tokenizer and data fingerprints, compared before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.actor import MegatronGPTActor
+
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    actor: MegatronGPTActor,
+    *,
+    trainer_state: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``folder/step_NNNNNN`` and remove all but the ``keep`` newest checkpoints.
+
+    Args:
+        folder: of a phase's checkpoints; created when missing.
+        step: of the trainer.
+        actor: weights and optimizer.
+        trainer_state: plain values and tensors, equal on all ranks.
+        meta: JSON-ready; see :func:`describe`.
+        keep: how many checkpoints stay.
+    """
+    target = folder / f"step_{step:06d}"
+    temporary = target.with_suffix(".tmp")
+    if actor.layout.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = _sharded_state(actor, loading=False)
+    state["trainer"] = trainer_state
+    dist_checkpointing.save(state, str(temporary))
+    torch.distributed.barrier()
+    if actor.layout.is_main:
+        (temporary / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for _, old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+    return target
+
+
+def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> dict[str, Any]:
+    """Restore weights, optimizer and random state; returns the trainer's state.
+
+    Raises:
+        ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
+    """
+    check_meta(path, meta)
+    state = dist_checkpointing.load(_sharded_state(actor, loading=True), str(path))
+    actor.model.load_state_dict(state["model"])
+    actor.optimizer.load_state_dict(state)
+    torch.set_rng_state(state["rng"]["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return state["trainer"]
+
+
+def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> None:
+    """Restore the weights alone, as the start of another phase.
+
+    Raises:
+        ValueError: as :func:`load_checkpoint`; the data may differ.
+    """
+    check_meta(path, {name: meta[name] for name in ("model", "mtp_layers", "tokenizer")})
+    state = dist_checkpointing.load({"model": _model_state(actor)}, str(path))
+    actor.model.load_state_dict(state["model"])
+    actor.optimizer.megatron.reload_model_params()
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a phase as (step, path), oldest first."""
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step_*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def describe(config: Config, tokenizer_state: dict[str, Any], data: dict[str, str]) -> dict:
+    """What a checkpoint has to agree with to be loaded.
+
+    Args:
+        config: of the run.
+        tokenizer_state: identity of the tokenizer.
+        data: fingerprint of each data source by name.
+    """
+    return {
+        "model": asdict(config.model),
+        "mtp_layers": config.mtp.num_layers,
+        "tokenizer": tokenizer_state,
+        "data": data,
+    }
+
+
+def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Compare a checkpoint's ``meta.json`` with what this run expects; returns it.
+
+    Raises:
+        ValueError: names the file, what differs and both values.
+    """
+    file = path / "meta.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{path} is not a complete checkpoint: it has no meta.json. Name a folder such as "
+            ".../checkpoints/step_000100"
+        )
+    found = json.loads(file.read_text())
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{file}: {name} is {found.get(name)!r}, this run has {value!r}: give the "
+                "checkpoint's configuration, or another checkpoint"
+            )
+    return found
+
+
+def _model_state(actor: MegatronGPTActor) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return actor.model.sharded_state_dict(metadata={"dp_cp_group": group})
+
+
+def _sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
+    model_state = _model_state(actor)
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return {
+        "model": model_state,
+        **actor.optimizer.sharded_state_dict(model_state, loading=loading),
+        "rng": ShardedObject("rng", random_state, (world,), (rank,), replica_id=0),
+    }

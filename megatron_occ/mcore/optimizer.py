@@ -1,0 +1,142 @@
+"""Megatron-Core's optimizer and learning-rate schedule, with a gradient clip of the head's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from megatron_occ.config.schema import OptimizerConfig
+
+# Megatron tells parameter groups of a checkpoint apart by four keys; this one is free for the head
+_HEAD_GROUP = "is_decoupled_lr"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Gradient norms before clipping, and the learning rate of the update."""
+
+    trunk_norm: float
+    head_norm: float
+    lr: float
+    skipped: bool
+
+
+class JointOptimizer:
+    """One optimizer, two gradient clips: trunk with shared parameters, and the MTP head.
+
+    A clip over both would let a large head gradient shrink the policy's update.
+
+    Args:
+        model: wrapped for data parallelism.
+        config: section ``pretrain.optimizer`` or ``rl.optimizer``.
+        bf16: parameters are bf16 with fp32 main copies.
+        total_updates: length of the learning-rate schedule.
+        head_clip: largest gradient norm of the head's parameters (0: no clip).
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        config: OptimizerConfig,
+        *,
+        bf16: bool,
+        total_updates: int,
+        head_clip: float,
+    ) -> None:
+        self.trunk_clip, self.head_clip = config.clip_grad, head_clip
+        megatron = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            clip_grad=0.0,
+        )
+        no_decay = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
+        overrides = {
+            ParamKey(predicate=no_decay): {"wd_mult": 0.0},
+            ParamKey(attr="is_mtp_head"): {_HEAD_GROUP: True},
+        }
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            megatron, [model], config_overrides=overrides, use_gloo_process_groups=False
+        )
+        self.schedule = _schedule(self.megatron, config, total_updates)
+
+    def step(self) -> StepReport:
+        """Clip, update, and advance the schedule. Non-finite gradients skip the update."""
+        # the schedule counts finished updates; this one runs at the rate of the next count
+        self.schedule.step(1)
+        overflow = self.megatron.prepare_grads()
+        norms = {head: self._norm(head) for head in (False, True)}
+        finite = all(torch.isfinite(torch.tensor(norm)) for norm in norms.values())
+        if finite and not overflow:
+            self._clip(False, norms[False], self.trunk_clip)
+            self._clip(True, norms[True], self.head_clip)
+            self.megatron.step_with_ready_grads()
+        lr = self.megatron.param_groups[0]["lr"]
+        return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
+
+    def _parameters(self, head: bool) -> list[Tensor]:
+        groups = self.megatron.param_groups
+        return [p for g in groups if bool(g.get(_HEAD_GROUP)) == head for p in g["params"]]
+
+    def _norm(self, head: bool) -> float:
+        counted = [
+            p.grad
+            for p in self._parameters(head)
+            if p.grad is not None
+            and param_is_not_shared(p)
+            and param_is_not_tensor_parallel_duplicate(p)
+        ]
+        group = self.megatron.get_grad_stats_parallel_group()
+        return float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group))
+
+    def _clip(self, head: bool, norm: float, limit: float) -> None:
+        if limit <= 0 or norm <= limit:
+            return
+        grads = [p.grad for p in self._parameters(head) if p.grad is not None]
+        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+
+    def sharded_state_dict(self, model_state: dict, *, loading: bool) -> dict:
+        """Megatron's sharded optimizer state, and the schedule's."""
+        return {
+            "optimizer": self.megatron.sharded_state_dict(model_state, is_loading=loading),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`sharded_state_dict` described."""
+        self.megatron.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def _schedule(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, total_updates: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_updates, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,93 @@
+"""One mini-batch through Megatron-Core's forward-backward schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_occ.losses.heads import HeadOutputs
+from megatron_occ.mcore.model import HeadRequest
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of a micro-batch, what to ask of the model, and what the loss needs besides.
+
+    Args:
+        ids: [b, s] right-padded token ids.
+        request: see ``HeadRequest``.
+        payload: handed to the loss function untouched.
+    """
+
+    ids: Tensor
+    request: HeadRequest
+    payload: Any
+
+
+def configure_gradients(model: DistributedDataParallel) -> None:
+    """Let the schedule reduce gradients at the end of a mini-batch, without rescaling them.
+
+    Our losses divide by counts over all micro-batches and ranks, so gradients are summed: the
+    schedule's token count, which it would divide by, is dropped.
+    """
+
+    def finalize(models: list, _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize_model_grads(models, None, **kwargs)
+
+    model.config.finalize_model_grads_func = finalize
+    model.config.no_sync_func = model.no_sync
+
+
+def run_mini_batch(
+    model: DistributedDataParallel,
+    micro_batches: Sequence[MicroBatch],
+    loss: Callable[[HeadOutputs, Any], tuple[Tensor, Result]],
+    *,
+    forward_only: bool = False,
+) -> list[Result]:
+    """Forward and, unless ``forward_only``, backward; gradients end up in the buffers.
+
+    Args:
+        model: wrapped for data parallelism.
+        micro_batches: at least one.
+        loss: from the model's outputs and the payload to a scalar, to be summed over micro-batches,
+            and anything to report.
+        forward_only: skip the backward pass.
+
+    Returns:
+        The reports, one a micro-batch.
+    """
+
+    def forward_step(batches: Any, module: torch.nn.Module) -> tuple[HeadOutputs, Callable]:
+        batch: MicroBatch = next(batches)
+        positions = torch.arange(batch.ids.size(1), device=batch.ids.device).expand_as(batch.ids)
+        outputs = module(batch.ids, positions, None, request=batch.request)
+        return outputs, lambda result: _reported(loss(result, batch.payload))
+
+    if not forward_only:
+        model.zero_grad_buffer()
+    # Megatron's forward_only skips the backward pass but still records the graph
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].ids.size(1),
+            micro_batch_size=micro_batches[0].ids.size(0),
+            forward_only=forward_only,
+        )
+
+
+def _reported(outcome: tuple[Tensor, Result]) -> tuple[Tensor, Tensor, Result]:
+    loss, report = outcome
+    # the triple keeps Megatron from dividing the loss; its token count is dropped in `finalize`
+    return loss, torch.ones((), dtype=torch.int, device=loss.device), report

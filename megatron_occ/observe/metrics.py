@@ -1,0 +1,160 @@
+"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard on request, and sampled
+responses to `rollouts.jsonl`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_occ.observe.jsonl import JsonlFile
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+PHASES = ("pretrain", "rl", "validation")
+_RESERVED = frozenset({"phase", "step", "time"})
+
+
+class MetricsLogger:
+    """Writes the metrics of a run. On ranks other than the main one every method does nothing.
+
+    One line of `metrics.jsonl` is `{"phase": ..., "step": ..., "time": <unix seconds>, **metrics}`.
+    TensorBoard files go to `<run_dir>/tensorboard`, with tags `phase/name`.
+
+    Raises ImportError if `tensorboard` is asked for and not installed.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, tensorboard: bool = True, is_main: bool = True
+    ) -> None:
+        self._is_main = is_main
+        self._file = JsonlFile(Path(run_dir) / METRICS_FILE)
+        self._writer = (
+            _tensorboard_writer(Path(run_dir) / "tensorboard") if tensorboard and is_main else None
+        )
+
+    def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        """Append one line of metrics for `step` of `phase` ("pretrain", "rl" or "validation").
+
+        Raises ValueError for an unknown phase or a metric named like one of the line's own fields.
+        """
+        if not self._is_main:
+            return
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}: use one of {', '.join(PHASES)}")
+        if clash := _RESERVED & metrics.keys():
+            raise ValueError(f"metric name {sorted(clash)} is taken by the log line: rename it")
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.time()
+        self._file.append({"phase": phase, "step": int(step), "time": now, **values})
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(_tag(phase, name), value, int(step), wall_time=now)
+
+    def event(self, step: int, message: str) -> None:
+        """Record something a person should see, for example a lambda that is not finite."""
+        if self._is_main:
+            log.warning("step %d: %s", step, message)
+            self._write_event(step, "warning", message)
+
+    def finish(self, step: int) -> None:
+        """Record that the run reached its end, and close the files.
+
+        Without this line the report calls the run stopped.
+        """
+        if self._is_main:
+            self._write_event(step, "finished", "run finished")
+            self.close()
+
+    def truncate_after(self, step: int, phase: str = "rl") -> int:
+        """Drop the lines written after the checkpoint of `step`; return how many were dropped.
+
+        Call it on resume: the steps after the checkpoint run again, and their lines must not be
+        doubled. `phase` says which counter `step` belongs to: "rl" covers "validation" too, and a
+        run folder that holds both keeps the lines of the other one. Adds an event that tells the
+        report where the run was interrupted.
+
+        Raises ValueError for a phase other than "pretrain" and "rl".
+        """
+        if phase not in ("pretrain", "rl"):
+            raise ValueError(f"phase {phase!r} has no step counter of its own: 'pretrain' or 'rl'")
+        if not self._is_main:
+            return 0
+        dropped = self._file.filter(_KeepUpTo(step, phase))
+        self._write_event(step, "resumed", f"resumed from the checkpoint of step {step}")
+        return dropped
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_event(self, step: int, kind: str, message: str) -> None:
+        line = {"phase": "event", "step": int(step), "time": time.time()}
+        self._file.append({**line, "kind": kind, "message": message})
+
+
+class RolloutLog:
+    """Writes sampled responses to `rollouts.jsonl`, one line each: `{"step": ..., **sample}`.
+
+    A sample holds `prompt`, `response`, `answer`, `reward`, `advantage`, `finish_reason`, and
+    whatever else is worth reading. On ranks other than the main one every method does nothing.
+    """
+
+    def __init__(self, run_dir: str | Path, *, is_main: bool = True) -> None:
+        self._is_main = is_main
+        self._file = JsonlFile(Path(run_dir) / ROLLOUTS_FILE)
+
+    def write(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append the samples of `step`. Raises TypeError for a value that JSON cannot hold."""
+        if self._is_main:
+            for sample in samples:
+                self._file.append({"step": int(step), **sample})
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the samples of steps later than `step`; return how many were dropped."""
+        if not self._is_main:
+            return 0
+        return self._file.filter(lambda record: record.get("step", 0) <= step)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _KeepUpTo:
+    """Decides, line by line in file order, what stays when a phase resumes at `step`.
+
+    Pretraining and RL count their steps separately, and an event only has a step: it belongs to
+    whichever of the two wrote the line before it.
+    """
+
+    def __init__(self, step: int, phase: str) -> None:
+        self._step = step
+        self._phase = phase
+        self._owner = phase
+
+    def __call__(self, record: dict[str, Any]) -> bool:
+        if record.get("phase") in PHASES:
+            self._owner = "pretrain" if record["phase"] == "pretrain" else "rl"
+        return self._owner != self._phase or record.get("step", 0) <= self._step
+
+
+def _tag(phase: str, name: str) -> str:
+    return name if name.startswith(f"{phase}/") else f"{phase}/{name}"
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from tensorboard.summary import Writer
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard logging needs the tensorboard package: pip install tensorboard, "
+            "or turn TensorBoard logging off"
+        ) from error
+    return Writer(str(folder))

@@ -1,0 +1,194 @@
+"""Reads back what a run wrote: the input of the report and of the summary."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_occ.observe.jsonl import read_records, to_number
+from megatron_occ.observe.metrics import METRICS_FILE, ROLLOUTS_FILE
+from megatron_occ.observe.plot_scale import Point
+from megatron_occ.observe.text import format_percent
+
+CONFIG_FILE = "config.yaml"
+_SUB_RUNS = ("pretrain", "rl")
+_TRAINING = ("pretrain", "rl")
+_FINAL_STEPS = 10
+
+
+@dataclass
+class RunData:
+    """Everything a run logged. `series[phase][name]` maps a step to the value logged for it."""
+
+    name: str
+    series: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    configs: list[tuple[str, str]] = field(default_factory=list)
+    started: float | None = None
+    wall_seconds: float = 0.0
+    finished: bool = False
+
+    def points(self, phase: str, name: str) -> list[Point]:
+        """Return the (step, value) points of a metric in order of steps; [] if it is missing."""
+        values = self.series.get(phase, {}).get(name, {})
+        return [(float(step), values[step]) for step in sorted(values)]
+
+    def names(self, phase: str) -> list[str]:
+        """Return the names of all metrics of a phase, sorted."""
+        return sorted(self.series.get(phase, {}))
+
+    def last_step(self, phase: str) -> int | None:
+        """Return the last step logged for a phase, or None."""
+        steps = [step for values in self.series.get(phase, {}).values() for step in values]
+        return max(steps, default=None)
+
+    def depths(self, phase: str, prefix: str) -> list[int]:
+        """Return the depths k for which the metric `<prefix><k>` exists, in order."""
+        tails = [n.removeprefix(prefix) for n in self.names(phase) if n.startswith(prefix)]
+        return sorted(int(tail) for tail in tails if tail.isdecimal())
+
+    @property
+    def accuracy_metric(self) -> str | None:
+        """The validation metric that holds sampled pass@1: `pass@1`, else `avg@k`, largest k."""
+        names = self.series.get("validation", {})
+        if "pass@1" in names:
+            return "pass@1"
+        averages = [n for n in names if n.startswith("avg@") and n[4:].isdecimal()]
+        return max(averages, key=lambda n: int(n[4:]), default=None)
+
+    @property
+    def status(self) -> str:
+        """ "finished", or where the log ends."""
+        if self.finished:
+            return "finished"
+        step = self.last_step("rl")
+        if step is not None:
+            return f"not finished: the log ends at RL step {step}"
+        return f"not finished: the log ends at pretraining step {self.last_step('pretrain') or 0}"
+
+    def level(self, phase: str, name: str, *, first: bool = False) -> float | None:
+        """Return the mean over the last (or first) 10 finite values, or None."""
+        points = [point for point in self.points(phase, name) if math.isfinite(point[1])]
+        values = [y for _, y in (points[:_FINAL_STEPS] if first else points[-_FINAL_STEPS:])]
+        return sum(values) / len(values) if values else None
+
+
+def load_run(run_dir: str | Path, parts: Sequence[str | Path] | None = None) -> RunData:
+    """Read a run folder. `parts` are the folders that hold its logs, in order.
+
+    By default the parts are the folder itself and its sub-folders `pretrain` and `rl`, as far as
+    they hold metrics.
+
+    Raises FileNotFoundError for a folder that does not exist, and ValueError if none of the parts
+    holds any metrics.
+    """
+    run_dir = Path(run_dir)
+    folders = [Path(part) for part in parts] if parts else _default_parts(run_dir)
+    for folder in (run_dir, *folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no run folder {folder}: check the path")
+    run = RunData(name=run_dir.resolve().name)
+    finished = []
+    for folder in folders:
+        records = list(read_records(folder / METRICS_FILE))
+        _add_records(run, records)
+        if records:
+            finished.append(_is_finished(records))
+        samples = read_records(folder / ROLLOUTS_FILE)
+        run.samples.extend(s for s in samples if isinstance(s.get("step"), int))
+        _add_config(run, folder)
+    if not run.series:
+        places = ", ".join(str(folder / METRICS_FILE) for folder in folders)
+        raise ValueError(f"no metrics in {places}: is {run_dir} the folder of a run?")
+    run.finished = all(finished)
+    return run
+
+
+def _default_parts(run_dir: Path) -> list[Path]:
+    subs = [run_dir / name for name in _SUB_RUNS]
+    return [run_dir] + [sub for sub in subs if (sub / METRICS_FILE).is_file()]
+
+
+def _add_config(run: RunData, folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        text = path.read_text("utf-8", errors="replace")
+        run.configs.append((f"{folder.name}/{CONFIG_FILE}", text))
+
+
+def _add_records(run: RunData, records: list[dict[str, Any]]) -> None:
+    previous: float | None = None
+    for record in records:
+        phase, step, now = record.get("phase"), record.get("step"), to_number(record.get("time"))
+        if not isinstance(phase, str) or not isinstance(step, int):
+            continue
+        if phase == "event":
+            run.events.append(record)
+        else:
+            _add_metrics(run.series.setdefault(phase, {}), step, record)
+        if now is None:
+            continue
+        # The time between a kill and the resumption is not time of the run.
+        if previous is not None and record.get("kind") != "resumed":
+            run.wall_seconds += max(0.0, now - previous)
+        run.started = now if run.started is None else min(run.started, now)
+        previous = now
+
+
+def _add_metrics(target: dict[str, dict[int, float]], step: int, record: dict[str, Any]) -> None:
+    for name, value in record.items():
+        number = to_number(value)
+        if number is not None and name not in ("step", "time"):
+            target.setdefault(name, {})[step] = number
+
+
+def _is_finished(records: list[dict[str, Any]]) -> bool:
+    """Whether a "finished" event comes after everything else that training wrote."""
+    kinds = [r.get("kind") for r in records if r.get("phase") in _TRAINING or r.get("kind")]
+    return bool(kinds) and kinds[-1] == "finished"
+
+
+def started_text(run: RunData) -> str:
+    """Return the time of the first log line, in UTC."""
+    if run.started is None:
+        return "unknown"
+    return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(run.started)).lstrip("0")
+
+
+def accuracy_change(run: RunData) -> tuple[float, float] | None:
+    """Return sampled pass@1 of the first and of the last validation, or None."""
+    if run.accuracy_metric is None:
+        return None
+    points = run.points("validation", run.accuracy_metric)
+    return points[0][1], points[-1][1]
+
+
+def accuracy_basis(run: RunData) -> str:
+    """Say what pass@1 was measured on and how far chance alone can move the difference.
+
+    The standard error of the difference of two means over n problems is at most
+    sqrt((p(1-p) + q(1-q)) / n): the same problems in both only make it smaller.
+    """
+    name = run.accuracy_metric or ""
+    parts = [name] if name.startswith("avg@") else []
+    problems, change = run.points("validation", "problems"), accuracy_change(run)
+    if problems and problems[-1][1] >= 1 and change:
+        count = problems[-1][1]
+        error = math.sqrt(max(0.0, sum(p * (1 - p) for p in change)) / count)
+        parts += [f"{count:g} problems", f"standard error ≤ {format_percent(error)[:-1]} points"]
+    return ", ".join(parts)
+
+
+def samples_per_second(run: RunData) -> float | None:
+    """Return the median over steps of generated responses per second of rollout, or None."""
+    lengths = dict(run.points("rl", "rollout/length_mean"))
+    speeds = run.points("rl", "rollout/tokens_per_second")
+    rates = sorted(
+        speed / lengths[step] for step, speed in speeds if lengths.get(step, 0) > 0 and speed > 0
+    )
+    return rates[len(rates) // 2] if rates else None

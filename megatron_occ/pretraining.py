@@ -1,0 +1,106 @@
+"""Pretraining: next-token and MTP cross-entropy over a corpus, resumable at any checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_occ.config.schema import Config
+from megatron_occ.losses.heads import Normalizers
+from megatron_occ.losses.pretraining import PretrainLoss
+from megatron_occ.observe.metrics import MetricsLogger
+from megatron_occ.observe.progress import Progress
+from megatron_occ.rl.batch import head_masks
+from megatron_occ.rl.interfaces import Actor
+
+_BOTH = ((True, True),)
+
+
+class Corpus(Protocol):
+    """Batches as a function of the step: [size, length] ids and token-aligned loss mask."""
+
+    def batch(self, step: int, size: int, sequence_length: int) -> tuple[Tensor, Tensor]: ...
+
+
+class PretrainTrainer:
+    """The pretraining loop.
+
+    Args:
+        config: the run's configuration.
+        actor: the model.
+        corpus: batches.
+        logger: of metrics and events.
+        save: writes a checkpoint of the given finished step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        actor: Actor,
+        corpus: Corpus,
+        *,
+        logger: MetricsLogger,
+        save: Callable[[int], None],
+    ) -> None:
+        self.config, self.actor, self.corpus = config, actor, corpus
+        self.logger, self.save = logger, save
+        self.loss = PretrainLoss(config.pretrain.mtp_weight)
+        self.step = 0
+
+    def fit(self) -> None:
+        """Run the remaining steps."""
+        settings, layout = self.config.pretrain, self.actor.layout
+        start, done = time.perf_counter(), self.step
+        with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
+            while self.step < settings.steps:
+                metrics = self.run_step()
+                self.step += 1
+                progress.update(self.step, {"loss": metrics["loss/main"], "lr": metrics["lr"]})
+                last = self.step == settings.steps
+                if last or self.step % settings.log_every == 0:
+                    seconds = (time.perf_counter() - start) / (self.step - done)
+                    tokens = settings.batch_size * settings.sequence_length
+                    times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
+                    self.logger.log("pretrain", self.step, {**metrics, **times})
+                    start, done = time.perf_counter(), self.step
+                if last or self.step % settings.save_every == 0:
+                    self.save(self.step)
+
+    def run_step(self) -> dict[str, float]:
+        """One update; returns its metrics."""
+        settings, layout, depths = self.config.pretrain, self.actor.layout, self.actor.num_depths
+        ids, token_mask = self.corpus.batch(
+            self.step, settings.batch_size, settings.sequence_length
+        )
+        mine = slice(layout.data_parallel_rank, None, layout.data_parallel_size)
+        ids, token_mask = ids[mine].to(layout.device), token_mask[mine].to(layout.device)
+        masks = head_masks(token_mask, depths)
+        counts = layout.all_reduce_data_parallel(Normalizers.count(masks))
+        normalizers = Normalizers.from_counts(counts)
+        size = settings.micro_batch_size
+        passes = _BOTH if depths else ()
+        batches = [
+            self.actor.micro_batch(part, mask, passes=passes)
+            for part, mask in zip(ids.split(size), masks.split(size, dim=1), strict=True)
+        ]
+        report = self.actor.get_loss_and_metrics(
+            batches, lambda outputs, mask: self.loss(outputs, mask, normalizers)
+        )
+        step = self.actor.finish_training_step()
+        if step.skipped:
+            self.logger.event(self.step + 1, "gradient not finite: update skipped")
+        metrics = {name: float(value) for name, value in report.metrics.items()}
+        norms = {"grad_norm/trunk": step.trunk_norm, "grad_norm/head": step.head_norm}
+        return {**metrics, **norms, "lr": step.lr}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.step = state["step"]

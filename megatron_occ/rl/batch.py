@@ -1,0 +1,106 @@
+"""Rollouts as padded tensors, and the constants of the joint loss cut from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from megatron_occ.losses import align_mtp_targets, shift_to_source, truncated_importance_weights
+from megatron_occ.losses.heads import JointTargets
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """n sequences, prompt then response, right-padded to s tokens.
+
+    Args:
+        ids: [n, s] token ids.
+        response_mask: [n, s] 1.0 on response tokens, aligned with the tokens.
+        rollout_logprobs: [n, s] log-prob of each response token when it was sampled, 0 elsewhere.
+        advantages: [n].
+        old_logprobs: [n, s] of the policy at the start of the step, source frame: position t is
+            about token t + 1; filled in by the trainer.
+        ref_logprobs: [n, s] of the reference policy, source frame, or None.
+    """
+
+    ids: Tensor
+    response_mask: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.ids.size(0)
+
+    def rows(self, start: int, stop: int) -> RolloutBatch:
+        """Sequences ``start .. stop - 1``."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[start:stop] for k, v in parts.items() if v is not None})
+
+    def split(self, size: int) -> list[RolloutBatch]:
+        """Cut into batches of ``size`` sequences (the last may be smaller)."""
+        return [self.rows(start, start + size) for start in range(0, len(self), size)]
+
+    def with_logprobs(self, old: Tensor, reference: Tensor | None) -> RolloutBatch:
+        """The same batch with the log-probs of the old and of the reference policy."""
+        return replace(self, old_logprobs=old, ref_logprobs=reference)
+
+
+def pad_sequences(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    logprobs: list[list[float]],
+    advantages: Tensor,
+    pad_id: int,
+    device: torch.device,
+) -> RolloutBatch:
+    """Build a batch from token lists; see :class:`RolloutBatch` for shapes."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    shape = (len(prompts), max(lengths))
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    mask, sampled = torch.zeros(shape), torch.zeros(shape)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        span = slice(len(prompt), lengths[row])
+        ids[row, : lengths[row]] = torch.tensor(prompt + response)
+        mask[row, span] = 1.0
+        sampled[row, span] = torch.tensor(logprobs[row])
+    return RolloutBatch(ids.to(device), mask.to(device), sampled.to(device), advantages.to(device))
+
+
+def head_targets(ids: Tensor, depths: int) -> Tensor:
+    """Target ids of the main head and of ``depths`` MTP depths, source frame, [1+K, b, s]."""
+    return torch.stack([align_mtp_targets(ids, depth)[0] for depth in range(depths + 1)])
+
+
+def head_masks(token_mask: Tensor, depths: int) -> Tensor:
+    """Token-aligned mask [b, s] in the source frame of every head, [1+K, b, s]."""
+    return torch.stack([shift_to_source(token_mask, depth) for depth in range(depths + 1)])
+
+
+def joint_targets(batch: RolloutBatch, depths: int, importance_cap: float | None) -> JointTargets:
+    """Constants of the joint loss for one micro-batch.
+
+    Args:
+        batch: with ``old_logprobs``.
+        depths: MTP depths K.
+        importance_cap: cap of the truncated importance weights exp(old - rollout), or None.
+    """
+    old = batch.old_logprobs
+    assert old is not None, "old log-probs are computed before training"
+    mask = head_masks(batch.response_mask, depths)
+    weights = None
+    if importance_cap is not None:
+        sampled = shift_to_source(batch.rollout_logprobs, 0)
+        weights = truncated_importance_weights(old, sampled, mask[0], importance_cap)
+    # `old` is already in the main head's frame: depth k is k tokens further
+    frames = [old] + [shift_to_source(old, depth - 1) for depth in range(1, depths + 1)]
+    return JointTargets(
+        mask=mask,
+        old_logprobs=torch.stack(frames),
+        advantages=batch.advantages,
+        ref_logprobs=batch.ref_logprobs,
+        importance_weights=weights,
+    )

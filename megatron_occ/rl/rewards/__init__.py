@@ -1,0 +1,8 @@
+"""Verifiers that turn responses into rewards, and the pool that runs them under a time limit."""
+
+from __future__ import annotations
+
+from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult
+from megatron_occ.rl.rewards.registry import Verifier, get_verifier, register_verifier
+
+__all__ = ["Verifier", "VerifierPool", "VerifierResult", "get_verifier", "register_verifier"]

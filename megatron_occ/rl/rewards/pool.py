@@ -1,0 +1,165 @@
+"""Scoring responses under a time limit, with verifiers that may hang, crash or exhaust memory."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_occ.rl.rewards.registry import RegisteredVerifier, lookup
+from megatron_occ.rl.rewards.worker import VerifierWorker, WorkerDied, WorkerTimeout
+
+# No model writes more in one response; it bounds what is copied to a verifier process.
+MAX_RESPONSE_CHARS = 2_000_000
+
+Item = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class VerifierResult:
+    """A score, and how it came about; ``detail`` says what went wrong. Not "ok" scores 0.0."""
+
+    score: float
+    status: Literal["ok", "error", "timeout"]
+    detail: str = ""
+
+
+class VerifierPool:
+    """Scores responses; whatever a verifier does, the run goes on and the failure is counted.
+
+    The built-in text comparisons run in the caller's process. "math" and users' verifiers run in
+    ``workers`` processes, started at first use (importing sympy takes a second or more), kept for
+    later calls, and killed and started again when an item runs over ``timeout_seconds``. On Linux
+    a verifier may allocate ``memory_gib`` on top of what its import took; None lifts that limit
+    (CUDA, for one, reserves far more address space than it uses). ``counts`` holds the totals of
+    "errors" and "timeouts" since the pool was made.
+
+    Can be used from any thread; concurrent calls of ``score`` take turns. Close it when done, or
+    use it as a context manager; if the trainer dies the processes end by themselves.
+    """
+
+    def __init__(
+        self,
+        timeout_seconds: float = 5.0,
+        workers: int = 1,
+        memory_gib: float | None = 4.0,
+    ) -> None:
+        """Raises ValueError for a limit that is not positive and finite, or workers < 1."""
+        _check_positive("timeout_seconds", timeout_seconds)
+        if memory_gib is not None:
+            _check_positive("memory_gib", memory_gib)
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"workers must be an integer of at least 1, got {workers!r}")
+        memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+        self._timeout = timeout_seconds
+        self._workers = [VerifierWorker(memory_bytes) for _ in range(workers)]
+        self._loaded_once: set[str] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self.counts = {"errors": 0, "timeouts": 0}
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the verifier processes. The pool cannot be used afterwards."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
+
+    def score(self, items: Sequence[Item]) -> list[VerifierResult]:
+        """Score (verifier or task name, response, reference answer) items; results in their order.
+
+        Raises ValueError for an unknown verifier name, for a user's verifier that cannot be
+        imported the first time it is needed, and when the pool is closed. Nothing that a verifier
+        does with an item raises.
+        """
+        entries = [lookup(name) for name, _, _ in items]
+        with self._lock:
+            if self._closed:
+                raise ValueError("the verifier pool is closed: make a new one")
+            results: list[VerifierResult | None] = [
+                _score_here(entry, response, answer)
+                for entry, (_, response, answer) in zip(entries, items, strict=True)
+            ]
+            waiting = deque(i for i, result in enumerate(results) if result is None)
+            self._score_in_processes(entries, items, results, waiting)
+            self._count(results)
+        return results
+
+    def _score_in_processes(
+        self,
+        entries: list[RegisteredVerifier],
+        items: Sequence[Item],
+        results: list[VerifierResult | None],
+        waiting: deque[int],
+    ) -> None:
+        """Fill in the results of the ``waiting`` positions, each worker taking the next one."""
+
+        def serve(worker: VerifierWorker) -> None:
+            while True:
+                try:
+                    position = waiting.popleft()
+                except IndexError:
+                    return
+                _, response, answer = items[position]
+                path = entries[position].path
+                results[position] = self._ask(worker, path, response, answer)
+
+        workers = self._workers[: len(waiting)]
+        if len(workers) == 1:
+            serve(workers[0])
+        elif workers:
+            with ThreadPoolExecutor(max_workers=len(workers)) as threads:
+                list(threads.map(serve, workers))
+
+    def _ask(self, worker: VerifierWorker, path: str, response: str, answer: str) -> VerifierResult:
+        try:
+            reply = worker.ask(path, response, answer, self._timeout)
+        except WorkerTimeout as error:
+            return VerifierResult(0.0, "timeout", str(error))
+        except WorkerDied as error:
+            return VerifierResult(0.0, "error", str(error))
+        except ValueError as error:
+            # A verifier that never could be imported is a mistake in the set-up, to be told at
+            # once. One that could, and cannot after a restart, is a failure like any other.
+            if path not in self._loaded_once:
+                raise
+            return VerifierResult(0.0, "error", str(error))
+        self._loaded_once.add(path)
+        if "error" in reply:
+            return VerifierResult(0.0, "error", reply["error"])
+        return VerifierResult(reply["score"], "ok")
+
+    def _count(self, results: list[VerifierResult | None]) -> None:
+        statuses = [result.status for result in results if result is not None]
+        self.counts["errors"] += statuses.count("error")
+        self.counts["timeouts"] += statuses.count("timeout")
+
+
+def _score_here(entry: RegisteredVerifier, response: str, answer: str) -> VerifierResult | None:
+    """The result of what needs no process: bad items and inline verifiers; None for the rest."""
+    for what, text in (("response", response), ("answer", answer)):
+        if not isinstance(text, str):
+            return VerifierResult(0.0, "error", f"{what} is {type(text).__name__}, not text")
+        if len(text) > MAX_RESPONSE_CHARS:
+            detail = f"{what} has {len(text)} characters, the limit is {MAX_RESPONSE_CHARS}"
+            return VerifierResult(0.0, "error", detail)
+    if entry.inline is None:
+        return None
+    return VerifierResult(entry.inline(response, answer), "ok")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,0 +1,226 @@
+"""Runs: what the commands do once the configuration is checked.
+
+A run folder holds ``config.yaml``, ``metrics.jsonl``, ``rollouts.jsonl``, TensorBoard files,
+``checkpoints/{pretrain,rl}/step_NNNNNN`` and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_occ.config import save_config
+from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import derive
+from megatron_occ.data.corpus import TaskCorpus
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.tasks import Task, build_task
+from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import (
+    describe,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from megatron_occ.mcore.startup import Layout, initialize
+from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
+from megatron_occ.pretraining import Corpus, PretrainTrainer
+from megatron_occ.rl.evaluation import evaluate
+from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rl.rollouts import RolloutSource, Sampler
+from megatron_occ.rl.trainer import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One run folder and what all its phases share."""
+
+    config: Config
+    resume: bool
+    layout: Layout = field(init=False)
+    task: Task | None = field(init=False, default=None)
+    tokenizer: Tokenizer = field(init=False)
+    metrics: MetricsLogger = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.layout = initialize(
+            tensor_parallel_size=config.parallel.tensor, seed=config.seed
+        )
+        if config.data.task.name is not None:
+            self.task = build_task(config.data.task.name, **config.data.task.params)
+        self.tokenizer = _tokenizer(config, self.task)
+        self.folder = Path(config.run_dir)
+        if self.layout.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "config.yaml")
+        self.metrics = MetricsLogger(self.folder, is_main=self.layout.is_main)
+
+    def checkpoints(self, phase: str) -> Path:
+        """Folder of a phase's checkpoints."""
+        return self.folder / "checkpoints" / phase
+
+    def latest(self, phase: str) -> Path | None:
+        """Newest complete checkpoint of a phase."""
+        found = list_checkpoints(self.checkpoints(phase))
+        return found[-1][1] if found else None
+
+    def describe(self, data: dict[str, str]) -> dict[str, Any]:
+        """What checkpoints of this run have to agree with."""
+        return describe(self.config, self.tokenizer.state(), data)
+
+    def finish(self, step: int) -> None:
+        """Close the log, write the report, and say where it is."""
+        self.metrics.finish(step)
+        if self.layout.is_main:
+            write_report(self.folder)
+            print_summary(self.folder)
+
+
+def pretrain(run: Run) -> Path | None:
+    """Pretrain to the end; returns the final checkpoint, None where there is nothing to do."""
+    config = run.config
+    if config.pretrain.steps == 0:
+        return None
+    corpus, fingerprint = _corpus(run)
+    meta = run.describe({"corpus": fingerprint})
+    actor = MegatronGPTActor(
+        config,
+        run.tokenizer.vocab_size,
+        run.layout,
+        optimizer=config.pretrain.optimizer,
+        total_updates=derive(config, run.layout.world_size).pretrain_updates,
+    )
+
+    def save(step: int) -> None:
+        save_checkpoint(
+            run.checkpoints("pretrain"),
+            step,
+            actor,
+            trainer_state=trainer.state_dict(),
+            meta=meta,
+            keep=config.keep_checkpoints,
+        )
+
+    trainer = PretrainTrainer(config, actor, corpus, logger=run.metrics, save=save)
+    latest = run.latest("pretrain") if run.resume else None
+    if latest is not None:
+        trainer.load_state_dict(load_checkpoint(latest, actor, meta))
+        run.metrics.truncate_after(trainer.step, "pretrain")
+        logger.info("resumed from %s", latest)
+    trainer.fit()
+    return run.latest("pretrain")
+
+
+def reinforce(run: Run, start: Path | None) -> int:
+    """Run RL to the end from the weights in ``start`` (None: random); returns the last step."""
+    config, rl = run.config, run.config.rl
+    train, held_out = _prompts(run, "train"), _prompts(run, "validation")
+    meta = run.describe({"prompts": train.fingerprint()})
+    actor = MegatronGPTActor(
+        config,
+        run.tokenizer.vocab_size,
+        run.layout,
+        optimizer=rl.optimizer,
+        total_updates=derive(config, run.layout.world_size).rl_updates,
+        train_head=config.mtp.trunk.signal != "none" or config.mtp.head.signal != "none",
+    )
+    if start is not None:
+        load_weights(start, actor, meta)
+    if rl.loss.kl_coefficient > 0:
+        actor.keep_reference()
+    rollout_log = RolloutLog(run.folder, is_main=run.layout.is_main)
+    with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
+        sampler = _sampler(run, actor, verifiers)
+
+        def save(step: int) -> None:
+            save_checkpoint(
+                run.checkpoints("rl"),
+                step,
+                actor,
+                trainer_state=trainer.state_dict(),
+                meta=meta,
+                keep=config.keep_checkpoints,
+            )
+
+        trainer = GRPOTrainer(
+            config,
+            actor,
+            RolloutSource(sampler, train, rl, config.seed),
+            validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed),
+            logger=run.metrics,
+            rollout_log=rollout_log,
+            save=save,
+        )
+        latest = run.latest("rl") if run.resume else None
+        if latest is not None:
+            trainer.load_state_dict(load_checkpoint(latest, actor, meta))
+            run.metrics.truncate_after(trainer.step, "rl")
+            rollout_log.truncate_after(trainer.step)
+            logger.info("resumed from %s", latest)
+        trainer.fit()
+    rollout_log.close()
+    return trainer.step
+
+
+def evaluate_checkpoint(run: Run, checkpoint: Path) -> dict[str, float]:
+    """Validation metrics of a checkpoint's weights."""
+    config = run.config
+    held_out = _prompts(run, "validation")
+    actor = MegatronGPTActor(
+        config, run.tokenizer.vocab_size, run.layout, optimizer=config.rl.optimizer, total_updates=1
+    )
+    load_weights(checkpoint, actor, run.describe({}))
+    with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
+        sampler = _sampler(run, actor, verifiers)
+        return evaluate(sampler, held_out, config.rl.validation, config.seed)
+
+
+def _tokenizer(config: Config, task: Task | None) -> Tokenizer:
+    section = config.tokenizer
+    alphabet = section.alphabet
+    if section.kind == "char" and alphabet is None and task is not None:
+        alphabet = task.alphabet
+    return build_tokenizer(section.kind, alphabet=alphabet, path=section.path)
+
+
+def _corpus(run: Run) -> tuple[Corpus, str]:
+    config = run.config
+    if config.data.corpus is not None:
+        from megatron_occ.mcore.corpus import IndexedCorpus
+
+        indexed = IndexedCorpus(config.data.corpus, run.tokenizer, config.seed)
+        return indexed, indexed.fingerprint()
+    assert run.task is not None, "validate refuses a run without corpus and task"
+    fingerprint = PromptStream(run.task, config.seed).fingerprint()
+    return TaskCorpus(run.task, run.tokenizer, config.seed), fingerprint
+
+
+def _prompts(run: Run, split: str) -> PromptStream:
+    data = run.config.data
+    path = data.prompts if split == "train" else data.validation_prompts
+    source = path if path is not None else run.task
+    assert source is not None, "validate refuses a run without prompts and task"
+    return PromptStream(source, run.config.seed, split, default_task_name=data.verifier)
+
+
+def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Sampler:
+    rollout = run.config.rl.rollout
+    stop = [run.tokenizer.eos_id]
+    if run.task is not None:
+        stop += run.tokenizer.encode(run.task.stop)
+    return Sampler(
+        actor,
+        run.tokenizer,
+        verifiers,
+        stop_ids=tuple(stop),
+        max_response_length=rollout.max_response_length,
+        max_prompt_length=run.config.model.max_position_embeddings - rollout.max_response_length,
+        batch_size=rollout.batch_size,
+    )
