@@ -25,7 +25,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 2 on a configuration or data error."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.ERROR, format="%(message)s")
     try:
         _dispatch(options)
@@ -33,6 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         sys.exit(f"megatron-occ: error: {error}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with overrides anywhere: argparse alone stops taking them after the first option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or options.command == "report"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -127,7 +127,11 @@ class _TokenStatistics(torch.autograd.Function):
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = None
+        if need_weight:
+            # summed over chunks in at least fp32
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            grad_weight = torch.zeros_like(weight, dtype=dtype)
         for rows in _chunks(hidden.size(0), weight.size(0)):
             centred = _logits(hidden[rows], weight, ctx.temperature) - log_z[rows].unsqueeze(-1)
             probs = centred.exp()

@@ -87,6 +87,9 @@ class JointOptimizer:
             self._clip(False, norms[False], self.trunk_clip)
             self._clip(True, norms[True], self.head_clip)
             self.megatron.step_with_ready_grads()
+        # `prepare_grads` made each p.grad an alias of the gradient buffer: left in place, the next
+        # backward pass would add into the buffer twice
+        self.megatron.zero_grad()
         lr = self.megatron.param_groups[0]["lr"]
         return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
 

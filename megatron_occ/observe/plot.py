@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from megatron_occ.observe import plot_scale
 from megatron_occ.observe.plot_scale import Point, Scale
@@ -78,7 +79,7 @@ def plot_series_svg(
     return svg_element("".join(parts), width, height, label)
 
 
-def write_plot(path: str | Path, series: Sequence[Series], **options) -> Path:
+def write_plot(path: str | Path, series: Sequence[Series], **options: Any) -> Path:
     """Write a standalone SVG file, e.g. for a README; options as in `plot_series_svg`."""
     options = {"width": 720, "height": 360, **options}
     path = Path(path)

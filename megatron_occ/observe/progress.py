@@ -7,9 +7,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_occ.observe.text import format_duration, format_number
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PLAIN_LINES = 20  # about this many progress lines for a whole run without a terminal
 
@@ -64,7 +67,7 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _open_bar(self):
+    def _open_bar(self) -> tqdm:
         from tqdm import tqdm
 
         return tqdm(

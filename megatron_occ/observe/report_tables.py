@@ -83,7 +83,7 @@ def metrics_section(run: RunData) -> str:
 
 def config_block(text: str) -> str:
     """Return YAML text for display, with the keys set apart."""
-    key = re.compile(r"^(\s*(?:- )?)([^\s#:][^:]*)(:)(?=\s|$)", re.MULTILINE)
+    key = re.compile(r"^(\s*(?:- )?)([^\s#:][^:\n]*)(:)(?=\s|$)", re.MULTILINE)
     marked = key.sub(r"\1<b>\2</b>\3", escape(text.rstrip()))
     return f"<pre>{marked}</pre>"
 

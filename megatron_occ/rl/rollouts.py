@@ -267,6 +267,7 @@ class RolloutSource:
                 "prompt": samples.records[i].prompt,
                 "response": samples.texts[i],
                 "answer": samples.records[i].answer,
+                "correct": samples.scores[i] > 0,
                 "reward": round(float(rewards[i]), 6),
                 "advantage": round(float(advantages[i]), 6),
                 "finish_reason": "stop" if samples.finished[i] else "length",

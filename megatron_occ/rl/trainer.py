@@ -57,23 +57,25 @@ class GRPOTrainer:
         self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
         self.timers = Timers()
         self.step = 0
+        self._logged_at = time.perf_counter()
 
     def fit(self) -> None:
         """Run the remaining steps."""
         rl, layout = self.config.rl, self.actor.layout
+        self._logged_at = time.perf_counter()
         if self.step == 0:
             self.run_validation()
         with Progress(rl.steps, "rl", self.step, enabled=layout.is_main) as progress:
             while self.step < rl.steps:
-                start = time.perf_counter()
                 metrics = self.run_step()
                 self.step += 1
-                self._log(metrics, start)
+                self._log(metrics)
                 progress.update(self.step, _shown(metrics))
                 if self.step == rl.steps or _is_due(self.step, rl.validation.every):
                     self.run_validation()
                 if self.step == rl.steps or _is_due(self.step, rl.save_every):
-                    self.save(self.step)
+                    with self.timers("save"):
+                        self.save(self.step)
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
@@ -186,14 +188,16 @@ class GRPOTrainer:
             "logprob_gap/max": float(largest),
         }
 
-    def _log(self, metrics: dict[str, float], start: float) -> None:
+    def _log(self, metrics: dict[str, float]) -> None:
         times = self.timers.pop()
         tokens = metrics.pop("rollout/tokens")
         metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
         counts = self.rollouts.sampler.verifiers.counts
         metrics.update({f"verifier/{name}": float(count) for name, count in counts.items()})
         metrics.update(times)
-        metrics["time/step"] = time.perf_counter() - start
+        # since the last line: validation and saving belong to the step that comes after them
+        now = time.perf_counter()
+        metrics["time/step"], self._logged_at = now - self._logged_at, now
         self.logger.log("rl", self.step, metrics)
 
     def _warn(self, events: list[str]) -> None:

@@ -190,8 +190,8 @@ def test_values_at_the_limit_are_accepted(given):
 
 
 def test_a_batch_that_does_not_divide_is_reported_once():
-    (message,) = problems(["pretrain.batch_size=34"], "pretrain", world_size=4)
-    assert message.startswith("pretrain.batch_size=34: pretrain has 4 data-parallel ranks")
+    (message,) = problems(["pretrain.batch_size=50"], "pretrain", world_size=4)
+    assert message.startswith("pretrain.batch_size=50: pretrain has 4 data-parallel ranks")
 
 
 def test_all_problems_are_reported_together():

@@ -50,7 +50,7 @@ def test_batches_tile_the_stream_and_depend_on_seed_and_split():
 
 @pytest.mark.parametrize("arguments", [{"seed": -1}, {"split": "test"}])
 def test_bad_arguments_are_refused(arguments):
-    with pytest.raises(ValueError, match="-1|test"):
+    with pytest.raises(ValueError, match=r"-1|test"):
         TaskCorpus(TASK, TOKENIZER, **arguments)
     with pytest.raises(ValueError, match="size=0"):
         TaskCorpus(TASK, TOKENIZER).batch(0, 0, 14)

@@ -69,7 +69,8 @@ def test_other_ranks_write_nothing(tmp_path, caplog):
     assert logger.truncate_after(0) == rollouts.truncate_after(0) == 0
     logger.finish(1)
     logger.close()
-    assert list(tmp_path.iterdir()) == [] and not caplog.records
+    assert list(tmp_path.iterdir()) == []
+    assert not caplog.records
 
 
 def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
@@ -92,7 +93,8 @@ def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
         ("event", 2),
         ("rl", 3),
     ]
-    assert lines[2]["kind"] == "resumed" and lines[3]["x"] == 30.0
+    assert lines[2]["kind"] == "resumed"
+    assert lines[3]["x"] == 30.0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

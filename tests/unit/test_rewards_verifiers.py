@@ -142,7 +142,7 @@ def test_functions_that_another_process_cannot_import_are_refused():
     with pytest.raises(ValueError, match="defined in the script that runs"):
         register_verifier("own bad", local)
     for name, path in (("", "m:f"), ("a:b", "m:f"), ("own bad", "m"), ("own bad", ":f")):
-        with pytest.raises(ValueError, match="':'|module:function"):
+        with pytest.raises(ValueError, match=r"':'|module:function"):
             register_verifier(name, path)
 
 

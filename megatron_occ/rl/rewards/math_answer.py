@@ -27,7 +27,7 @@ _BOXED = "\\boxed{"
 _LATEX_ONLY = (LatexExtractionConfig(boxed_match_priority=0),)
 _HASH_MARK = "####"
 _PHRASE = re.compile(r"answer\s*(?:is\s*:?|:)(.*?)(?:\.\s|$)", re.IGNORECASE | re.MULTILINE)
-# Not the point of "\\right.", which closes a bracket with nothing.
+# Not the point of "\right.", which closes a bracket with nothing.
 _FULL_STOP = re.compile(r"\s*(?<!\\right)\.+$")
 
 

@@ -1,0 +1,29 @@
+"""Packaging of megatron_occ; pinned versions that were tested lie in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-occ",
+    version="0.1.0",
+    description="Joint multi-token-prediction and RL training on Megatron-Core, with OCC",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_occ", "megatron_occ.*"]),
+    package_data={"megatron_occ.observe": ["*.css"]},
+    install_requires=[
+        "torch>=2.6,<3",
+        "megatron-core>=0.16.1,<0.17",
+        "omegaconf>=2.3",
+        "transformers>=4.50",
+        "math-verify>=0.8",
+        "tensorboard",
+        "tqdm",
+        # imported by megatron-core's checkpoints, not declared by it
+        "psutil",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "dev": ["pytest", "ruff", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["megatron-occ = megatron_occ.cli:main"]},
+)

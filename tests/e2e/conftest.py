@@ -1,0 +1,40 @@
+"""Whole runs through the command line, in this process: a torn-down Megatron can start again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_occ.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "conf" / "rl" / "tiny.yaml"
+
+
+class Runner:
+    """Runs commands into folders below a temporary one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, command: str, name: str, *arguments: str, config: Path = TINY) -> Path:
+        target = self.folder / name
+        main([command, "--config", str(config), f"run_dir={target}", *arguments])
+        return target
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Runner(tmp_path)
+
+
+def metrics(folder: Path, phase: str) -> list[dict]:
+    """Lines of one phase without clocks."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time") and "per_second" not in k}
+        for line in lines
+        if line["phase"] == phase
+    ]

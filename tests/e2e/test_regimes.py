@@ -1,0 +1,59 @@
+"""Every preset, depth and algorithm runs through the ``rl`` command and logs what it must."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_occ.config import ConfigError
+from tests.e2e.conftest import metrics
+
+QUICK = ("pretrain.steps=8", "rl.steps=2")
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("preset", ["none", "detach", "ce", "policy", "occ", "occ_decoupled"])
+def test_every_preset_runs_at_one_and_two_depths(run, preset, depths):
+    folder = run("rl", "run", *QUICK, f"mtp.preset={preset}", f"mtp.num_layers={depths}")
+    lines = metrics(folder, "rl")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        for depth in range(1, depths + 1):
+            for name in ("lambda/mtp", "loss/mtp", "agreement/mtp"):
+                assert math.isfinite(line[f"{name}_{depth}"]), name
+            assert line[f"calibration/norm_squared_{depth}"] > 0
+            assert math.isfinite(line[f"calibration/cross_{depth}"])
+        assert f"loss/mtp_{depths + 1}" not in line
+        trained = preset not in ("none", "occ") or (preset == "occ" and line["lambda/mtp_1"] > 0)
+        assert (line["grad_norm/head"] > 0) == trained
+        assert line["logprob_gap/max"] < 1e-4
+    assert (folder / "report.html").is_file()
+    assert len(metrics(folder, "validation")) == 2
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("head", ["soft_ce", "tv"])
+def test_every_algorithm_runs_with_every_draft_loss(run, algorithm, head):
+    settings = (f"rl.algorithm={algorithm}", "mtp.trunk.coefficient=fixed", "mtp.trunk.signal=none")
+    arguments = (*QUICK, "mtp.preset=null", f"mtp.head.signal={head}", *settings)
+    lines = metrics(run("rl", "run", *arguments), "rl")
+    assert all(math.isfinite(line["loss/policy"]) for line in lines)
+
+
+def test_an_mtp_regime_without_mtp_layers_is_refused(run):
+    with pytest.raises(SystemExit, match="mtp.num_layers"):
+        run("rl", "run", "mtp.num_layers=0", "mtp.preset=occ")
+
+
+def test_a_used_folder_is_refused_and_nothing_in_it_changes(run):
+    folder = run("pretrain", "run", "pretrain.steps=2")
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit, match="--resume"):
+        run("pretrain", "run", "pretrain.steps=2")
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_debug_shows_the_exception(run):
+    with pytest.raises(ConfigError):
+        run("rl", "run", "--debug", "mtp.num_layers=0", "mtp.preset=occ")

@@ -1,0 +1,53 @@
+"""One process, one Megatron: start-up for the tests that build models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.startup import Layout, initialize, shutdown
+
+VOCABULARY = 23
+
+
+@pytest.fixture
+def layout():
+    layout = initialize(seed=0)
+    yield layout
+    shutdown()
+
+
+@pytest.fixture
+def config() -> Config:
+    return small_config()
+
+
+def small_config(depths: int = 2) -> Config:
+    config = Config()
+    config.model.num_layers = 2
+    config.model.hidden_size = 32
+    config.model.ffn_hidden_size = 48
+    config.model.num_attention_heads = 4
+    config.model.num_query_groups = 2
+    # large enough that attention, and so every position, matters
+    config.model.init_std = 0.2
+    config.mtp.num_layers = depths
+    return config
+
+
+def random_ids(rows: int = 4, length: int = 12, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+
+
+def positions(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.size(1)).expand_as(ids)
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {name: g.clone() for name, g in grads.items() if g is not None}
+
+
+__all__ = ["VOCABULARY", "Layout", "gradients", "positions", "random_ids", "small_config"]
