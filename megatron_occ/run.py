@@ -7,6 +7,8 @@ A run folder holds ``config.yaml``, ``metrics.jsonl``, ``rollouts.jsonl``, Tenso
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from megatron_occ.mcore.startup import Layout, initialize
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import Corpus, PretrainTrainer
 from megatron_occ.rl.evaluation import evaluate
-from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rl.rewards import VerifierPool, get_verifier, register_verifier
 from megatron_occ.rl.rollouts import RolloutSource, Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
 
@@ -50,6 +52,7 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.config
+        _register_verifiers(config.data.verifiers)
         self.layout = initialize(
             tensor_parallel_size=config.parallel.tensor, seed=config.seed
         )
@@ -180,6 +183,19 @@ def evaluate_checkpoint(run: Run, checkpoint: Path) -> dict[str, float]:
     with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
         sampler = _sampler(run, actor, verifiers)
         return evaluate(sampler, held_out, config.rl.validation, config.seed)
+
+
+def _register_verifiers(verifiers: dict[str, str]) -> None:
+    """Make the user's verifiers known by name; one that can't be imported is told before any work.
+
+    Modules are also looked for in the current folder, which ``python -m`` does and a console script
+    does not. Verifier processes inherit the search path.
+    """
+    if verifiers and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name, path in verifiers.items():
+        register_verifier(name, path)
+        get_verifier(name)
 
 
 def _tokenizer(config: Config, task: Task | None) -> Tokenizer:

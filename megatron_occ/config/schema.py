@@ -81,6 +81,9 @@ class DataConfig:
     prompts: str | None = option(None, "jsonl of RL prompts (prompt, answer, optional task_name)")
     validation_prompts: str | None = option(None, "jsonl of held-out prompts")
     verifier: str = option("arithmetic", "verifier of records that carry no task_name")
+    verifiers: dict[str, Any] = option(
+        {}, "verifiers of your own by task_name, e.g. {echo: 'my_module:echo_verifier'}"
+    )
     verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
 
 

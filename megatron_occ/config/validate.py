@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_occ.config.errors import ConfigError
-from megatron_occ.config.keys import check_value, leaves
+from megatron_occ.config.keys import check_value, leaves, spell
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
@@ -13,6 +14,8 @@ from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_mtp import mtp_problems
 
 COMMANDS = ("pretrain", "rl", "demo", "eval")
+_VERIFIER_NAME = re.compile(r"[\w-]+", re.ASCII)
+_VERIFIER_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def validate(config: Config, *, command: str, world_size: int = 1) -> None:
@@ -54,6 +57,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     if pretrains:
         yield from _pretraining(config)
     if command != "pretrain":
+        yield from _verifiers(config)
         yield from _prompts(config)
         yield from _responses(config)
     if trains:
@@ -121,6 +125,18 @@ def _prompts(config: Config) -> Iterator[str]:
             "makes its own held-out problems. Set data.task.name=null or "
             "data.validation_prompts=null"
         )
+
+
+def _verifiers(config: Config) -> Iterator[str]:
+    for name, path in config.data.verifiers.items():
+        key = f"data.verifiers.{name}"
+        if not _VERIFIER_NAME.fullmatch(name):
+            yield f"{key}: a verifier's name has letters, digits, '_' and '-' only. Rename it"
+        if not isinstance(path, str) or not _VERIFIER_PATH.fullmatch(path):
+            yield (
+                f"{key}={spell(path)}: must be 'module:function', the module as Python imports "
+                "it: my_module:my_verifier"
+            )
 
 
 def _responses(config: Config) -> Iterator[str]:

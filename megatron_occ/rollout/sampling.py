@@ -28,7 +28,7 @@ def sample_from_uniform(log_probs: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [n] ids; id i is drawn with probability exp(log_probs[i]).
     """
-    cumulative = log_probs.double().exp_().cumsum(-1)
+    cumulative = log_probs.double().exp().cumsum(-1)
     # rounding may leave the last value below 1: scale, so that it is reachable and never passed
     threshold = uniform.to(cumulative.device).double() * cumulative[:, -1]
     ids = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)

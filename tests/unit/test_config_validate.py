@@ -72,12 +72,12 @@ REFUSED = [
     # lengths
     ("pretrain.sequence_length=17", "pretrain.sequence_length=17", "model.max_position_embeddings"),
     ("rl.rollout.max_response_length=16", "rl.rollout.max_response_length=16", "Lower"),
-    ("rl.overlong.buffer=9", "rl.overlong.buffer=9", "at most 8"),
+    ("rl.overlong.buffer=10", "rl.overlong.buffer=10", "at most 9"),
     ("rl.overlong.buffer=4 rl.overlong.penalty=0", "rl.overlong.penalty=0", "to 0 too"),
     # batches
     ("rl.mini_batches=3", "rl.mini_batches=3", "Change"),
     ("rl.micro_batch_size=3", "rl.micro_batch_size=3", "Give rl.micro_batch_size=2"),
-    ("rl.micro_batch_size=100", "rl.micro_batch_size=100", "Give rl.micro_batch_size=8"),
+    ("rl.micro_batch_size=100", "rl.micro_batch_size=100", "Give rl.micro_batch_size=16"),
     (
         "pretrain.micro_batch_size=24",
         "pretrain.micro_batch_size=24",
@@ -125,9 +125,9 @@ def test_a_contradiction_is_the_one_problem_reported(overrides, what, remedy):
         (["parallel.tensor=3"], 3, "model.num_attention_heads=4"),
         (["parallel.tensor=4", "model.num_query_groups=2"], 4, "model.num_query_groups=2"),
         (["parallel.tensor=4", "model.ffn_hidden_size=66"], 4, "model.ffn_hidden_size=66"),
-        (["rl.mini_batches=4"], 8, "rl.prompts_per_step=4: RL has 8"),
-        (["rl.mini_batches=16"], 2, "rl.mini_batches=16"),
-        (["rl.micro_batch_size=8"], 2, "rl.micro_batch_size=8"),
+        (["rl.mini_batches=2"], 16, "rl.prompts_per_step=8: RL has 16"),
+        (["rl.mini_batches=32"], 2, "rl.mini_batches=32"),
+        (["rl.micro_batch_size=16"], 2, "rl.micro_batch_size=16"),
         (["pretrain.batch_size=33", "pretrain.micro_batch_size=1"], 2, "pretrain.batch_size=33"),
     ],
 )

@@ -1,0 +1,42 @@
+"""Two processes give the run of one: same rollouts, same losses, same lambda."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import ROOT, TINY, metrics
+
+ARGUMENTS = ("pretrain.steps=6", "rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2")
+
+
+def launch(folder, *overrides):
+    """The same command under torchrun with two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(TINY)]
+    command += [f"run_dir={folder}", *ARGUMENTS, *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)], ids=["data", "tensor"])
+def test_two_processes_equal_one(run, tmp_path, overrides):
+    one = run("rl", "one", *ARGUMENTS)
+    two = launch(tmp_path / "two", *overrides)
+    assert (one / "rollouts.jsonl").read_text().count("\n") == 4
+    for phase in ("pretrain", "rl", "validation"):
+        pairs = list(zip(metrics(two, phase), metrics(one, phase), strict=True))
+        assert pairs
+        for line, expected in pairs:
+            assert line.keys() == expected.keys()
+            for name, value in expected.items():
+                if name == "logprob_gap/max":
+                    assert line[name] < 1e-5
+                elif name not in ("phase", "logprob_gap/mean"):
+                    assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (phase, name)

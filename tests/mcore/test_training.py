@@ -1,0 +1,178 @@
+"""Updates on the real model: independent of the cut into micro-batches, on every update."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from megatron_occ.config import load_config
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.cpu_backend import apply_cpu_backend
+from megatron_occ.rl.batch import RolloutBatch
+from megatron_occ.rl.trainer import GRPOTrainer
+from tests.mcore.conftest import VOCABULARY, random_ids, small_config
+
+PRESETS = ["none", "detach", "ce", "policy", "occ", "occ_decoupled"]
+
+
+def rl_config(preset, micro_batch_size, *more):
+    chosen = load_config([], [f"mtp.preset={preset}", *more])
+    config = small_config(depths=2)
+    config.mtp.trunk, config.mtp.head = chosen.mtp.trunk, chosen.mtp.head
+    config.rl = chosen.rl
+    config.rl.mini_batches = 2
+    config.rl.micro_batch_size = micro_batch_size
+    config.rl.optimizer.lr = 1e-2
+    return config
+
+
+def actor_and_trainer(layout, config):
+    torch.manual_seed(0)
+    actor = MegatronGPTActor(
+        config,
+        VOCABULARY,
+        layout,
+        optimizer=config.rl.optimizer,
+        total_updates=10,
+        train_head=config.mtp.trunk.signal != "none" or config.mtp.head.signal != "none",
+    )
+    trainer = GRPOTrainer(
+        config, actor, None, validate=None, logger=None, rollout_log=None, save=None
+    )
+    return actor, trainer
+
+
+def rollout_batch(actor, config, rows=8):
+    ids = random_ids(rows, 14)
+    mask = torch.zeros(ids.shape)
+    for row in range(rows):
+        mask[row, 3 : 14 - row % 5] = 1.0
+    advantages = torch.linspace(-1.5, 1.0, rows)
+    batch = RolloutBatch(ids, mask, torch.zeros(ids.shape), advantages)
+    old = actor.get_inference_log_probs(ids, micro_batch_size=rows, temperature=1.0)
+    return batch.with_logprobs(old, None)
+
+
+def gradients_of(actor):
+    return {name: p.main_grad.clone() for name, p in actor.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("statistics", ["previous", "current"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_loss_gradients_and_lambda_do_not_depend_on_the_cut(layout, preset, statistics):
+    overrides = ("mtp.trunk.clamp=[null,null]", f"mtp.trunk.statistics={statistics}")
+    whole = rl_config(preset, 4, *overrides)
+    actor, trainer = actor_and_trainer(layout, whole)
+    batch = rollout_batch(actor, whole)
+    expected = []
+    for mini_batch in batch.split(4) * 2:
+        weights = copy.deepcopy(actor.model.state_dict())
+        metrics = trainer.run_update(mini_batch)
+        expected.append((mini_batch, weights, metrics, gradients_of(actor)))
+
+    for micro_batch_size in (2, 1):
+        actor, trainer = actor_and_trainer(layout, rl_config(preset, micro_batch_size, *overrides))
+        for mini_batch, weights, whole_metrics, whole_gradients in expected:
+            # Adam amplifies rounding: every update starts from the same weights
+            actor.model.load_state_dict(weights)
+            metrics = trainer.run_update(mini_batch)
+            assert metrics.keys() == whole_metrics.keys()
+            for name, value in whole_metrics.items():
+                assert metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-6), name
+            for name, gradient in gradients_of(actor).items():
+                difference = (gradient - whole_gradients[name]).abs().max()
+                assert difference <= 1e-6 * whole_gradients[name].abs().max().clamp(min=1), name
+    if preset.startswith("occ"):
+        used = [metrics["lambda/mtp_1"] for _, _, metrics, _ in expected]
+        assert used[0] == 0.0
+        assert any(value != 0.0 for value in used)
+
+
+def test_the_second_update_uses_its_own_gradients_alone(layout):
+    """p.grad aliases the buffer after an update; left there, the next backward counts twice."""
+    config = rl_config("ce", 2)
+    actor, trainer = actor_and_trainer(layout, config)
+    batch = rollout_batch(actor, config).rows(0, 4)
+    trainer.run_update(batch)
+    weights = copy.deepcopy(actor.model.state_dict())
+    trainer.run_update(batch)
+    second = gradients_of(actor)
+
+    fresh, fresh_trainer = actor_and_trainer(layout, config)
+    fresh.model.load_state_dict(weights)
+    fresh_trainer.run_update(batch)
+    for name, gradient in gradients_of(fresh).items():
+        torch.testing.assert_close(second[name], gradient, atol=1e-7, rtol=1e-6)
+
+
+def test_the_head_is_clipped_on_its_own(layout):
+    """A large head gradient must not shrink the trunk's update."""
+    updates = {}
+    for head_weight in (0.1, 1e4):
+        config = rl_config("detach", 4, f"mtp.head.weight={head_weight}")
+        config.rl.loss.clip_high = 0.28
+        actor, trainer = actor_and_trainer(layout, config)
+        # SGD shows the size of a gradient, which Adam would hide
+        inner = actor.optimizer.megatron
+        batch = rollout_batch(actor, config).rows(0, 4)
+        seen = {}
+        inner.step_with_ready_grads = lambda inner=inner, seen=seen: seen.update(
+            {id(p): p.grad.clone() for p in inner.get_parameters()}
+        )
+        metrics = trainer.run_update(batch)
+        names = {id(p): name for name, p in actor.model.named_parameters()}
+        updates[head_weight] = {names[key]: grad for key, grad in seen.items()}, metrics
+    small, large = updates[0.1], updates[1e4]
+    assert large[1]["grad_norm/head"] > 1.0 > small[1]["grad_norm/head"]
+    head = [g for n, g in large[0].items() if n.startswith("mtp.")]
+    norm = torch.stack([g.square().sum() for g in head]).sum().sqrt()
+    assert float(norm) == pytest.approx(1.0, abs=1e-4)
+    for name, gradient in small[0].items():
+        if not name.startswith("mtp."):
+            assert torch.equal(large[0][name], gradient), name
+
+
+def test_the_reference_policy_stays_while_the_policy_moves(layout):
+    config = rl_config("ce", 4, "rl.loss.kl_coefficient=0.5")
+    actor, trainer = actor_and_trainer(layout, config)
+    actor.keep_reference()
+    ids = random_ids(4, 14)
+    arguments = {"micro_batch_size": 4, "temperature": 1.0}
+    before = actor.get_inference_log_probs(ids, **arguments)
+    batch = rollout_batch(actor, config).rows(0, 4)
+    first = trainer.run_update(trainer.compute_logprobs(batch))
+    second = trainer.run_update(trainer.compute_logprobs(batch))
+    assert first["loss/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert second["loss/kl"] > 1e-6
+    assert torch.equal(actor.get_init_policy_logprobs(ids, **arguments), before)
+    assert not torch.allclose(actor.get_inference_log_probs(ids, **arguments), before, atol=1e-4)
+
+
+def test_a_frozen_head_gets_no_update_and_no_weight_decay(layout):
+    config = rl_config("none", 4)
+    config.rl.optimizer.weight_decay = 0.5
+    actor, trainer = actor_and_trainer(layout, config)
+    head = {n: p.clone() for n, p in actor.model.mtp.named_parameters()}
+    trainer.run_update(rollout_batch(actor, config).rows(0, 4))
+    for name, parameter in actor.model.mtp.named_parameters():
+        assert torch.equal(parameter, head[name]), name
+
+
+def test_non_finite_gradients_skip_the_update(layout):
+    config = rl_config("ce", 4)
+    actor, _ = actor_and_trainer(layout, config)
+    before = {n: p.clone() for n, p in actor.model.named_parameters()}
+    next(iter(actor.model.parameters())).main_grad.fill_(float("nan"))
+    assert actor.finish_training_step().skipped
+    for name, parameter in actor.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_cpu_back_end_is_applied_once_and_answers_megatrons_calls(layout):
+    zeros = torch.zeros
+    assert apply_cpu_backend()
+    assert torch.zeros is zeros
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.tensor([1.0], device=torch.cuda.current_device()).device.type == "cpu"

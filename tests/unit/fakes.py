@@ -1,0 +1,377 @@
+"""A policy small enough for unit tests: one token of context, K MTP depths, real autograd and SGD."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_occ.config import load_config
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.tasks import Problem
+from megatron_occ.data.tokenizers import CharTokenizer
+from megatron_occ.losses import soft_cross_entropy, total_variation
+from megatron_occ.losses.heads import HeadOutputs, LossReport
+from megatron_occ.rl.batch import head_targets
+from megatron_occ.rl.rewards import VerifierResult
+from megatron_occ.rl.rollouts import RolloutSource, Sampler
+from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rollout import sample_from_uniform, uniforms
+
+ALPHABET = "abcdefgh."
+TOKENIZER = CharTokenizer(ALPHABET)  # pad 0, eos 1, a 2, ..., "." 10
+STOP_IDS = (TOKENIZER.eos_id, *TOKENIZER.encode("."))
+WIDTH = 5
+DISTANCES = {"soft_ce": soft_cross_entropy, "tv": total_variation}
+
+
+@dataclass
+class FakeLayout:
+    """One data-parallel rank on its own: reductions leave its values as they are."""
+
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+
+    device = torch.device("cpu")
+
+    @property
+    def is_main(self):
+        return self.data_parallel_rank == 0
+
+    def all_reduce_data_parallel(self, values, *, maximum=False):
+        return values
+
+
+class ThreadedLayout(FakeLayout):
+    """Data-parallel ranks as threads of this process, with real reductions between them."""
+
+    def __init__(self, rank, size, barrier, slots):
+        super().__init__(rank, size)
+        self._barrier, self._slots = barrier, slots
+
+    def all_reduce_data_parallel(self, values, *, maximum=False):
+        self._slots[self.data_parallel_rank] = values.clone()
+        self._barrier.wait(timeout=20)
+        stacked = torch.stack(self._slots)
+        self._barrier.wait(timeout=20)
+        return values.copy_(stacked.amax(0) if maximum else stacked.sum(0))
+
+
+def run_ranks(size, work):
+    """``work(layout)`` on each of ``size`` data-parallel ranks; returns the results by rank."""
+    barrier, slots = threading.Barrier(size), [None] * size
+    results, errors = [None] * size, []
+
+    def run(rank):
+        try:
+            results[rank] = work(ThreadedLayout(rank, size, barrier, slots))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results
+
+
+class Bigram(torch.nn.Module):
+    """Embedding, trunk matrix, K MTP matrices and an output layer, in double precision."""
+
+    def __init__(self, depths, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def matrix(*shape):
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.nn.Parameter(values)
+
+        self.embedding = matrix(TOKENIZER.vocab_size, WIDTH)
+        self.trunk = matrix(WIDTH, WIDTH)
+        self.output = matrix(TOKENIZER.vocab_size, WIDTH)
+        self.heads = torch.nn.ParameterList([matrix(WIDTH, WIDTH) for _ in range(depths)])
+
+    def hidden(self, ids):
+        """[b, s, h] of the trunk: position t sees token t alone."""
+        return torch.tanh(self.embedding[ids] @ self.trunk)
+
+    def mtp_logits(self, ids, hidden, to_trunk, to_head):
+        """Logits [b, s, v] of each depth: depth k at t sees depth k - 1 at t and token t + k."""
+        keep = (lambda x: x) if to_trunk else torch.Tensor.detach
+        state, logits = keep(hidden), []
+        for depth, matrix in enumerate(self.heads, start=1):
+            ahead = keep(self.embedding)[ids.roll(-depth, dims=1)]
+            state = torch.tanh(state @ (matrix if to_head else matrix.detach()) + ahead)
+            logits.append(state @ keep(self.output).t())
+        return logits
+
+
+@dataclass
+class FakeGeneration:
+    tokens: list
+    logprobs: list
+    finished: list
+
+
+@dataclass
+class FakeStep:
+    trunk_norm: float
+    head_norm: float
+    lr: float
+    skipped: bool
+
+
+@dataclass
+class FakeMicroBatch:
+    ids: torch.Tensor
+    payload: Any
+    passes: tuple
+    temperature: float
+    distance: str | None
+
+
+class FakeActor:
+    """Implements ``megatron_occ.rl.interfaces.Actor``; keeps what the tests want to look at.
+
+    ``losses`` and ``gradients`` hold one entry for each mini-batch with a backward pass, ``calls``
+    the arguments of ``infer``. ``spoil(outputs, payload, forward_only)`` may replace the outputs of
+    the model.
+    """
+
+    def __init__(self, depths=2, *, layout=None, lr=0.5, seed=0):
+        self.layout = layout or FakeLayout()
+        self.num_depths, self.lr = depths, lr
+        self.model, self.reference = Bigram(depths, seed), Bigram(depths, seed)
+        self.losses, self.gradients, self.reports, self.calls = [], [], [], []
+        self.spoil = lambda outputs, payload, forward_only: outputs
+
+    def infer(
+        self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size
+    ):
+        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": temperature})
+        numbers = uniforms(seeds, max_response_length)
+        rows = [
+            self._respond(prompt, row, temperature, stop_ids)
+            for prompt, row in zip(prompts, numbers, strict=True)
+        ]
+        return FakeGeneration(*map(list, zip(*rows, strict=True)))
+
+    @torch.no_grad()
+    def _respond(self, prompt, numbers, temperature, stop_ids):
+        last, tokens, logprobs = prompt[-1], [], []
+        for number in numbers:
+            logits = self.model.hidden(torch.tensor([last])) @ self.model.output.t()
+            log_probs = (logits / temperature).log_softmax(-1)
+            last = int(sample_from_uniform(log_probs, number.unsqueeze(0)))
+            tokens.append(last)
+            logprobs.append(float(log_probs[0, last]))
+            if last in stop_ids:
+                return tokens, logprobs, True
+        return tokens, logprobs, False
+
+    @torch.no_grad()
+    def get_inference_log_probs(self, ids, *, micro_batch_size, temperature):
+        parts = ids.split(micro_batch_size)
+        return torch.cat([_main(self.model, part, temperature)[0] for part in parts])
+
+    @torch.no_grad()
+    def get_init_policy_logprobs(self, ids, *, micro_batch_size, temperature):
+        parts = ids.split(micro_batch_size)
+        return torch.cat([_main(self.reference, part, temperature)[0] for part in parts])
+
+    def micro_batch(self, ids, payload, *, passes, temperature=1.0, distance=None):
+        return FakeMicroBatch(ids, payload, passes, temperature, distance)
+
+    def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
+        if not forward_only:
+            self.model.zero_grad()
+        total, reports = 0.0, []
+        for batch in micro_batches:
+            with torch.no_grad() if forward_only else nullcontext():
+                outputs = self.spoil(self.outputs(batch), batch.payload, forward_only)
+                value, report = loss(outputs, batch.payload)
+            if not forward_only:
+                value.backward()
+            total += float(value.detach())
+            reports.append(report)
+        if not forward_only:
+            self.losses.append(total)
+            self._reduce_gradients()
+        self.reports.append(self._reduce(reports))
+        return self.reports[-1]
+
+    def outputs(self, batch):
+        """What the model returns for one micro-batch."""
+        ids, model = batch.ids, self.model
+        logprobs, log_probs, hidden = _main(model, ids, batch.temperature)
+        outputs = {"logprobs": logprobs, "entropy": -(log_probs.exp() * log_probs).sum(-1)}
+        if not batch.passes:
+            return HeadOutputs(**outputs)
+        targets, passes = head_targets(ids, self.num_depths)[1:], []
+        for to_trunk, to_head in batch.passes:
+            logits = model.mtp_logits(ids, hidden, to_trunk, to_head)
+            scaled = torch.stack(logits) / batch.temperature
+            picked = scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
+            passes.append(picked.squeeze(-1))
+        depths = range(1, self.num_depths + 1)
+        ahead = torch.stack([log_probs.detach().roll(-depth, dims=1) for depth in depths])
+        agreement = (scaled.argmax(-1) == ahead.argmax(-1)).float()
+        if batch.distance is not None:
+            outputs["distance"] = DISTANCES[batch.distance](scaled, ahead)
+        return HeadOutputs(**outputs, passes=tuple(passes), agreement=agreement)
+
+    def finish_training_step(self):
+        trunk = [self.model.embedding, self.model.trunk, self.model.output]
+        trunk_norm, head_norm = (_norm(group) for group in (trunk, self.model.heads))
+        skipped = not torch.isfinite(torch.tensor([trunk_norm, head_norm])).all().item()
+        if not skipped:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= self.lr * parameter.grad
+        return FakeStep(trunk_norm, head_norm, self.lr, skipped)
+
+    def _reduce_gradients(self):
+        grads = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                self.layout.all_reduce_data_parallel(parameter.grad)
+                grads[name] = parameter.grad.clone()
+        self.gradients.append(grads)
+
+    def _reduce(self, reports):
+        reduce = self.layout.all_reduce_data_parallel
+        names = reports[0].metrics
+        metrics = {n: reduce(sum(r.metrics[n].double() for r in reports)) for n in names}
+        if reports[0].calibration is None:
+            return LossReport(metrics)
+        sums = reports[0].calibration
+        for report in reports[1:]:
+            sums = sums + report.calibration
+        return LossReport(metrics, type(sums).from_tensor(reduce(sums.to_tensor())))
+
+
+def _main(model, ids, temperature):
+    """Log-probs [b, s] of the next token, of all tokens [b, s, v], and hidden states."""
+    hidden = model.hidden(ids)
+    log_probs = (hidden @ model.output.t() / temperature).log_softmax(-1)
+    targets = head_targets(ids, 0)[0]
+    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_probs, hidden
+
+
+def _norm(parameters):
+    grads = [p.grad.flatten() for p in parameters if p.grad is not None]
+    return float(torch.cat(grads).norm()) if grads else 0.0
+
+
+class ScriptedActor(FakeActor):
+    """Answers with ``respond(prompt_text, seed) -> text``; the log-prob of each token is -1."""
+
+    def __init__(self, respond, **arguments):
+        super().__init__(**arguments)
+        self.respond = respond
+
+    def infer(self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size):
+        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": temperature})
+        tokens = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            text = self.respond(TOKENIZER.decode(prompt), seed)
+            tokens.append(TOKENIZER.encode(text)[:max_response_length])
+        logprobs = [[-1.0] * len(row) for row in tokens]
+        return FakeGeneration(tokens, logprobs, [row[-1] in stop_ids for row in tokens])
+
+
+class LetterTask:
+    """Problem i of a split: a prompt that spells i in the first eight letters, base 8."""
+
+    name, alphabet, stop = "letters", ALPHABET, "."
+
+    def problem(self, split, index):
+        prompt = "".join(ALPHABET[int(digit)] for digit in f"{index:o}")
+        return Problem(prompt, "a.", prompt[-1], self.name)
+
+    def params(self):
+        return {}
+
+
+class FakeVerifiers:
+    """Scores with ``score(response, answer)``, in this process; keeps the scored texts."""
+
+    def __init__(self, score):
+        self.function, self.counts, self.items = score, {"errors": 0, "timeouts": 0}, []
+
+    def score(self, items):
+        self.items += items
+        return [VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items]
+
+
+def has_an_a(response, answer):
+    return "a" in response
+
+
+def rl_config(*overrides):
+    """4 prompts of 4 samples a step, in 2 mini-batches of 8 sequences; 2 MTP depths."""
+    small = (
+        "mtp.num_layers=2",
+        "rl.prompts_per_step=4",
+        "rl.samples_per_prompt=4",
+        "rl.mini_batches=2",
+        "rl.micro_batch_size=8",
+        "rl.steps=2",
+        "rl.rollout.max_response_length=6",
+        "rl.validation.problems=4",
+    )
+    return load_config([], [*small, *overrides])
+
+
+def make_source(config, actor, score=has_an_a, stream=None):
+    rollout = config.rl.rollout
+    sampler = Sampler(
+        actor,
+        TOKENIZER,
+        score if hasattr(score, "counts") else FakeVerifiers(score),
+        stop_ids=STOP_IDS,
+        max_response_length=rollout.max_response_length,
+        max_prompt_length=10,
+        batch_size=rollout.batch_size,
+    )
+    return RolloutSource(sampler, stream or PromptStream(LetterTask()), config.rl, config.seed)
+
+
+class Recorder:
+    """Stands in for the metrics logger and the rollout log."""
+
+    def __init__(self):
+        self.lines, self.events, self.samples = [], [], []
+
+    def log(self, phase, step, metrics):
+        self.lines.append((phase, step, metrics))
+
+    def event(self, step, message):
+        self.events.append((step, message))
+
+    def write(self, step, samples):
+        self.samples.append((step, samples))
+
+
+def make_trainer(config, actor, score=has_an_a, **callbacks):
+    """A trainer whose log, rollout log, saves and validations are in ``trainer.recorder``."""
+    recorder, source = Recorder(), make_source(config, actor, score)
+    trainer = GRPOTrainer(
+        config,
+        actor,
+        source,
+        validate=callbacks.get("validate", lambda: {"avg@1": 0.0}),
+        logger=recorder,
+        rollout_log=recorder,
+        save=callbacks.get("save", lambda step: None),
+    )
+    trainer.recorder = recorder
+    return trainer

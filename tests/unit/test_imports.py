@@ -1,0 +1,73 @@
+"""Import directions: who may import Megatron, who may import torch, and who whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_occ"
+LIBRARY = ("losses", "rl", "rollout", "data")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import, write it out"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def offenders(folders: list[Path], forbidden: str) -> list[str]:
+    """Files below the folders that import ``forbidden`` or anything in it."""
+    found = []
+    for path in sorted({file for folder in folders for file in folder.rglob("*.py")}):
+        names = imported(path)
+        if any(name == forbidden or name.startswith(f"{forbidden}.") for name in names):
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_the_scan_finds_what_it_looks_for():
+    inside = offenders([PACKAGE / "mcore"], "megatron")
+    assert "megatron_occ/mcore/model.py" in inside and len(inside) > 5
+    assert "megatron_occ/run.py" in offenders([PACKAGE], "megatron_occ.mcore")
+
+
+def test_only_mcore_imports_megatron():
+    found = offenders([PACKAGE, ROOT / "examples", ROOT / "tools"], "megatron")
+    assert [path for path in found if not path.startswith("megatron_occ/mcore/")] == []
+
+
+def test_unit_tests_import_no_megatron():
+    assert offenders([ROOT / "tests" / "unit"], "megatron") == []
+    assert offenders([ROOT / "tests" / "unit"], "megatron_occ.mcore") == []
+
+
+@pytest.mark.parametrize("room", LIBRARY)
+def test_the_library_does_not_import_the_megatron_side(room):
+    assert offenders([PACKAGE / room], "megatron_occ.mcore") == []
+
+
+@pytest.mark.parametrize("other", ["rl", "rollout", "mcore", "data"])
+def test_losses_import_no_other_room(other):
+    assert offenders([PACKAGE / "losses"], f"megatron_occ.{other}") == []
+
+
+@pytest.mark.parametrize("module", ["config", "observe", "cli"])
+def test_importing_it_imports_no_torch(module):
+    code = (
+        f"import sys, megatron_occ.{module}\n"
+        "print([m for m in ('torch', 'megatron.core', 'transformers') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,139 @@
+"""Rollouts as tensors, and the frames of the joint loss's constants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_occ.rl.batch import (
+    RolloutBatch,
+    head_masks,
+    head_targets,
+    joint_targets,
+    pad_sequences,
+)
+
+# row 0: prompt 11 12, response 13 14 15; row 1: prompt 21, response 22
+PROMPTS, RESPONSES = [[11, 12], [21]], [[13, 14, 15], [22]]
+LOGPROBS = [[-0.3, -0.4, -0.5], [-0.2]]
+
+
+def small_batch():
+    advantages = torch.tensor([1.5, -0.5])
+    return pad_sequences(PROMPTS, RESPONSES, LOGPROBS, advantages, 9, torch.device("cpu"))
+
+
+def scored_batch(**changes):
+    """Old log-probs in the source frame: entry t is -(t + 1) / 10, about token t + 1."""
+    old = -torch.arange(1, 6).float().div(10).expand(2, 5).clone()
+    return small_batch().with_logprobs(old, changes.get("reference"))
+
+
+def test_padding():
+    batch = small_batch()
+    assert len(batch) == 2
+    assert batch.ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 9, 9, 9]]
+    assert batch.response_mask.tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    expected = torch.tensor([[0, 0, -0.3, -0.4, -0.5], [0, -0.2, 0, 0, 0]])
+    assert torch.equal(batch.rollout_logprobs, expected)
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.old_logprobs is None
+    assert batch.ref_logprobs is None
+
+
+def test_padding_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError, match="zip"):
+        pad_sequences(PROMPTS, RESPONSES[:1], LOGPROBS, torch.zeros(2), 0, torch.device("cpu"))
+
+
+def test_splitting_keeps_every_row_and_what_belongs_to_it():
+    rows = 5
+    numbers = torch.arange(rows * 3).view(rows, 3).float()
+    batch = RolloutBatch(numbers.long(), numbers + 1, numbers + 2, numbers[:, 0], numbers + 3)
+    parts = batch.split(2)
+    assert [len(part) for part in parts] == [2, 2, 1]
+    for name in ("ids", "response_mask", "rollout_logprobs", "advantages", "old_logprobs"):
+        together = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(together, getattr(batch, name)), name
+    assert all(part.ref_logprobs is None for part in parts)
+    assert torch.equal(batch.rows(1, 3).old_logprobs, numbers[1:3] + 3)
+
+
+def test_targets_of_every_head():
+    ids = torch.tensor([[11, 12, 13, 14, 15]])
+    expected = [[[12, 13, 14, 15, 0]], [[13, 14, 15, 0, 0]], [[14, 15, 0, 0, 0]]]
+    assert head_targets(ids, 2).tolist() == expected
+    assert head_targets(ids, 0).tolist() == expected[:1]
+
+
+def test_constants_of_every_depth_at_every_position():
+    """Position t of depth d is about token t + 1 + d; entry t of the old log-probs about t + 1."""
+    constants = joint_targets(scored_batch(), depths=2, importance_cap=None)
+    # row 0: response tokens at 2, 3, 4; row 1: at 1
+    assert constants.mask.tolist() == [
+        [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]],
+        [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]],  # nothing predicts token 1 two steps ahead
+        [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]],
+    ]
+    old = constants.old_logprobs
+    assert old.shape == (3, 2, 5)
+    frames = torch.tensor(
+        [
+            [-0.1, -0.2, -0.3, -0.4, -0.5],
+            [-0.2, -0.3, -0.4, -0.5, 0.0],
+            [-0.3, -0.4, -0.5, 0.0, 0.0],
+        ]
+    )
+    for depth in range(3):
+        for row in range(2):
+            torch.testing.assert_close(old[depth, row], frames[depth])
+    assert constants.advantages.tolist() == [1.5, -0.5]
+    assert constants.importance_weights is None
+    assert constants.ref_logprobs is None
+
+
+def test_every_head_sees_the_same_old_logprob_of_the_same_token():
+    """Random lengths, in plain Python: token x has one old log-prob, whoever predicts it."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width, depths = 6, 12, 3
+    ids = torch.randint(0, 50, (rows, width), generator=generator)
+    mask = (torch.rand(rows, width, generator=generator) < 0.6).float()
+    old = -torch.rand(rows, width, generator=generator)
+    batch = RolloutBatch(ids, mask, torch.zeros(rows, width), torch.zeros(rows), old)
+    constants = joint_targets(batch, depths, None)
+    targets = head_targets(ids, depths)
+    for depth in range(depths + 1):
+        for row in range(rows):
+            for t in range(width):
+                token = t + 1 + depth
+                exists = token < width
+                where = (depth, row, t)
+                assert constants.mask[where] == (mask[row, token] if exists else 0), where
+                if exists:
+                    assert targets[where] == ids[row, token], where
+                    assert constants.old_logprobs[where] == old[row, token - 1], where
+    assert torch.equal(constants.mask, head_masks(mask, depths))
+
+
+def test_importance_weights_compare_the_same_token():
+    """Sampled log-probs are token-aligned, old ones in the source frame."""
+    constants = joint_targets(scored_batch(), depths=1, importance_cap=1.1)
+    weights = constants.importance_weights
+    # row 0, tokens 2, 3, 4: old -0.2 -0.3 -0.4, sampled -0.3 -0.4 -0.5: exp(0.1) > 1.1, capped
+    # row 1, token 1: old -0.1, sampled -0.2
+    expected = torch.ones(2, 5)
+    expected[0, 1:4] = expected[1, 0] = 1.1
+    torch.testing.assert_close(weights, expected)
+    loose = joint_targets(scored_batch(), depths=1, importance_cap=2.0).importance_weights
+    torch.testing.assert_close(loose[0, 1:4], torch.full((3,), 1.1051709180756477))
+
+
+def test_reference_logprobs_are_handed_on():
+    reference = torch.full((2, 5), -3.0)
+    constants = joint_targets(scored_batch(reference=reference), 1, None)
+    assert torch.equal(constants.ref_logprobs, reference)
+
+
+def test_targets_before_the_old_logprobs_are_an_error():
+    with pytest.raises(AssertionError, match="old log-probs"):
+        joint_targets(small_batch(), 1, None)

@@ -1,0 +1,349 @@
+"""From prompts to a batch, dynamic sampling, and validation, with scripted responses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.evaluation import evaluate
+from megatron_occ.rl.rollouts import sample_seed
+from tests.unit.fakes import (
+    STOP_IDS,
+    TOKENIZER,
+    FakeActor,
+    FakeLayout,
+    LetterTask,
+    ScriptedActor,
+    make_source,
+    rl_config,
+    run_ranks,
+)
+
+DYNAMIC = ("rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
+
+
+def in_turn(script):
+    """Respond to each prompt with the texts of ``script[prompt]``, one after the other."""
+    counts = {}
+
+    def respond(prompt, _seed):
+        counts[prompt] = counts.get(prompt, -1) + 1
+        texts = script(prompt)
+        return texts[counts[prompt] % len(texts)]
+
+    return respond
+
+
+def prompt_names(first, count):
+    return [LetterTask().problem("train", index).prompt for index in range(first, first + count)]
+
+
+def rows_as_text(batch):
+    return [TOKENIZER.decode(row) for row in batch.ids.tolist()]
+
+
+def test_a_step_draws_each_prompt_samples_per_prompt_times():
+    actor = FakeActor()
+    rollouts = make_source(rl_config(), actor).generate(Timers())
+    (call,) = actor.calls
+    expected = [TOKENIZER.encode(name) for name in prompt_names(0, 4) for _ in range(4)]
+    assert call["prompts"] == expected
+    assert len(set(call["seeds"])) == 16
+    assert len(rollouts.batch) == 16
+    assert [row[0] for row in rollouts.batch.ids.tolist()] == [row[0] for row in expected]
+
+
+def test_batch_advantages_metrics_and_readable_samples_by_hand():
+    """Group of prompt a: three of four right; other groups: all wrong."""
+    config = rl_config("rl.rollout.log_samples=3", "rl.rollout.temperature=0.7")
+    texts = {"a": ["a.", "ba.", "a", "b."]}
+    actor = ScriptedActor(in_turn(lambda prompt: texts.get(prompt, ["bbbbbbbb"])))
+    rollouts = make_source(config, actor).generate(Timers())
+    assert actor.calls[0]["temperature"] == 0.7
+    # mean 3/4, sample standard deviation 1/2, epsilon 1e-6
+    expected = torch.tensor([0.25, 0.25, 0.25, -0.75] + [0.0] * 12) / (0.5 + 1e-6)
+    torch.testing.assert_close(rollouts.batch.advantages, expected)
+    assert rows_as_text(rollouts.batch)[:5] == ["aa.", "aba.", "aa", "ab.", "bbbbbbb"]
+    # responses are cut at 6 tokens; lengths 2, 3, 1, 2 and twelve times 6
+    assert rollouts.batch.ids.shape == (16, 7)
+    assert rollouts.batch.response_mask.sum(1).tolist() == [2, 3, 1, 2] + [6] * 12
+    assert torch.equal(rollouts.batch.rollout_logprobs, -rollouts.batch.response_mask)
+    assert rollouts.metrics == pytest.approx(
+        {
+            "reward/mean": 3 / 16,
+            "reward/std": (3 / 16 * 13 / 16) ** 0.5,
+            "rollout/accuracy": 3 / 16,
+            "rollout/length_mean": 80 / 16,
+            "rollout/length_max": 6,
+            "rollout/truncated": 13 / 16,  # "a" and the twelve long ones
+            "rollout/dropped_groups": 0,
+            "rollout/tokens": 80,
+        }
+    )
+    assert rollouts.events == []
+    # every fifth of sixteen responses
+    assert [sample["prompt"] for sample in rollouts.samples] == ["a", "b", "c"]
+    first = {k: rollouts.samples[0][k] for k in ("response", "answer", "reward", "advantage")}
+    assert first == {"response": "a.", "answer": "a", "reward": 1.0, "advantage": 0.499999}
+    reasons = [sample["finish_reason"] for sample in rollouts.samples]
+    assert reasons == ["stop", "length", "length"]
+
+
+def test_no_samples_are_kept_where_none_are_wanted():
+    source = make_source(rl_config("rl.rollout.log_samples=0"), FakeActor())
+    assert source.generate(Timers()).samples == []
+
+
+def test_dr_grpo_advantages_reach_the_batch():
+    actor = ScriptedActor(in_turn(lambda prompt: ["a.", "b."]))
+    source = make_source(rl_config("rl.advantage.normalize=false"), actor)
+    assert source.generate(Timers()).batch.advantages.tolist() == [0.5, -0.5] * 8
+
+
+def test_overlong_penalty_enters_the_reward_and_not_the_accuracy():
+    """Limit 6, buffer 4: no penalty up to 2 tokens, then a quarter of 0.8 for each more."""
+    config = rl_config(
+        "rl.overlong.buffer=4", "rl.overlong.penalty=0.8", "rl.advantage.normalize=false"
+    )
+    actor = ScriptedActor(in_turn(lambda prompt: ["a.", "bb.", "bbbbb.", "ab"]))
+    rollouts = make_source(config, actor).generate(Timers())
+    rewards = [1.0, -0.2, -0.8, 1.0]
+    assert rollouts.metrics["reward/mean"] == pytest.approx(0.25)
+    assert rollouts.metrics["rollout/accuracy"] == 0.5
+    expected = torch.tensor(rewards * 4) - 0.25
+    torch.testing.assert_close(rollouts.batch.advantages, expected)
+    assert [sample["reward"] for sample in rollouts.samples[:2]] == pytest.approx([1.0, -0.8])
+
+
+def test_position_advances_by_one_a_step_and_prompts_never_repeat():
+    actor = FakeActor()
+    source = make_source(rl_config(), actor)
+    for step in range(3):
+        assert source.position == step
+        source.generate(Timers())
+    drawn = [TOKENIZER.decode(p) for call in actor.calls for p in call["prompts"][::4]]
+    assert drawn == prompt_names(0, 12)
+    seeds = [seed for call in actor.calls for seed in call["seeds"]]
+    assert len(set(seeds)) == 48
+
+
+def test_a_source_at_the_same_position_draws_the_same():
+    first, second = FakeActor(), FakeActor()
+    ahead, resumed = make_source(rl_config(), first), make_source(rl_config(), second)
+    ahead.generate(Timers())
+    resumed.position = ahead.position
+    a, b = ahead.generate(Timers()), resumed.generate(Timers())
+    assert first.calls[1] == second.calls[0]
+    assert torch.equal(a.batch.ids, b.batch.ids)
+    assert a.metrics == b.metrics
+
+
+def test_another_seed_draws_other_numbers():
+    actors = [FakeActor(), FakeActor()]
+    for seed, actor in enumerate(actors):
+        stream = PromptStream(LetterTask())
+        make_source(rl_config(f"seed={seed}"), actor, stream=stream).generate(Timers())
+    assert actors[0].calls[0]["prompts"] == actors[1].calls[0]["prompts"]
+    assert set(actors[0].calls[0]["seeds"]).isdisjoint(actors[1].calls[0]["seeds"])
+
+
+def test_sample_seeds_fit_torch_and_do_not_collide():
+    seeds = {sample_seed(key, index) for key in range(200) for index in range(200)}
+    assert len(seeds) == 40_000
+    assert 0 <= min(seeds)
+    assert max(seeds) < 2**63
+
+
+# --- dynamic sampling -------------------------------------------------------------------------
+
+
+def spread_only_in(names):
+    return in_turn(lambda prompt: ["a.", "b."] if prompt in names else ["a."])
+
+
+def test_dynamic_sampling_replaces_groups_without_spread():
+    """Prompts 1 and 3 of the first four, then 4, 6 and 7 of the next four have spread."""
+    names = prompt_names(0, 12)
+    actor = ScriptedActor(spread_only_in([names[i] for i in (1, 3, 4, 6, 7)]))
+    source = make_source(rl_config(*DYNAMIC), actor)
+    rollouts = source.generate(Timers())
+    prompts = [TOKENIZER.encode(names[i]) for i in (1, 3, 4, 6) for _ in range(4)]
+    got = [row[: len(p)] for row, p in zip(rollouts.batch.ids.tolist(), prompts, strict=True)]
+    assert got == prompts
+    assert rollouts.batch.advantages.abs().min() > 0
+    assert rollouts.metrics["rollout/dropped_groups"] == 3  # 0, 2 and 5
+    assert rollouts.events == []
+    assert len(actor.calls) == source.position == 2  # enough after two of three rounds
+
+
+def test_dynamic_sampling_stops_after_the_first_round_if_all_groups_are_useful():
+    actor = ScriptedActor(spread_only_in(prompt_names(0, 12)))
+    source = make_source(rl_config(*DYNAMIC), actor)
+    assert source.generate(Timers()).metrics["rollout/dropped_groups"] == 0
+    assert source.position == 1
+    source.generate(Timers())
+    assert actor.calls[1]["prompts"][0] == TOKENIZER.encode(prompt_names(4, 1)[0])
+
+
+def test_dynamic_sampling_fills_up_after_the_last_round_and_says_so():
+    names = prompt_names(0, 12)
+    actor = ScriptedActor(spread_only_in([names[5]]))
+    source = make_source(rl_config(*DYNAMIC), actor)
+    rollouts = source.generate(Timers())
+    assert len(actor.calls) == source.position == 3
+    assert len(rollouts.batch) == 16
+    # the useful group first, then the earliest of the others
+    order = [5, 0, 1, 2]
+    prompts = [TOKENIZER.encode(names[i]) for i in order for _ in range(4)]
+    got = [row[: len(p)] for row, p in zip(rollouts.batch.ids.tolist(), prompts, strict=True)]
+    assert got == prompts
+    assert torch.count_nonzero(rollouts.batch.advantages) == 4
+    assert rollouts.metrics["rollout/dropped_groups"] == 8  # twelve drawn, four kept
+    (event,) = rollouts.events
+    assert "3 groups without spread kept after 3 rounds" in event
+
+
+def test_without_dynamic_sampling_groups_without_spread_stay():
+    actor = ScriptedActor(lambda prompt, seed: "a.")
+    source = make_source(rl_config(), actor)
+    rollouts = source.generate(Timers())
+    assert torch.count_nonzero(rollouts.batch.advantages) == 0
+    assert rollouts.metrics["rollout/dropped_groups"] == 0
+    assert rollouts.events == []
+    assert source.position == 1
+
+
+# --- data parallelism -------------------------------------------------------------------------
+
+
+def test_two_ranks_draw_together_what_one_draws():
+    config = rl_config()
+    whole = FakeActor()
+    make_source(config, whole).generate(Timers())
+    halves = []
+    for rank in (0, 1):
+        actor = FakeActor(layout=FakeLayout(rank, 2))
+        batch = make_source(config, actor).generate(Timers()).batch
+        assert len(batch) == 8
+        halves.append(actor.calls[0])
+
+    def pairs(call):
+        return list(zip(map(tuple, call["prompts"]), call["seeds"], strict=True))
+
+    assert sorted(pairs(halves[0]) + pairs(halves[1])) == sorted(pairs(whole.calls[0]))
+    assert not set(pairs(halves[0])) & set(pairs(halves[1]))
+
+
+def test_metrics_of_two_ranks_are_those_of_one():
+    config = rl_config()
+    alone = make_source(config, FakeActor()).generate(Timers())
+    ranks = run_ranks(
+        2, lambda layout: make_source(config, FakeActor(layout=layout)).generate(Timers())
+    )
+    for rank in ranks:
+        assert rank.metrics == pytest.approx(alone.metrics, rel=1e-12)
+
+
+def test_dynamic_sampling_goes_on_until_every_rank_has_enough():
+    """Rank 1 has its two groups at once; rank 0 (prompts 0, 2, 4, 6, ...) needs a third round."""
+    names = prompt_names(0, 12)
+    useful = [names[i] for i in (1, 3, 6, 8)]
+
+    def work(layout):
+        actor = ScriptedActor(spread_only_in(useful), layout=layout)
+        source = make_source(rl_config(*DYNAMIC), actor)
+        return source.generate(Timers()), source.position
+
+    (first, position), (second, other) = run_ranks(2, work)
+    assert position == other == 3
+    assert len(first.batch) == len(second.batch) == 8
+    for rollouts in (first, second):
+        assert rollouts.batch.advantages.abs().min() > 0
+        assert rollouts.events == []
+        # rank 0 drops 0, 2, 4, 10, rank 1 drops 5, 7, 9, 11
+        assert rollouts.metrics["rollout/dropped_groups"] == 8
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_place_and_a_remedy(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "abcdabcdabcd", "answer": "a", "task_name": "exact"}\n')
+    source = make_source(rl_config(), FakeActor(), stream=PromptStream(path))
+    with pytest.raises(ValueError, match=r"prompt 0 \('abcdabcdabcd'\) has 12 tokens") as caught:
+        source.generate(Timers())
+    assert "max_position_embeddings" in str(caught.value)
+
+
+def test_the_sampler_hands_settings_and_texts_through():
+    config = rl_config("rl.rollout.batch_size=3")
+    actor, seen = ScriptedActor(lambda prompt, seed: "ab."), []
+    source = make_source(config, actor, score=lambda *texts: bool(seen.append(texts)))
+    infer, arguments = actor.infer, {}
+    actor.infer = lambda prompts, **settings: arguments.update(settings) or infer(
+        prompts, **settings
+    )
+    source.generate(Timers())
+    settings = {name: arguments[name] for name in ("max_response_length", "stop_ids", "batch_size")}
+    assert settings == {"max_response_length": 6, "stop_ids": STOP_IDS, "batch_size": 3}
+    assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
+
+
+# --- validation -------------------------------------------------------------------------------
+
+
+def validation(responses, *overrides, layout=None, stream=None, seed=0):
+    config = rl_config("rl.validation.samples=3", *overrides)
+    actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
+    sampler = make_source(config, actor).sampler
+    stream = stream or PromptStream(LetterTask(), split="validation")
+    return evaluate(sampler, stream, config.rl.validation, seed), actor
+
+
+def test_average_and_pass_at_k_by_hand():
+    """Right of three: 3, 1, 0 and 2."""
+    texts = {"a": ["a."], "b": ["b.", "a.", "b."], "c": ["b."], "d": ["a.", "b.", "a."]}
+    metrics, actor = validation(in_turn(texts.get), "rl.validation.temperature=0.6")
+    assert metrics == pytest.approx(
+        {"avg@3": 6 / 12, "pass@1": 6 / 12, "pass@3": 3 / 4, "problems": 4}
+    )
+    assert actor.calls[0]["temperature"] == 0.6
+
+
+def test_one_sample_a_problem():
+    metrics, _ = validation(
+        in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
+    )
+    assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
+
+
+def test_validation_draws_the_same_every_time_and_on_any_layout():
+    alone, actor = validation(None)
+    again, other = validation(None)
+    assert again == alone
+    assert other.calls == actor.calls
+    ranks = run_ranks(2, lambda layout: validation(None, layout=layout))
+    for metrics, _ in ranks:
+        assert metrics == pytest.approx(alone, rel=1e-12)
+    seeds = [seed for _, rank in ranks for seed in rank.calls[0]["seeds"]]
+    assert sorted(seeds) == sorted(actor.calls[0]["seeds"])
+    assert len(set(seeds)) == 12
+
+
+def test_validation_with_fewer_problems_than_ranks():
+    ranks = run_ranks(3, lambda layout: validation(None, "rl.validation.problems=2", layout=layout))
+    alone, _ = validation(None, "rl.validation.problems=2")
+    assert [metrics for metrics, _ in ranks] == [pytest.approx(alone, rel=1e-12)] * 3
+    assert [len(actor.calls) for _, actor in ranks] == [1, 1, 0]
+
+
+def test_a_short_file_is_used_whole(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    lines = ['{"prompt": "a", "answer": "a"}', '{"prompt": "b", "answer": "b"}']
+    path.write_text("\n".join(lines) + "\n")
+    stream = PromptStream(path, split="validation")
+    metrics, _ = validation(lambda prompt, seed: f"{prompt}.", stream=stream)
+    assert metrics == {"avg@3": 0.5, "pass@1": 0.5, "pass@3": 0.5, "problems": 2}
