@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     layout = initialize()
-    contestants = {name: _contestant(layout, given, options.overrides) for name, given in REGIMES.items()}
+    contestants = {
+        name: _contestant(layout, given, options.overrides) for name, given in REGIMES.items()
+    }
     batch = _batch(next(iter(contestants.values())).trainer)
     for round_number in range(options.rounds + 2):
         for contestant in contestants.values():
@@ -79,7 +81,9 @@ def _contestant(layout: object, given: tuple[str, ...], overrides: list[str]) ->
         total_updates=1000,
         train_head=train_head,
     )
-    trainer = GRPOTrainer(config, actor, None, validate=None, logger=None, rollout_log=None, save=None)
+    trainer = GRPOTrainer(
+        config, actor, None, validate=None, logger=None, rollout_log=None, save=None
+    )
     return Contestant(trainer, [])
 
 

@@ -3,9 +3,9 @@
     python examples/losses_in_your_trainer.py
 
 A small recurrent model with a main head and two MTP heads learns to count: every token should be
-the one before it plus 1. It prints the reward and lambda of both depths in a step's last update (in
-the first one lambda is 0: the policy still is the old policy). Lambda is below 0 while the heads are
-less sure than the main head of what is rewarded, as here; then they send nothing into the trunk.
+the one before it plus 1. It prints the reward, and lambda of both depths in a step's last update.
+Lambda is below 0 while the heads are less sure than the main head of what is rewarded, as here;
+then they send nothing into the trunk.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def joint_loss(logprobs, old, mtp_logprobs, advantages, mask):  # noqa: ANN001, 
     return loss, weights
 
 
-def main(steps: int = 40) -> None:
+def main(steps: int = 20) -> None:
     torch.manual_seed(0)
     model = TinyModel()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)

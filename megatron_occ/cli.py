@@ -12,7 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_occ.config import Config, ConfigError, derive, help_text, load_config, to_yaml, validate
+from megatron_occ.config import (
+    Config,
+    ConfigError,
+    derive,
+    help_text,
+    load_config,
+    to_yaml,
+    validate,
+)
 
 _COMMANDS = {
     "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
@@ -33,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         sys.exit(f"megatron-occ: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("megatron-occ: interrupted; the same command with --resume continues")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -133,9 +143,11 @@ def _run(options: argparse.Namespace, config: Config) -> None:
     run = runs.Run(config, resume=command != "eval" and options.resume)
     try:
         if command == "eval":
-            for name, value in runs.evaluate_checkpoint(run, options.checkpoint).items():
-                print(f"{name} {value:g}")
+            results = runs.evaluate_checkpoint(run, options.checkpoint)
+            if run.layout.is_main:
+                print("\n".join(f"{name} {value:g}" for name, value in results.items()))
             return
+        run.open_folder()
         if command == "pretrain":
             runs.pretrain(run)
             run.finish(config.pretrain.steps)
@@ -161,9 +173,10 @@ def _plan(config: Config, command: str, world_size: int) -> str:
         to_yaml(config).rstrip(),
         "",
         f"command            {command}",
-        f"ranks              {world_size} (tensor {config.parallel.tensor}, data {sizes.data_parallel})",
+        f"ranks              {world_size} "
+        f"(tensor {config.parallel.tensor}, data {sizes.data_parallel})",
     ]
-    if config.rl.init_from is None and config.pretrain.steps or command == "pretrain":
+    if (config.rl.init_from is None and config.pretrain.steps) or command == "pretrain":
         lines.append(
             f"pretraining        {sizes.pretrain_updates} updates of {config.pretrain.batch_size} "
             f"sequences, {sizes.pretrain_micro_batches} micro-batches a rank"

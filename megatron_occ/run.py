@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.config import save_config
+from megatron_occ.config import flat_values, load_config, save_config
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.data.corpus import TaskCorpus
@@ -22,6 +22,7 @@ from megatron_occ.data.tasks import Task, build_task
 from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
+    checkpoint_name,
     describe,
     list_checkpoints,
     load_checkpoint,
@@ -44,7 +45,7 @@ class Run:
     """One run folder and what all its phases share."""
 
     config: Config
-    resume: bool
+    resume: bool = False
     layout: Layout = field(init=False)
     task: Task | None = field(init=False, default=None)
     tokenizer: Tokenizer = field(init=False)
@@ -53,17 +54,24 @@ class Run:
     def __post_init__(self) -> None:
         config = self.config
         _register_verifiers(config.data.verifiers)
-        self.layout = initialize(
-            tensor_parallel_size=config.parallel.tensor, seed=config.seed
-        )
+        self.layout = initialize(tensor_parallel_size=config.parallel.tensor, seed=config.seed)
         if config.data.task.name is not None:
             self.task = build_task(config.data.task.name, **config.data.task.params)
         self.tokenizer = _tokenizer(config, self.task)
         self.folder = Path(config.run_dir)
-        if self.layout.is_main:
+
+    def open_folder(self) -> None:
+        """Create the run folder, or open it again to resume, and start the log."""
+        is_main, saved = self.layout.is_main, self.folder / "config.yaml"
+        changed = []
+        if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-        self.metrics = MetricsLogger(self.folder, is_main=self.layout.is_main)
+            if self.resume and saved.is_file():
+                changed = _changed_keys(load_config([saved], []), self.config)
+            save_config(self.config, saved)
+        self.metrics = MetricsLogger(self.folder, is_main=is_main)
+        for change in changed:
+            self.metrics.event(0, f"resumed with another configuration: {change}")
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -91,6 +99,9 @@ def pretrain(run: Run) -> Path | None:
     config = run.config
     if config.pretrain.steps == 0:
         return None
+    latest = run.latest("pretrain") if run.resume else None
+    if latest is not None and latest.name == checkpoint_name(config.pretrain.steps):
+        return latest
     corpus, fingerprint = _corpus(run)
     meta = run.describe({"corpus": fingerprint})
     actor = MegatronGPTActor(
@@ -112,7 +123,6 @@ def pretrain(run: Run) -> Path | None:
         )
 
     trainer = PretrainTrainer(config, actor, corpus, logger=run.metrics, save=save)
-    latest = run.latest("pretrain") if run.resume else None
     if latest is not None:
         trainer.load_state_dict(load_checkpoint(latest, actor, meta))
         run.metrics.truncate_after(trainer.step, "pretrain")
@@ -196,6 +206,11 @@ def _register_verifiers(verifiers: dict[str, str]) -> None:
     for name, path in verifiers.items():
         register_verifier(name, path)
         get_verifier(name)
+
+
+def _changed_keys(old: Config, new: Config) -> list[str]:
+    before, now = flat_values(old), flat_values(new)
+    return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key]]
 
 
 def _tokenizer(config: Config, task: Task | None) -> Tokenizer:

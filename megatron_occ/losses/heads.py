@@ -1,8 +1,8 @@
 """What goes into a loss and what comes out of it: outputs of the heads, constants, counts, report.
 
 Everything is in the *source frame*: entry t of depth d is about token x_{t+1+d}, predicted at
-position t (d = 0 is the main head). Targets, masks and old log-probs are shifted once, as constants;
-log-probs are never moved.
+position t (d = 0 is the main head). Targets, masks and old log-probs are shifted once, as
+constants; log-probs are never moved.
 """
 
 from __future__ import annotations

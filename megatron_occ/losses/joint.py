@@ -1,4 +1,4 @@
-"""The joint loss: policy loss of the main head plus what MTP sends to the trunk and to its own head."""
+"""The joint loss: the policy loss, what MTP sends into the trunk, and what trains its head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from megatron_occ.losses.calibration import calibration_sums, released_coefficie
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.policy import clipped_policy_loss
-
 
 _METRIC_NAMES = {
     "clip_fraction_low": "clip_fraction/low",
@@ -193,7 +192,9 @@ class JointLoss:
         """Loss of each depth, [K]."""
         depths = range(logprobs.size(0))
         if signal == "policy":
-            losses = [self._policy_loss(logprobs[k], targets, normalizers, k + 1)[0] for k in depths]
+            losses = [
+                self._policy_loss(logprobs[k], targets, normalizers, k + 1)[0] for k in depths
+            ]
         else:
             losses = [
                 -masked_sum(logprobs[k], targets.mask[k + 1]) / normalizers.tokens[k + 1]
@@ -240,7 +241,10 @@ def _answer_non_finite(
 
 
 def _describe_heads(
-    outputs: HeadOutputs, targets: JointTargets, normalizers: Normalizers, metrics: dict[str, Tensor]
+    outputs: HeadOutputs,
+    targets: JointTargets,
+    normalizers: Normalizers,
+    metrics: dict[str, Tensor],
 ) -> None:
     for k, logprobs in enumerate(outputs.passes[-1].detach(), start=1):
         mask, tokens = targets.mask[k], normalizers.tokens[k]

@@ -36,7 +36,7 @@ class MegatronGPTActor:
         layout: this rank's place.
         optimizer: the phase's optimizer section.
         total_updates: length of the phase, in optimizer updates.
-        train_head: False freezes the MTP head (regime ``none``): it gets no update, no weight decay.
+        train_head: False freezes the MTP head (regime ``none``): no update, no weight decay.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MegatronGPTActor:
         seeds: list[int],
         batch_size: int,
     ) -> Generation:
-        """Sample a response for each prompt; see :func:`~megatron_occ.mcore.generation.generate`."""
+        """Sample a response for each prompt; see ``mcore.generation.generate``."""
         return generate(
             self.model,
             prompts,

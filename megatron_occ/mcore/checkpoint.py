@@ -43,7 +43,7 @@ def save_checkpoint(
         meta: JSON-ready; see :func:`describe`.
         keep: how many checkpoints stay.
     """
-    target = folder / f"step_{step:06d}"
+    target = folder / checkpoint_name(step)
     temporary = target.with_suffix(".tmp")
     if actor.layout.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,6 +89,11 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
     state = dist_checkpointing.load({"model": _model_state(actor)}, str(path))
     actor.model.load_state_dict(state["model"])
     actor.optimizer.megatron.reload_model_params()
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -5,18 +5,17 @@ counter, the state of a random generator, the type of a gradient. :func:`apply_c
 these calls on a machine without a CUDA device, once, at start-up; it is the only place of this
 project that changes other people's code at run time, and it does nothing where CUDA exists.
 
-=====================================  ============================================  ==================
-call                                   what Megatron-Core assumes                    what we answer
-=====================================  ============================================  ==================
-``torch.cuda.current_device()``        an index to put buffers on (layers, KV        the CPU device
-                                       cache, gradient buffers)
-``torch.zeros/ones/empty/full/         counters and flags live on the GPU            the same on CPU
-tensor(..., device="cuda")``           (schedules, optimizer, gradient norm)
-``torch.cuda.synchronize/empty_cache`` a queue to wait for                           nothing to do
-random-number tracker                  CUDA generator states to fork                 Megatron's inference
-                                                                                     tracker: forks are
-                                                                                     no-ops (dropout is 0)
-=====================================  ============================================  ==================
+``torch.cuda.current_device()``
+    Megatron assumes an index to put buffers on (layers, KV cache, gradient buffers).
+    We answer with the CPU device.
+``torch.zeros``, ``ones``, ``empty``, ``full`` and ``tensor`` with ``device="cuda"``
+    Megatron assumes that counters and flags live on the GPU (schedules, optimizer, norms).
+    We make them on the CPU.
+``torch.cuda.synchronize``, ``torch.cuda.empty_cache``
+    Megatron assumes a queue to wait for. There is none: nothing to do.
+Random-number tracker
+    Megatron forks CUDA generator states around dropout and initialisation. We install its own
+    inference tracker, whose forks are no-ops: dropout is 0 and weights come from the CPU generator.
 
 Two further assumptions are met without touching anything: gradient clipping, whose helper asserts a
 CUDA tensor type, is done by ``optimizer.clip_gradients``; weights are initialised with

@@ -73,7 +73,9 @@ class CoreAttention(MegatronModule):
         Returns:
             [sq, b, heads * d].
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         sq, sk = query.size(0), key.size(0)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))

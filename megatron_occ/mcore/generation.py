@@ -68,7 +68,7 @@ def generate(
 
 
 class _BatchDecoder:
-    """Decodes one batch in step; shorter prompts start sampling while longer ones are still read."""
+    """Decodes a batch in step: shorter prompts are sampled while longer ones are still read."""
 
     def __init__(
         self, model: OCCGPTModel, prompts: list[list[int]], limit: int, stop_ids: tuple[int, ...]

@@ -1,8 +1,8 @@
 """Log-probabilities from hidden states over a vocabulary split across tensor-parallel ranks.
 
-Logits exist for one chunk of tokens of one head at a time: the forward pass keeps the hidden states
-and one normaliser a token, the backward pass computes each chunk's logits again. Matrix products run
-in the parameters' precision, softmax and sums in fp32.
+Logits exist for one chunk of tokens of one head at a time: the forward pass keeps the hidden
+states and one normaliser a token, the backward pass computes each chunk's logits again. Matrix
+products run in the parameters' precision, softmax and sums in fp32.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class _TokenStatistics(torch.autograd.Function):
             logprob = shard.reduce(picked) - log_z
             entropy = log_z - shard.reduce(expected)
             parts.append((logprob, entropy, _top_ids(logits, local_max, shard), log_z))
-        logprobs, entropy, top_ids, log_z = (torch.cat(column) for column in zip(*parts, strict=True))
+        logprobs, entropy, top_ids, log_z = (
+            torch.cat(column) for column in zip(*parts, strict=True)
+        )
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.shard, ctx.temperature = shard, temperature
         ctx.mark_non_differentiable(top_ids)
@@ -187,7 +189,9 @@ class _DraftDistance(torch.autograd.Function):
         for rows in _chunks(hidden.size(0), weight.size(0)):
             states = (hidden[rows], teacher_hidden[rows])
             log_q, log_p = (_log_softmax(x, weight, shard, temperature) for x in states)
-            terms = -log_p.exp() * log_q if kind == "soft_ce" else (log_p.exp() - log_q.exp()).abs() / 2
+            terms = (
+                -log_p.exp() * log_q if kind == "soft_ce" else (log_p.exp() - log_q.exp()).abs() / 2
+            )
             distances.append(shard.reduce(terms.sum(-1)))
         ctx.save_for_backward(hidden, weight, teacher_hidden)
         ctx.kind, ctx.shard, ctx.temperature = kind, shard, temperature

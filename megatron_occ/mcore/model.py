@@ -65,7 +65,7 @@ class OCCGPTModel(GPTModel):
         """Megatron's forward, or, with ``request``, the log-probs of all heads.
 
         Returns:
-            With ``request``: :class:`HeadOutputs` on the last stage, hidden states [s, b, h] before.
+            With ``request``: :class:`HeadOutputs` on the last stage, hidden states before.
         """
         if request is None:
             return super().forward(*args, **kwargs)
@@ -73,7 +73,9 @@ class OCCGPTModel(GPTModel):
             hidden = super().forward(*args, **kwargs)
         if not self.post_process:
             return hidden
-        call = dict(zip(("input_ids", "position_ids", "attention_mask"), args, strict=False), **kwargs)
+        call = dict(
+            zip(("input_ids", "position_ids", "attention_mask"), args, strict=False), **kwargs
+        )
         return self._head_outputs(hidden, request, call)
 
     def next_token_logits(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
@@ -126,14 +128,19 @@ class OCCGPTModel(GPTModel):
         size = max(0, min(local, self.valid_vocab_size - start))
         return VocabShard(start, size, group if group.size() > 1 else None)
 
-    def _head_outputs(self, hidden: Tensor, request: HeadRequest, call: dict[str, Any]) -> HeadOutputs:
+    def _head_outputs(
+        self, hidden: Tensor, request: HeadRequest, call: dict[str, Any]
+    ) -> HeadOutputs:
         shard, weight = self._vocab_shard(), self._output_weight()
         main_hidden = self._flatten(hidden)
         # flat index t * b + i: sequence dimension first, as hidden states are laid out
         targets = request.targets.transpose(1, 2).flatten(1)
         size = call["input_ids"].shape
         main = token_statistics(main_hidden, weight, targets[0], shard, request.temperature)
-        outputs = {"logprobs": _unflatten(main.logprobs, size), "entropy": _unflatten(main.entropy, size)}
+        outputs = {
+            "logprobs": _unflatten(main.logprobs, size),
+            "entropy": _unflatten(main.entropy, size),
+        }
         if targets.size(0) == 1:
             return HeadOutputs(**outputs)
         passes = []
@@ -220,5 +227,5 @@ def _unflatten(values: Tensor, size: torch.Size) -> Tensor:
 
 
 def _ahead(ids: Tensor, steps: int) -> Tensor:
-    """ids[b, t + steps] at position t; the last ``steps`` positions wrap and are masked by the caller."""
+    """ids[b, t + steps] at position t; the last ``steps`` positions wrap, callers mask them."""
     return ids.roll(-steps, dims=1)

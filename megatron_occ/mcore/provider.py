@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from importlib.util import find_spec
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,6 +21,8 @@ from torch.nn import functional
 from megatron_occ.config.schema import Config, ModelConfig
 from megatron_occ.mcore.cpu_modules import CPUSpecProvider, cpu_layer_spec
 from megatron_occ.mcore.model import OCCGPTModel
+
+logger = logging.getLogger(__name__)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -74,7 +78,15 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> OCCGPT
         config: the run's configuration.
         vocab_size: ids of the tokenizer; padded here to a multiple of the tensor-parallel size.
         device: of the parameters.
+
+    Raises:
+        ValueError: a precision that the device can't do, or a rank left without token ids.
     """
+    if config.precision == "bf16" and device.type != "cuda":
+        raise ValueError(
+            "precision=bf16: Megatron-Core's bf16 optimizer needs a CUDA device, there is none "
+            "here: use precision=fp32"
+        )
     megatron = transformer_config(config)
     spec, mtp_spec = _specs(config.model, megatron)
     tensor = config.parallel.tensor
@@ -100,9 +112,11 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> OCCGPT
 
 def _specs(model: ModelConfig, megatron: TransformerConfig) -> tuple[ModuleSpec, object | None]:
     has_mtp = megatron.mtp_num_layers is not None
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and find_spec("transformer_engine") is not None:
+        logger.info("layer spec: TransformerEngine")
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
         return spec, get_gpt_mtp_block_spec(megatron, spec, True) if has_mtp else None
+    logger.info("layer spec: Megatron-Core's local layers with torch's norm and attention")
     spec = cpu_layer_spec(megatron)
     backend = CPUSpecProvider()
     return spec, get_gpt_mtp_block_spec_for_backend(megatron, spec, backend) if has_mtp else None

@@ -33,7 +33,9 @@ class Layout:
     ) -> torch.Tensor:
         """Sum (or maximum) of ``values`` over data-parallel ranks, in place; returns it."""
         if self.data_parallel_size > 1:
-            operation = torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
+            operation = (
+                torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
+            )
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(values, op=operation, group=group)
         return values

@@ -40,7 +40,8 @@ def evaluate(
             timers=Timers(),
         )
         scores = torch.tensor(drawn.scores, dtype=torch.float64).view(-1, samples)
-        sums += torch.tensor([scores.mean(1).sum(), scores.amax(1).sum(), len(scores)])
+        local = torch.tensor([scores.mean(1).sum(), scores.amax(1).sum(), len(scores)])
+        sums += local.to(sums)
     total, solved, count = layout.all_reduce_data_parallel(sums).tolist()
     mean = total / count
     return {

@@ -131,9 +131,7 @@ class RolloutSource:
         seed: of sampling.
     """
 
-    def __init__(
-        self, sampler: Sampler, stream: PromptStream, config: RLConfig, seed: int
-    ) -> None:
+    def __init__(self, sampler: Sampler, stream: PromptStream, config: RLConfig, seed: int) -> None:
         self.sampler, self.stream, self.config, self.seed = sampler, stream, config, seed
         self.actor = sampler.actor
         self.position = 0

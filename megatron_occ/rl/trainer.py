@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards, in the terms of NeMo-Aligner's GRPO trainer.
 
-``fit`` reads top to bottom: roll out, compute old log-probs, update in mini-batches, validate, save.
+``fit`` reads top to bottom: roll out, compute old log-probs, update, validate, save.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ class GRPOTrainer:
         save: Callable[[int], None],
     ) -> None:
         self.config, self.actor, self.rollouts = config, actor, rollouts
-        self.validate, self.logger, self.rollout_log, self.save = validate, logger, rollout_log, save
+        self.validate, self.logger, self.rollout_log, self.save = (
+            validate,
+            logger,
+            rollout_log,
+            save,
+        )
         self.coefficients = CoefficientTracker(config.mtp)
         self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
         self.timers = Timers()
@@ -192,13 +197,19 @@ class GRPOTrainer:
         times = self.timers.pop()
         tokens = metrics.pop("rollout/tokens")
         metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
-        counts = self.rollouts.sampler.verifiers.counts
-        metrics.update({f"verifier/{name}": float(count) for name, count in counts.items()})
+        metrics.update(self._verifier_failures())
         metrics.update(times)
         # since the last line: validation and saving belong to the step that comes after them
         now = time.perf_counter()
         metrics["time/step"], self._logged_at = now - self._logged_at, now
         self.logger.log("rl", self.step, metrics)
+
+    def _verifier_failures(self) -> dict[str, float]:
+        """Failures since the start of the run, over data-parallel ranks."""
+        layout, counts = self.actor.layout, self.rollouts.sampler.verifiers.counts
+        total = torch.tensor(list(counts.values()), dtype=torch.float64, device=layout.device)
+        values = layout.all_reduce_data_parallel(total).tolist()
+        return {f"verifier/{name}": value for name, value in zip(counts, values, strict=True)}
 
     def _warn(self, events: list[str]) -> None:
         for event in events:

@@ -30,7 +30,7 @@ def test_the_verifier_of_the_example_scores_the_run(run, monkeypatch):
     ("verifier", "message"),
     [
         ("lost=no_such_module:check", "no_such_module"),
-        ("lost=examples.own_verifier:no_such_function", "no_such_function"),
+        ("misspelt=examples.own_verifier:no_such_function", "no_such_function"),
         ("math=examples.own_verifier:echo", "'math' is taken"),
         ("lost=own_verifier.py", "module:function"),
     ],

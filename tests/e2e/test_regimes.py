@@ -42,7 +42,7 @@ def test_every_algorithm_runs_with_every_draft_loss(run, algorithm, head):
 
 
 def test_an_mtp_regime_without_mtp_layers_is_refused(run):
-    with pytest.raises(SystemExit, match="mtp.num_layers"):
+    with pytest.raises(SystemExit, match=r"mtp\.num_layers"):
         run("rl", "run", "mtp.num_layers=0", "mtp.preset=occ")
 
 

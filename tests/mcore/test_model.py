@@ -201,7 +201,7 @@ def test_depth_two_trains_depth_one(layout):
 
 
 def test_split_passes_send_each_loss_where_it_belongs(layout):
-    """Trunk pass and head pass together have the trunk gradients of one loss, the head's of another."""
+    """Trunk gradients come from the one loss, head gradients from the other."""
     model = build_model(small_config(), VOCABULARY, layout.device)
     ids, coefficients = random_ids(), torch.tensor([0.7, -0.3])
     split, _ = joint_gradients(model, ids, REGIMES["occ_decoupled"], coefficients=coefficients)

@@ -56,7 +56,9 @@ def rollout_batch(actor, config, rows=8):
 
 
 def gradients_of(actor):
-    return {name: p.main_grad.clone() for name, p in actor.model.named_parameters() if p.requires_grad}
+    return {
+        name: p.main_grad.clone() for name, p in actor.model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("statistics", ["previous", "current"])

@@ -1,4 +1,4 @@
-"""A policy small enough for unit tests: one token of context, K MTP depths, real autograd and SGD."""
+"""A policy small enough for unit tests: one token of context, K MTP depths, autograd and SGD."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def run_ranks(size, work):
     for thread in threads:
         thread.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
     return results
 
 
@@ -152,29 +154,32 @@ class FakeActor:
         self.losses, self.gradients, self.reports, self.calls = [], [], [], []
         self.spoil = lambda outputs, payload, forward_only: outputs
 
-    def infer(
-        self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size
-    ):
+    def infer(self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size):
         self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": temperature})
-        numbers = uniforms(seeds, max_response_length)
-        rows = [
-            self._respond(prompt, row, temperature, stop_ids)
-            for prompt, row in zip(prompts, numbers, strict=True)
+        tokens, logprobs = self._draw(
+            [p[-1] for p in prompts], seeds, temperature, max_response_length
+        )
+        ends = [
+            next((i for i, token in enumerate(row, start=1) if token in stop_ids), None)
+            for row in tokens.tolist()
         ]
-        return FakeGeneration(*map(list, zip(*rows, strict=True)))
+        length = max_response_length
+        return FakeGeneration(
+            [row[: end or length] for row, end in zip(tokens.tolist(), ends, strict=True)],
+            [row[: end or length] for row, end in zip(logprobs.tolist(), ends, strict=True)],
+            [end is not None for end in ends],
+        )
 
     @torch.no_grad()
-    def _respond(self, prompt, numbers, temperature, stop_ids):
-        last, tokens, logprobs = prompt[-1], [], []
-        for number in numbers:
-            logits = self.model.hidden(torch.tensor([last])) @ self.model.output.t()
-            log_probs = (logits / temperature).log_softmax(-1)
-            last = int(sample_from_uniform(log_probs, number.unsqueeze(0)))
-            tokens.append(last)
-            logprobs.append(float(log_probs[0, last]))
-            if last in stop_ids:
-                return tokens, logprobs, True
-        return tokens, logprobs, False
+    def _draw(self, last, seeds, temperature, length):
+        """Tokens and log-probs [n, length]; a token depends on the one before it alone."""
+        everything = self.model.hidden(torch.arange(TOKENIZER.vocab_size))
+        table = (everything @ self.model.output.t() / temperature).log_softmax(-1)
+        numbers, tokens = uniforms(seeds, length), [torch.tensor(last)]
+        for step in range(length):
+            tokens.append(sample_from_uniform(table[tokens[-1]], numbers[:, step]))
+        chain = torch.stack(tokens, dim=1)
+        return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 
     @torch.no_grad()
     def get_inference_log_probs(self, ids, *, micro_batch_size, temperature):
@@ -309,7 +314,9 @@ class FakeVerifiers:
 
     def score(self, items):
         self.items += items
-        return [VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items]
+        return [
+            VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items
+        ]
 
 
 def has_an_a(response, answer):

@@ -44,7 +44,8 @@ def test_the_losses_train_a_model_of_the_users_own():
     rewards = [float(reward) for _, reward, *_ in lines]
     lambdas = [float(value) for line in lines for value in line[2:]]
     # a sixth of the tokens is right by chance
-    assert rewards[0] < 0.35 and rewards[-1] > 0.9
+    assert rewards[0] < 0.35
+    assert rewards[-1] > 0.9
     assert any(abs(value) > 0.01 for value in lambdas)
 
 

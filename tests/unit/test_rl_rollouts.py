@@ -152,7 +152,7 @@ def test_another_seed_draws_other_numbers():
 def test_sample_seeds_fit_torch_and_do_not_collide():
     seeds = {sample_seed(key, index) for key in range(200) for index in range(200)}
     assert len(seeds) == 40_000
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < 2**63
 
 
@@ -283,8 +283,8 @@ def test_the_sampler_hands_settings_and_texts_through():
     actor, seen = ScriptedActor(lambda prompt, seed: "ab."), []
     source = make_source(config, actor, score=lambda *texts: bool(seen.append(texts)))
     infer, arguments = actor.infer, {}
-    actor.infer = lambda prompts, **settings: arguments.update(settings) or infer(
-        prompts, **settings
+    actor.infer = lambda prompts, **settings: (
+        arguments.update(settings) or infer(prompts, **settings)
     )
     source.generate(Timers())
     settings = {name: arguments[name] for name in ("max_response_length", "stop_ids", "batch_size")}

@@ -1,0 +1,99 @@
+"""Checkpoints: complete or absent, refused where they don't fit, random state included."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import (
+    describe,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from tests.mcore.conftest import VOCABULARY, small_config
+
+
+@pytest.fixture
+def actor(layout):
+    return make_actor(layout)
+
+
+def make_actor(layout, depths=1):
+    config = small_config(depths)
+    actor = MegatronGPTActor(
+        config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=10
+    )
+    actor.finish_training_step()  # Adam has no state before its first update
+    return actor
+
+
+def meta(config=None, **changes):
+    return {**describe(config or small_config(1), {"kind": "char"}, {"corpus": "a1"}), **changes}
+
+
+def save(folder, step, actor, keep=2):
+    return save_checkpoint(
+        folder, step, actor, trainer_state={"step": step}, meta=meta(), keep=keep
+    )
+
+
+def test_weights_trainer_and_random_state_come_back(actor, tmp_path):
+    path = save(tmp_path, 3, actor)
+    expected = {n: p.clone() for n, p in actor.model.named_parameters()}
+    drawn = torch.rand(4)
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.zero_()
+    assert load_checkpoint(path, actor, meta()) == {"step": 3}
+    for name, parameter in actor.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert torch.equal(torch.rand(4), drawn)
+
+
+def test_only_the_newest_stay_and_unfinished_ones_are_not_seen(actor, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, actor)
+    (tmp_path / "step_000009.tmp").mkdir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+    save(tmp_path, 9, actor)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 9]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokenizer": {"kind": "hf"}}, "tokenizer is .*char.* this run has .*hf"),
+        ({"data": {"corpus": "b2"}}, "data is .*a1.* this run has .*b2"),
+        ({"mtp_layers": 2}, "mtp_layers is 1, this run has 2"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(actor, tmp_path, changes, named):
+    path = save(tmp_path, 1, actor)
+    with pytest.raises(ValueError, match=f"meta.json: {named}"):
+        load_checkpoint(path, actor, meta(**changes))
+
+
+def test_another_phase_may_have_other_data_but_not_another_model(actor, tmp_path):
+    path = save(tmp_path, 1, actor)
+    load_weights(path, actor, meta(data={"prompts": "zz"}))
+    other = small_config(1)
+    other.model.hidden_size = 64
+    with pytest.raises(ValueError, match="model is"):
+        load_weights(path, actor, meta(other))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(actor, tmp_path):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        load_weights(tmp_path, actor, meta())
+
+
+def test_the_meta_file_is_readable_by_a_person(actor, tmp_path):
+    found = json.loads((save(tmp_path, 4, actor) / "meta.json").read_text())
+    assert found["step"] == 4
+    assert found["model"]["hidden_size"] == 32
