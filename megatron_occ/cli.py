@@ -32,7 +32,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 2 on a configuration or data error."""
+    """Entry point of the console script; exits with 1 on a configuration or data error."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.ERROR, format="%(message)s")
     try:
@@ -152,8 +152,9 @@ def _run(options: argparse.Namespace, config: Config) -> None:
             runs.pretrain(run)
             run.finish(config.pretrain.steps)
             return
+        prompts = runs.read_prompts(run)
         start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run)
-        run.finish(runs.reinforce(run, start))
+        run.finish(runs.reinforce(run, prompts, start))
     finally:
         shutdown()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.config import flat_values, load_config, save_config
+from megatron_occ.config import check_resumed, load_config, save_config
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.data.corpus import TaskCorpus
@@ -29,7 +29,7 @@ from megatron_occ.mcore.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from megatron_occ.mcore.startup import Layout, initialize
+from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import Corpus, PretrainTrainer
 from megatron_occ.rl.evaluation import evaluate
@@ -63,15 +63,16 @@ class Run:
     def open_folder(self) -> None:
         """Create the run folder, or open it again to resume, and start the log."""
         is_main, saved = self.layout.is_main, self.folder / "config.yaml"
-        changed = []
+        changes = []
+        if self.resume and saved.is_file():
+            changes = check_resumed(load_config([saved], []), self.config)
+        barrier()  # all ranks have read what the main one is about to write
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.resume and saved.is_file():
-                changed = _changed_keys(load_config([saved], []), self.config)
             save_config(self.config, saved)
         self.metrics = MetricsLogger(self.folder, is_main=is_main)
-        for change in changed:
-            self.metrics.event(0, f"resumed with another configuration: {change}")
+        for change in changes:
+            self.metrics.event(0, f"resumed with {change}")
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -131,10 +132,23 @@ def pretrain(run: Run) -> Path | None:
     return run.latest("pretrain")
 
 
-def reinforce(run: Run, start: Path | None) -> int:
+def read_prompts(run: Run) -> tuple[PromptStream, PromptStream]:
+    """Training and held-out prompts, read and checked before anything is trained.
+
+    Raises:
+        ValueError: a bad file, or a record whose verifier is not known.
+    """
+    streams = _prompts(run, "train"), _prompts(run, "validation")
+    for stream in streams:
+        for name in stream.task_names():
+            get_verifier(name)
+    return streams
+
+
+def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path | None) -> int:
     """Run RL to the end from the weights in ``start`` (None: random); returns the last step."""
     config, rl = run.config, run.config.rl
-    train, held_out = _prompts(run, "train"), _prompts(run, "validation")
+    train, held_out = prompts
     meta = run.describe({"prompts": train.fingerprint()})
     actor = MegatronGPTActor(
         config,
@@ -206,11 +220,6 @@ def _register_verifiers(verifiers: dict[str, str]) -> None:
     for name, path in verifiers.items():
         register_verifier(name, path)
         get_verifier(name)
-
-
-def _changed_keys(old: Config, new: Config) -> list[str]:
-    before, now = flat_values(old), flat_values(new)
-    return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key]]
 
 
 def _tokenizer(config: Config, task: Task | None) -> Tokenizer:

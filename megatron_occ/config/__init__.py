@@ -6,6 +6,7 @@ from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.help import help_text, reference_markdown
 from megatron_occ.config.load import flat_values, load_config, save_config, to_yaml
 from megatron_occ.config.presets import PRESETS
+from megatron_occ.config.resume import check_resumed
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import Sizes, derive
 from megatron_occ.config.validate import validate
@@ -15,6 +16,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Sizes",
+    "check_resumed",
     "derive",
     "flat_values",
     "help_text",

@@ -98,6 +98,12 @@ class PromptStream:
         """Number of prompts in a file, None for a generated task."""
         return None if self._task is not None else len(self._records)
 
+    def task_names(self) -> set[str]:
+        """Names of the verifiers that the prompts ask for."""
+        if self._task is not None:
+            return {self._task.name}
+        return {record.task_name for record in self._records}
+
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes, or of the task's name, parameters and first problems.
 

@@ -92,6 +92,11 @@ def _init_process_group(backend: str) -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
 def shutdown() -> None:
     """Release Megatron's groups and the process group."""
     if parallel_state.model_parallel_is_initialized():

@@ -74,3 +74,18 @@ def test_resumed_run_equals_undisturbed_run(run, monkeypatch, phase, trainer_cla
         assert same(state[key], value), key
     if phase == "rl":
         assert (cut / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(run):
+    folder = run("pretrain", "run", "pretrain.steps=6")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(SystemExit, match="seed was 0, is 1"):
+        run("pretrain", "run", "pretrain.steps=6", "--resume", "seed=1")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_longer_run_resumes_from_the_shorter_one(run):
+    folder = run("rl", "run", "pretrain.steps=6", "rl.steps=1")
+    run("rl", "run", "pretrain.steps=6", "rl.steps=2", "--resume")
+    assert [line["step"] for line in metrics(folder, "rl")] == [1, 2]
+    assert [line["step"] for line in metrics(folder, "pretrain")] == [6]

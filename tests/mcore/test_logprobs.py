@@ -162,6 +162,22 @@ def test_bf16_inputs_give_fp32_logprobs_close_to_those_of_fp32():
         assert error < 0.02
 
 
+def test_the_gradient_of_bf16_weights_is_summed_in_fp32(monkeypatch):
+    """400 chunks of one token each: a sum in bf16 would stop growing."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = 1 + torch.rand(400, WIDTH, generator=generator)
+    targets = torch.randint(0, 4, (400,), generator=generator)
+
+    def gradient(dtype):
+        weight = torch.zeros(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
+        token_statistics(hidden.to(dtype), weight, targets, whole()).logprobs.sum().backward()
+        return weight.grad.float()
+
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1)
+    exact = gradient(torch.float32)
+    assert (gradient(torch.bfloat16) - exact).norm() / exact.norm() < 0.004
+
+
 def test_log_softmax_itself_is_computed_in_fp32():
     """Equal logits: rounding of 1/v or of the sum to bf16 would show."""
     rows = 1000

@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_occ.config import load_config
-from megatron_occ.data.prompts import PromptStream
-from megatron_occ.data.tasks import Problem
 from megatron_occ.data.tokenizers import CharTokenizer
 from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rl.rewards import VerifierResult
-from megatron_occ.rl.rollouts import RolloutSource, Sampler
-from megatron_occ.rl.trainer import GRPOTrainer
 from megatron_occ.rollout import sample_from_uniform, uniforms
 
 ALPHABET = "abcdefgh."
@@ -291,94 +285,3 @@ class ScriptedActor(FakeActor):
             tokens.append(TOKENIZER.encode(text)[:max_response_length])
         logprobs = [[-1.0] * len(row) for row in tokens]
         return FakeGeneration(tokens, logprobs, [row[-1] in stop_ids for row in tokens])
-
-
-class LetterTask:
-    """Problem i of a split: a prompt that spells i in the first eight letters, base 8."""
-
-    name, alphabet, stop = "letters", ALPHABET, "."
-
-    def problem(self, split, index):
-        prompt = "".join(ALPHABET[int(digit)] for digit in f"{index:o}")
-        return Problem(prompt, "a.", prompt[-1], self.name)
-
-    def params(self):
-        return {}
-
-
-class FakeVerifiers:
-    """Scores with ``score(response, answer)``, in this process; keeps the scored texts."""
-
-    def __init__(self, score):
-        self.function, self.counts, self.items = score, {"errors": 0, "timeouts": 0}, []
-
-    def score(self, items):
-        self.items += items
-        return [
-            VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items
-        ]
-
-
-def has_an_a(response, answer):
-    return "a" in response
-
-
-def rl_config(*overrides):
-    """4 prompts of 4 samples a step, in 2 mini-batches of 8 sequences; 2 MTP depths."""
-    small = (
-        "mtp.num_layers=2",
-        "rl.prompts_per_step=4",
-        "rl.samples_per_prompt=4",
-        "rl.mini_batches=2",
-        "rl.micro_batch_size=8",
-        "rl.steps=2",
-        "rl.rollout.max_response_length=6",
-        "rl.validation.problems=4",
-    )
-    return load_config([], [*small, *overrides])
-
-
-def make_source(config, actor, score=has_an_a, stream=None):
-    rollout = config.rl.rollout
-    sampler = Sampler(
-        actor,
-        TOKENIZER,
-        score if hasattr(score, "counts") else FakeVerifiers(score),
-        stop_ids=STOP_IDS,
-        max_response_length=rollout.max_response_length,
-        max_prompt_length=10,
-        batch_size=rollout.batch_size,
-    )
-    return RolloutSource(sampler, stream or PromptStream(LetterTask()), config.rl, config.seed)
-
-
-class Recorder:
-    """Stands in for the metrics logger and the rollout log."""
-
-    def __init__(self):
-        self.lines, self.events, self.samples = [], [], []
-
-    def log(self, phase, step, metrics):
-        self.lines.append((phase, step, metrics))
-
-    def event(self, step, message):
-        self.events.append((step, message))
-
-    def write(self, step, samples):
-        self.samples.append((step, samples))
-
-
-def make_trainer(config, actor, score=has_an_a, **callbacks):
-    """A trainer whose log, rollout log, saves and validations are in ``trainer.recorder``."""
-    recorder, source = Recorder(), make_source(config, actor, score)
-    trainer = GRPOTrainer(
-        config,
-        actor,
-        source,
-        validate=callbacks.get("validate", lambda: {"avg@1": 0.0}),
-        logger=recorder,
-        rollout_log=recorder,
-        save=callbacks.get("save", lambda step: None),
-    )
-    trainer.recorder = recorder
-    return trainer

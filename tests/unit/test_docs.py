@@ -15,7 +15,7 @@ from megatron_occ.config.keys import leaves, sections
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-# the demo writes this figure
+# a figure of measured numbers: may be missing
 MADE_LATER = {"docs/demo.svg"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROCESSES = re.compile(r"--(?:nproc-per-node|ntasks)[ =](\d+)|WORLD_SIZE=(\d+)")

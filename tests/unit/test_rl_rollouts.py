@@ -1,4 +1,4 @@
-"""From prompts to a batch, dynamic sampling, and validation, with scripted responses."""
+"""From prompts to a batch, dynamic sampling, and data parallelism, with scripted responses."""
 
 from __future__ import annotations
 
@@ -7,33 +7,11 @@ import torch
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.observe.progress import Timers
-from megatron_occ.rl.evaluation import evaluate
 from megatron_occ.rl.rollouts import sample_seed
-from tests.unit.fakes import (
-    STOP_IDS,
-    TOKENIZER,
-    FakeActor,
-    FakeLayout,
-    LetterTask,
-    ScriptedActor,
-    make_source,
-    rl_config,
-    run_ranks,
-)
+from tests.unit.fakes import STOP_IDS, TOKENIZER, FakeActor, FakeLayout, ScriptedActor, run_ranks
+from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
 
 DYNAMIC = ("rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
-
-
-def in_turn(script):
-    """Respond to each prompt with the texts of ``script[prompt]``, one after the other."""
-    counts = {}
-
-    def respond(prompt, _seed):
-        counts[prompt] = counts.get(prompt, -1) + 1
-        texts = script(prompt)
-        return texts[counts[prompt] % len(texts)]
-
-    return respond
 
 
 def prompt_names(first, count):
@@ -290,60 +268,3 @@ def test_the_sampler_hands_settings_and_texts_through():
     settings = {name: arguments[name] for name in ("max_response_length", "stop_ids", "batch_size")}
     assert settings == {"max_response_length": 6, "stop_ids": STOP_IDS, "batch_size": 3}
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
-
-
-# --- validation -------------------------------------------------------------------------------
-
-
-def validation(responses, *overrides, layout=None, stream=None, seed=0):
-    config = rl_config("rl.validation.samples=3", *overrides)
-    actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
-    sampler = make_source(config, actor).sampler
-    stream = stream or PromptStream(LetterTask(), split="validation")
-    return evaluate(sampler, stream, config.rl.validation, seed), actor
-
-
-def test_average_and_pass_at_k_by_hand():
-    """Right of three: 3, 1, 0 and 2."""
-    texts = {"a": ["a."], "b": ["b.", "a.", "b."], "c": ["b."], "d": ["a.", "b.", "a."]}
-    metrics, actor = validation(in_turn(texts.get), "rl.validation.temperature=0.6")
-    assert metrics == pytest.approx(
-        {"avg@3": 6 / 12, "pass@1": 6 / 12, "pass@3": 3 / 4, "problems": 4}
-    )
-    assert actor.calls[0]["temperature"] == 0.6
-
-
-def test_one_sample_a_problem():
-    metrics, _ = validation(
-        in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
-    )
-    assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
-
-
-def test_validation_draws_the_same_every_time_and_on_any_layout():
-    alone, actor = validation(None)
-    again, other = validation(None)
-    assert again == alone
-    assert other.calls == actor.calls
-    ranks = run_ranks(2, lambda layout: validation(None, layout=layout))
-    for metrics, _ in ranks:
-        assert metrics == pytest.approx(alone, rel=1e-12)
-    seeds = [seed for _, rank in ranks for seed in rank.calls[0]["seeds"]]
-    assert sorted(seeds) == sorted(actor.calls[0]["seeds"])
-    assert len(set(seeds)) == 12
-
-
-def test_validation_with_fewer_problems_than_ranks():
-    ranks = run_ranks(3, lambda layout: validation(None, "rl.validation.problems=2", layout=layout))
-    alone, _ = validation(None, "rl.validation.problems=2")
-    assert [metrics for metrics, _ in ranks] == [pytest.approx(alone, rel=1e-12)] * 3
-    assert [len(actor.calls) for _, actor in ranks] == [1, 1, 0]
-
-
-def test_a_short_file_is_used_whole(tmp_path):
-    path = tmp_path / "held_out.jsonl"
-    lines = ['{"prompt": "a", "answer": "a"}', '{"prompt": "b", "answer": "b"}']
-    path.write_text("\n".join(lines) + "\n")
-    stream = PromptStream(path, split="validation")
-    metrics, _ = validation(lambda prompt, seed: f"{prompt}.", stream=stream)
-    assert metrics == {"avg@3": 0.5, "pass@1": 0.5, "pass@3": 0.5, "problems": 2}

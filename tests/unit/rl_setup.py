@@ -1,0 +1,142 @@
+"""Trainers, prompts and verifiers around the fake actor, for the tests of the RL loop."""
+
+from __future__ import annotations
+
+from megatron_occ.config import load_config
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.tasks import Problem
+from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.rewards import VerifierResult
+from megatron_occ.rl.rollouts import RolloutSource, Sampler
+from megatron_occ.rl.trainer import GRPOTrainer
+from tests.unit.fakes import ALPHABET, STOP_IDS, TOKENIZER, FakeActor
+
+PRESETS = ("none", "detach", "ce", "policy", "occ", "occ_decoupled")
+# lambda may be negative then: a clamp at 0 would hide differences
+OPEN = "mtp.trunk.clamp=[null,null]"
+
+
+class LetterTask:
+    """Problem i of a split: a prompt that spells i in the first eight letters, base 8."""
+
+    name, alphabet, stop = "letters", ALPHABET, "."
+
+    def problem(self, split, index):
+        prompt = "".join(ALPHABET[int(digit)] for digit in f"{index:o}")
+        return Problem(prompt, "a.", prompt[-1], self.name)
+
+    def params(self):
+        return {}
+
+
+class FakeVerifiers:
+    """Scores with ``score(response, answer)``, in this process; keeps the scored texts."""
+
+    def __init__(self, score):
+        self.function, self.counts, self.items = score, {"errors": 0, "timeouts": 0}, []
+
+    def score(self, items):
+        self.items += items
+        return [
+            VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items
+        ]
+
+
+def in_turn(script):
+    """Respond to each prompt with the texts of ``script[prompt]``, one after the other."""
+    counts = {}
+
+    def respond(prompt, _seed):
+        counts[prompt] = counts.get(prompt, -1) + 1
+        texts = script(prompt)
+        return texts[counts[prompt] % len(texts)]
+
+    return respond
+
+
+def has_an_a(response, answer):
+    return "a" in response
+
+
+def varied(response, answer):
+    """A reward with spread in every group of the actor with seed 2: no update without gradient."""
+    return response.count("a") + len(response) / 6
+
+
+def rl_config(*overrides):
+    """4 prompts of 4 samples a step, in 2 mini-batches of 8 sequences; 2 MTP depths."""
+    small = (
+        "mtp.num_layers=2",
+        "rl.prompts_per_step=4",
+        "rl.samples_per_prompt=4",
+        "rl.mini_batches=2",
+        "rl.micro_batch_size=8",
+        "rl.steps=2",
+        "rl.rollout.max_response_length=6",
+        "rl.validation.problems=4",
+    )
+    return load_config([], [*small, *overrides])
+
+
+def make_source(config, actor, score=has_an_a, stream=None):
+    rollout = config.rl.rollout
+    sampler = Sampler(
+        actor,
+        TOKENIZER,
+        score if hasattr(score, "counts") else FakeVerifiers(score),
+        stop_ids=STOP_IDS,
+        max_response_length=rollout.max_response_length,
+        max_prompt_length=10,
+        batch_size=rollout.batch_size,
+    )
+    return RolloutSource(sampler, stream or PromptStream(LetterTask()), config.rl, config.seed)
+
+
+class Recorder:
+    """Stands in for the metrics logger and the rollout log."""
+
+    def __init__(self):
+        self.lines, self.events, self.samples = [], [], []
+
+    def log(self, phase, step, metrics):
+        self.lines.append((phase, step, metrics))
+
+    def event(self, step, message):
+        self.events.append((step, message))
+
+    def write(self, step, samples):
+        self.samples.append((step, samples))
+
+
+def make_trainer(config, actor, score=has_an_a, **callbacks):
+    """A trainer whose log, rollout log, saves and validations are in ``trainer.recorder``."""
+    recorder, source = Recorder(), make_source(config, actor, score)
+    trainer = GRPOTrainer(
+        config,
+        actor,
+        source,
+        validate=callbacks.get("validate", lambda: {"avg@1": 0.0}),
+        logger=recorder,
+        rollout_log=recorder,
+        save=callbacks.get("save", lambda step: None),
+    )
+    trainer.recorder = recorder
+    return trainer
+
+
+def four_updates(*overrides, micro=2, layout=None, **callbacks):
+    """A trainer with 4 updates a step, of 4 sequences each, and its actor."""
+    config = rl_config("rl.mini_batches=4", f"rl.micro_batch_size={micro}", *overrides)
+    actor = FakeActor(layout=layout, seed=2)
+    return make_trainer(config, actor, varied, **callbacks), actor
+
+
+def mini_batches(trainer, change=lambda batch: batch):
+    """The next step's rollouts, with old log-probs, cut into mini-batches."""
+    batch = change(trainer.rollouts.generate(Timers()).batch)
+    size = len(batch) // trainer.config.rl.mini_batches
+    return trainer.compute_logprobs(batch).split(size)
+
+
+def weights(actor):
+    return {name: p.detach().clone() for name, p in actor.model.named_parameters()}

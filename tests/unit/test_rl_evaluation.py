@@ -1,0 +1,64 @@
+"""Validation: avg@k and pass@k by hand, and the same numbers on any layout."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.rl.evaluation import evaluate
+from tests.unit.fakes import FakeActor, ScriptedActor, run_ranks
+from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
+
+
+def validation(responses, *overrides, layout=None, stream=None, seed=0):
+    config = rl_config("rl.validation.samples=3", *overrides)
+    actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
+    sampler = make_source(config, actor).sampler
+    stream = stream or PromptStream(LetterTask(), split="validation")
+    return evaluate(sampler, stream, config.rl.validation, seed), actor
+
+
+def test_average_and_pass_at_k_by_hand():
+    """Right of three: 3, 1, 0 and 2."""
+    texts = {"a": ["a."], "b": ["b.", "a.", "b."], "c": ["b."], "d": ["a.", "b.", "a."]}
+    metrics, actor = validation(in_turn(texts.get), "rl.validation.temperature=0.6")
+    assert metrics == pytest.approx(
+        {"avg@3": 6 / 12, "pass@1": 6 / 12, "pass@3": 3 / 4, "problems": 4}
+    )
+    assert actor.calls[0]["temperature"] == 0.6
+
+
+def test_one_sample_a_problem():
+    metrics, _ = validation(
+        in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
+    )
+    assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
+
+
+def test_validation_draws_the_same_every_time_and_on_any_layout():
+    alone, actor = validation(None)
+    again, other = validation(None)
+    assert again == alone
+    assert other.calls == actor.calls
+    ranks = run_ranks(2, lambda layout: validation(None, layout=layout))
+    for metrics, _ in ranks:
+        assert metrics == pytest.approx(alone, rel=1e-12)
+    seeds = [seed for _, rank in ranks for seed in rank.calls[0]["seeds"]]
+    assert sorted(seeds) == sorted(actor.calls[0]["seeds"])
+    assert len(set(seeds)) == 12
+
+
+def test_validation_with_fewer_problems_than_ranks():
+    ranks = run_ranks(3, lambda layout: validation(None, "rl.validation.problems=2", layout=layout))
+    alone, _ = validation(None, "rl.validation.problems=2")
+    assert [metrics for metrics, _ in ranks] == [pytest.approx(alone, rel=1e-12)] * 3
+    assert [len(actor.calls) for _, actor in ranks] == [1, 1, 0]
+
+
+def test_a_short_file_is_used_whole(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    lines = ['{"prompt": "a", "answer": "a"}', '{"prompt": "b", "answer": "b"}']
+    path.write_text("\n".join(lines) + "\n")
+    stream = PromptStream(path, split="validation")
+    metrics, _ = validation(lambda prompt, seed: f"{prompt}.", stream=stream)
+    assert metrics == {"avg@3": 0.5, "pass@1": 0.5, "pass@3": 0.5, "problems": 2}
