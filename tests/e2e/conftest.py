@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -28,6 +29,20 @@ class Runner:
 @pytest.fixture
 def run(tmp_path):
     return Runner(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """Checkpoint, by number of depths, of a model that already earns some reward."""
+    pretrain = Runner(tmp_path_factory.mktemp("pretrained"))
+
+    @functools.cache
+    def checkpoint(depths: int) -> Path:
+        settings = ("pretrain.steps=120", f"mtp.num_layers={depths}")
+        folder = pretrain("pretrain", f"depths_{depths}", *settings)
+        return folder / "checkpoints" / "pretrain" / "step_000120"
+
+    return checkpoint
 
 
 def metrics(folder: Path, phase: str) -> list[dict]:

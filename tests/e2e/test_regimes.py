@@ -9,16 +9,19 @@ import pytest
 from megatron_occ.config import ConfigError
 from tests.e2e.conftest import metrics
 
-QUICK = ("pretrain.steps=8", "rl.steps=2")
+QUICK = ("rl.steps=2", "rl.prompts_per_step=16")
 
 
 @pytest.mark.parametrize("depths", [1, 2])
 @pytest.mark.parametrize("preset", ["none", "detach", "ce", "policy", "occ", "occ_decoupled"])
-def test_every_preset_runs_at_one_and_two_depths(run, preset, depths):
-    folder = run("rl", "run", *QUICK, f"mtp.preset={preset}", f"mtp.num_layers={depths}")
+def test_every_preset_runs_at_one_and_two_depths(run, pretrained, preset, depths):
+    settings = (f"mtp.preset={preset}", f"mtp.num_layers={depths}")
+    folder = run("rl", "run", *QUICK, *settings, f"rl.init_from={pretrained(depths)}")
     lines = metrics(folder, "rl")
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
+        assert line["reward/mean"] > 0
+        assert line["grad_norm/trunk"] > 0
         for depth in range(1, depths + 1):
             for name in ("lambda/mtp", "loss/mtp", "agreement/mtp"):
                 assert math.isfinite(line[f"{name}_{depth}"]), name
@@ -34,11 +37,13 @@ def test_every_preset_runs_at_one_and_two_depths(run, preset, depths):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("head", ["soft_ce", "tv"])
-def test_every_algorithm_runs_with_every_draft_loss(run, algorithm, head):
+def test_every_algorithm_runs_with_every_draft_loss(run, pretrained, algorithm, head):
     settings = (f"rl.algorithm={algorithm}", "mtp.trunk.coefficient=fixed", "mtp.trunk.signal=none")
-    arguments = (*QUICK, "mtp.preset=null", f"mtp.head.signal={head}", *settings)
-    lines = metrics(run("rl", "run", *arguments), "rl")
-    assert all(math.isfinite(line["loss/policy"]) for line in lines)
+    settings += ("mtp.preset=null", f"mtp.head.signal={head}", f"rl.init_from={pretrained(1)}")
+    for line in metrics(run("rl", "run", *QUICK, *settings), "rl"):
+        assert math.isfinite(line["loss/policy"])
+        assert line["grad_norm/trunk"] > 0
+        assert line["grad_norm/head"] > 0
 
 
 def test_an_mtp_regime_without_mtp_layers_is_refused(run):
@@ -47,10 +52,10 @@ def test_an_mtp_regime_without_mtp_layers_is_refused(run):
 
 
 def test_a_used_folder_is_refused_and_nothing_in_it_changes(run):
-    folder = run("pretrain", "run", "pretrain.steps=2")
+    folder = run("pretrain", "run", "pretrain.steps=6")
     before = (folder / "metrics.jsonl").read_text()
     with pytest.raises(SystemExit, match="--resume"):
-        run("pretrain", "run", "pretrain.steps=2")
+        run("pretrain", "run", "pretrain.steps=6")
     assert (folder / "metrics.jsonl").read_text() == before
 
 
