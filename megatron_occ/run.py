@@ -36,6 +36,7 @@ from megatron_occ.rl.evaluation import evaluate
 from megatron_occ.rl.rewards import VerifierPool, get_verifier, register_verifier
 from megatron_occ.rl.rollouts import RolloutSource, Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rollout import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,37 @@ class Run:
             print_summary(self.folder)
 
 
+class _Phase:
+    """Checkpoints of one phase of a run."""
+
+    def __init__(self, run: Run, name: str, actor: MegatronGPTActor, meta: dict[str, Any]) -> None:
+        self.run, self.name, self.actor, self.meta = run, name, actor, meta
+        self.trainer: PretrainTrainer | GRPOTrainer | None = None
+
+    def attach(self, trainer: PretrainTrainer | GRPOTrainer) -> bool:
+        """Save this trainer's state from now on; restore it if the run resumes. True if it did."""
+        self.trainer = trainer
+        latest = self.run.latest(self.name) if self.run.resume else None
+        if latest is None:
+            return False
+        trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
+        self.run.metrics.truncate_after(trainer.step, self.name)
+        logger.info("resumed from %s", latest)
+        return True
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a finished step."""
+        assert self.trainer is not None, "attach the trainer first"
+        save_checkpoint(
+            self.run.checkpoints(self.name),
+            step,
+            self.actor,
+            trainer_state=self.trainer.state_dict(),
+            meta=self.meta,
+            keep=self.run.config.keep_checkpoints,
+        )
+
+
 def pretrain(run: Run) -> Path | None:
     """Pretrain to the end; returns the final checkpoint, None where there is nothing to do."""
     config = run.config
@@ -112,22 +144,9 @@ def pretrain(run: Run) -> Path | None:
         optimizer=config.pretrain.optimizer,
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
     )
-
-    def save(step: int) -> None:
-        save_checkpoint(
-            run.checkpoints("pretrain"),
-            step,
-            actor,
-            trainer_state=trainer.state_dict(),
-            meta=meta,
-            keep=config.keep_checkpoints,
-        )
-
-    trainer = PretrainTrainer(config, actor, corpus, logger=run.metrics, save=save)
-    if latest is not None:
-        trainer.load_state_dict(load_checkpoint(latest, actor, meta))
-        run.metrics.truncate_after(trainer.step, "pretrain")
-        logger.info("resumed from %s", latest)
+    phase = _Phase(run, "pretrain", actor, meta)
+    trainer = PretrainTrainer(config, actor, corpus, logger=run.metrics, save=phase.save)
+    phase.attach(trainer)
     trainer.fit()
     return run.latest("pretrain")
 
@@ -165,17 +184,7 @@ def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path 
     rollout_log = RolloutLog(run.folder, is_main=run.layout.is_main)
     with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
         sampler = _sampler(run, actor, verifiers)
-
-        def save(step: int) -> None:
-            save_checkpoint(
-                run.checkpoints("rl"),
-                step,
-                actor,
-                trainer_state=trainer.state_dict(),
-                meta=meta,
-                keep=config.keep_checkpoints,
-            )
-
+        phase = _Phase(run, "rl", actor, meta)
         trainer = GRPOTrainer(
             config,
             actor,
@@ -183,14 +192,10 @@ def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path 
             validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed),
             logger=run.metrics,
             rollout_log=rollout_log,
-            save=save,
+            save=phase.save,
         )
-        latest = run.latest("rl") if run.resume else None
-        if latest is not None:
-            trainer.load_state_dict(load_checkpoint(latest, actor, meta))
-            run.metrics.truncate_after(trainer.step, "rl")
+        if phase.attach(trainer):
             rollout_log.truncate_after(trainer.step)
-            logger.info("resumed from %s", latest)
         trainer.fit()
     rollout_log.close()
     return trainer.step
@@ -255,12 +260,11 @@ def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Samp
     stop = [run.tokenizer.eos_id]
     if run.task is not None:
         stop += run.tokenizer.encode(run.task.stop)
-    return Sampler(
-        actor,
-        run.tokenizer,
-        verifiers,
-        stop_ids=tuple(stop),
+    sampling = SamplingSettings(
+        temperature=rollout.temperature,
         max_response_length=rollout.max_response_length,
-        max_prompt_length=run.config.model.max_position_embeddings - rollout.max_response_length,
+        stop_ids=tuple(stop),
         batch_size=rollout.batch_size,
     )
+    room = run.config.model.max_position_embeddings - rollout.max_response_length
+    return Sampler(actor, run.tokenizer, verifiers, sampling, max_prompt_length=room)

@@ -23,6 +23,7 @@ from megatron_occ.mcore.provider import build_model, wrap_data_parallel
 from megatron_occ.mcore.startup import Layout
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
+from megatron_occ.rollout import SamplingSettings
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
 
@@ -71,25 +72,10 @@ class MegatronGPTActor:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def infer(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_response_length: int,
-        temperature: float,
-        stop_ids: tuple[int, ...],
-        seeds: list[int],
-        batch_size: int,
+        self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
     ) -> Generation:
         """Sample a response for each prompt; see ``mcore.generation.generate``."""
-        return generate(
-            self.model,
-            prompts,
-            max_response_length=max_response_length,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            seeds=seeds,
-            batch_size=batch_size,
-        )
+        return generate(self.model, prompts, sampling, seeds)
 
     def get_inference_log_probs(
         self, ids: Tensor, *, micro_batch_size: int, temperature: float

@@ -9,7 +9,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from megatron_occ.mcore.model import OCCGPTModel
-from megatron_occ.rollout.sampling import sample_from_uniform, uniforms
+from megatron_occ.rollout import SamplingSettings, sample_from_uniform, uniforms
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,7 @@ class Generation:
 
 @torch.no_grad()
 def generate(
-    model: OCCGPTModel,
-    prompts: list[list[int]],
-    *,
-    max_response_length: int,
-    temperature: float,
-    stop_ids: tuple[int, ...],
-    seeds: list[int],
-    batch_size: int,
+    model: OCCGPTModel, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
 ) -> Generation:
     """Sample a response for each prompt.
 
@@ -46,20 +39,17 @@ def generate(
     Args:
         model: bare model; put into evaluation mode meanwhile.
         prompts: n non-empty lists of token ids.
-        max_response_length: tokens, stop token included.
-        temperature: divides the logits.
-        stop_ids: token ids that end a response.
+        sampling: see ``SamplingSettings``.
         seeds: n seeds.
-        batch_size: sequences at once.
     """
     was_training = model.training
     model.eval()
     results = Generation([], [], [])
     try:
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            decoder = _BatchDecoder(model, prompts[rows], max_response_length, stop_ids)
-            part = decoder.run(temperature, uniforms(seeds[rows], max_response_length))
+        for start in range(0, len(prompts), sampling.batch_size):
+            rows = slice(start, start + sampling.batch_size)
+            decoder = _BatchDecoder(model, prompts[rows], sampling)
+            part = decoder.run(uniforms(seeds[rows], sampling.max_response_length))
             for name in ("tokens", "logprobs", "finished"):
                 getattr(results, name).extend(getattr(part, name))
     finally:
@@ -71,13 +61,14 @@ class _BatchDecoder:
     """Decodes a batch in step: shorter prompts are sampled while longer ones are still read."""
 
     def __init__(
-        self, model: OCCGPTModel, prompts: list[list[int]], limit: int, stop_ids: tuple[int, ...]
+        self, model: OCCGPTModel, prompts: list[list[int]], sampling: SamplingSettings
     ) -> None:
+        limit = sampling.max_response_length
         self.model, self.device = model, next(model.parameters()).device
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         self.shortest, self.total = int(self.lengths.min()), int(self.lengths.max()) + limit
-        self.limit = limit
-        self.stop = torch.tensor(stop_ids, device=self.device)
+        self.limit, self.temperature = limit, sampling.temperature
+        self.stop = torch.tensor(sampling.stop_ids, device=self.device)
         self.ids = torch.zeros(len(prompts), self.total, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
@@ -85,7 +76,7 @@ class _BatchDecoder:
         self.ends = (self.lengths + limit).clamp(max=self.total)
         self.stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
 
-    def run(self, temperature: float, uniform: Tensor) -> Generation:
+    def run(self, uniform: Tensor) -> Generation:
         uniform = uniform.to(self.device)
         context = StaticInferenceContext(self.ids.size(0), self.total)
         positions = torch.arange(self.total, device=self.device).expand_as(self.ids)
@@ -95,7 +86,7 @@ class _BatchDecoder:
             logits = self.model.next_token_logits(self.ids[:, new], positions[:, new], context)
             context.sequence_len_offset = cached = position
             context.enable_decode_mode()
-            self._append(position, logits / temperature, uniform)
+            self._append(position, logits / self.temperature, uniform)
             if bool((self.ends <= position + 1).all()):
                 break
         return self._collect()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs, LossReport
+from megatron_occ.rollout import SamplingSettings
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
 
@@ -49,14 +50,7 @@ class Actor(Protocol):
     num_depths: int
 
     def infer(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_response_length: int,
-        temperature: float,
-        stop_ids: tuple[int, ...],
-        seeds: list[int],
-        batch_size: int,
+        self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
     ) -> GenerationLike: ...
 
     def get_inference_log_probs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rollout import SamplingSettings
 
 
 @dataclass
@@ -67,19 +68,15 @@ class Sampler:
         actor: the policy.
         tokenizer: of prompts and responses.
         verifiers: pool that scores responses.
-        stop_ids: token ids that end a response.
-        max_response_length: tokens of a response at most, stop token included.
+        sampling: of RL; validation has a temperature of its own.
         max_prompt_length: tokens of a prompt at most, so that both fit the position range.
-        batch_size: sequences generated at once.
     """
 
     actor: Actor
     tokenizer: Tokenizer
     verifiers: VerifierPool
-    stop_ids: tuple[int, ...]
-    max_response_length: int
+    sampling: SamplingSettings
     max_prompt_length: int
-    batch_size: int
 
     def __call__(
         self, records: list[PromptRecord], *, seeds: list[int], temperature: float, timers: Timers
@@ -87,14 +84,8 @@ class Sampler:
         """One response to each record; ``seeds`` names each response's random numbers."""
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
-            generation = self.actor.infer(
-                prompts,
-                max_response_length=self.max_response_length,
-                temperature=temperature,
-                stop_ids=self.stop_ids,
-                seeds=seeds,
-                batch_size=self.batch_size,
-            )
+            sampling = replace(self.sampling, temperature=temperature)
+            generation = self.actor.infer(prompts, sampling, seeds)
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
             items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
@@ -115,7 +106,7 @@ class Sampler:
             raise ValueError(
                 f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
                 f"are 1 to {self.max_prompt_length}: shorten it, lower "
-                f"rl.rollout.max_response_length={self.max_response_length} or raise "
+                f"rl.rollout.max_response_length={self.sampling.max_response_length} or raise "
                 "model.max_position_embeddings"
             )
         return prompt

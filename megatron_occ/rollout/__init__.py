@@ -1,5 +1,5 @@
 """Rollouts: sampling mathematics, independent of the engine."""
 
-from megatron_occ.rollout.sampling import sample_from_uniform, uniforms
+from megatron_occ.rollout.sampling import SamplingSettings, sample_from_uniform, uniforms
 
-__all__ = ["sample_from_uniform", "uniforms"]
+__all__ = ["SamplingSettings", "sample_from_uniform", "uniforms"]

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn.
+
+    Args:
+        temperature: divides the logits.
+        max_response_length: tokens of a response at most, stop token included.
+        stop_ids: token ids that end a response.
+        batch_size: sequences generated at once.
+    """
+
+    temperature: float
+    max_response_length: int
+    stop_ids: tuple[int, ...]
+    batch_size: int
 
 
 def uniforms(seeds: list[int], length: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from megatron_occ.mcore.generation import generate
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.provider import build_model
 from megatron_occ.rl.batch import head_targets
+from megatron_occ.rollout import SamplingSettings
 from tests.mcore.conftest import VOCABULARY, gradients, positions, random_ids, small_config
 
 LENGTHS = (5, 1, 9, 3, 5, 7)
@@ -25,15 +28,10 @@ def prompts():
     return [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(LENGTHS)]
 
 
-def respond(model, prompts, **changes):
-    settings = {
-        "max_response_length": LIMIT,
-        "temperature": 1.0,
-        "stop_ids": (0, 1, 2),
-        "seeds": [100 + i for i in range(len(prompts))],
-        "batch_size": len(prompts),
-    }
-    return generate(model, prompts, **settings | changes)
+def respond(model, prompts, seeds=None, **changes):
+    sampling = SamplingSettings(1.0, LIMIT, stop_ids=(0, 1, 2), batch_size=len(prompts))
+    seeds = [100 + i for i in range(len(prompts))] if seeds is None else seeds
+    return generate(model, prompts, replace(sampling, **changes), seeds)
 
 
 def training_logprobs(model, ids, targets, temperature=1.0):

@@ -148,16 +148,14 @@ class FakeActor:
         self.losses, self.gradients, self.reports, self.calls = [], [], [], []
         self.spoil = lambda outputs, payload, forward_only: outputs
 
-    def infer(self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size):
-        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": temperature})
-        tokens, logprobs = self._draw(
-            [p[-1] for p in prompts], seeds, temperature, max_response_length
-        )
+    def infer(self, prompts, sampling, seeds):
+        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
+        length = sampling.max_response_length
+        tokens, logprobs = self._draw([p[-1] for p in prompts], seeds, sampling.temperature, length)
         ends = [
-            next((i for i, token in enumerate(row, start=1) if token in stop_ids), None)
+            next((i for i, token in enumerate(row, start=1) if token in sampling.stop_ids), None)
             for row in tokens.tolist()
         ]
-        length = max_response_length
         return FakeGeneration(
             [row[: end or length] for row, end in zip(tokens.tolist(), ends, strict=True)],
             [row[: end or length] for row, end in zip(logprobs.tolist(), ends, strict=True)],
@@ -277,11 +275,11 @@ class ScriptedActor(FakeActor):
         super().__init__(**arguments)
         self.respond = respond
 
-    def infer(self, prompts, *, max_response_length, temperature, stop_ids, seeds, batch_size):
-        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": temperature})
+    def infer(self, prompts, sampling, seeds):
+        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
         tokens = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             text = self.respond(TOKENIZER.decode(prompt), seed)
-            tokens.append(TOKENIZER.encode(text)[:max_response_length])
+            tokens.append(TOKENIZER.encode(text)[: sampling.max_response_length])
         logprobs = [[-1.0] * len(row) for row in tokens]
-        return FakeGeneration(tokens, logprobs, [row[-1] in stop_ids for row in tokens])
+        return FakeGeneration(tokens, logprobs, [row[-1] in sampling.stop_ids for row in tokens])

@@ -9,6 +9,7 @@ from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.rewards import VerifierResult
 from megatron_occ.rl.rollouts import RolloutSource, Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import ALPHABET, STOP_IDS, TOKENIZER, FakeActor
 
 PRESETS = ("none", "detach", "ce", "policy", "occ", "occ_decoupled")
@@ -84,10 +85,10 @@ def make_source(config, actor, score=has_an_a, stream=None):
         actor,
         TOKENIZER,
         score if hasattr(score, "counts") else FakeVerifiers(score),
-        stop_ids=STOP_IDS,
-        max_response_length=rollout.max_response_length,
+        SamplingSettings(
+            rollout.temperature, rollout.max_response_length, STOP_IDS, rollout.batch_size
+        ),
         max_prompt_length=10,
-        batch_size=rollout.batch_size,
     )
     return RolloutSource(sampler, stream or PromptStream(LetterTask()), config.rl, config.seed)
 

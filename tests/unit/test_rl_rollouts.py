@@ -8,6 +8,7 @@ import torch
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.rollouts import sample_seed
+from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import STOP_IDS, TOKENIZER, FakeActor, FakeLayout, ScriptedActor, run_ranks
 from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
 
@@ -260,11 +261,10 @@ def test_the_sampler_hands_settings_and_texts_through():
     config = rl_config("rl.rollout.batch_size=3")
     actor, seen = ScriptedActor(lambda prompt, seed: "ab."), []
     source = make_source(config, actor, score=lambda *texts: bool(seen.append(texts)))
-    infer, arguments = actor.infer, {}
-    actor.infer = lambda prompts, **settings: (
-        arguments.update(settings) or infer(prompts, **settings)
+    infer, used = actor.infer, []
+    actor.infer = lambda prompts, sampling, seeds: (
+        used.append(sampling) or infer(prompts, sampling, seeds)
     )
     source.generate(Timers())
-    settings = {name: arguments[name] for name in ("max_response_length", "stop_ids", "batch_size")}
-    assert settings == {"max_response_length": 6, "stop_ids": STOP_IDS, "batch_size": 3}
+    assert used == [SamplingSettings(1.0, 6, STOP_IDS, 3)]
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
