@@ -150,11 +150,12 @@ def _run(options: argparse.Namespace, config: Config) -> None:
         run.open_folder()
         if command == "pretrain":
             runs.pretrain(run)
-            run.finish(config.pretrain.steps)
+            run.finish("pretrain")
             return
         prompts = runs.read_prompts(run)
         start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run)
-        run.finish(runs.reinforce(run, prompts, start))
+        runs.reinforce(run, prompts, start)
+        run.finish("rl")
     finally:
         shutdown()
 

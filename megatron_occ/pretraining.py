@@ -16,6 +16,7 @@ from megatron_occ.observe.progress import Progress
 from megatron_occ.rl.batch import head_masks
 from megatron_occ.rl.interfaces import Actor
 
+PASS_RATE = "pass@1"
 _BOTH = ((True, True),)
 
 
@@ -32,6 +33,7 @@ class PretrainTrainer:
         config: the run's configuration.
         actor: the model.
         corpus: batches.
+        validate: returns ``pass@1`` on held-out problems.
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
     """
@@ -42,32 +44,50 @@ class PretrainTrainer:
         actor: Actor,
         corpus: Corpus,
         *,
+        validate: Callable[[], dict[str, float]],
         logger: MetricsLogger,
         save: Callable[[int], None],
     ) -> None:
         self.config, self.actor, self.corpus = config, actor, corpus
-        self.logger, self.save = logger, save
+        self.validate, self.logger, self.save = validate, logger, save
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
-        self.step = 0
+        self.step, self.finished = 0, False
 
     def fit(self) -> None:
-        """Run the remaining steps."""
+        """Run the remaining steps, or those until the pass rate is reached."""
         settings, layout = self.config.pretrain, self.actor.layout
         start, done = time.perf_counter(), self.step
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
-            while self.step < settings.steps:
+            while not self.finished:
                 metrics = self.run_step()
                 self.step += 1
-                progress.update(self.step, {"loss": metrics["loss/main"], "lr": metrics["lr"]})
-                last = self.step == settings.steps
-                if last or self.step % settings.log_every == 0:
+                metrics.update(self._measured())
+                self.finished = self.step == settings.steps or self._is_reached(metrics)
+                shown = {"loss": metrics["loss/main"], "lr": metrics["lr"]}
+                progress.update(self.step, shown | _pass_rate(metrics))
+                if self.finished or self.step % settings.log_every == 0 or _pass_rate(metrics):
                     seconds = (time.perf_counter() - start) / (self.step - done)
                     tokens = settings.batch_size * settings.sequence_length
                     times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
                     self.logger.log("pretrain", self.step, {**metrics, **times})
                     start, done = time.perf_counter(), self.step
-                if last or self.step % settings.save_every == 0:
+                if self.finished or self.step % settings.save_every == 0:
                     self.save(self.step)
+
+    def _measured(self) -> dict[str, float]:
+        every = self.config.pretrain.validate_every
+        if every == 0 or self.step % every:
+            return {}
+        return {PASS_RATE: self.validate()[PASS_RATE]}
+
+    def _is_reached(self, metrics: dict[str, float]) -> bool:
+        target = self.config.pretrain.stop_at_pass_rate
+        if target is None or metrics.get(PASS_RATE, 0.0) < target:
+            return False
+        self.logger.event(
+            self.step, f"pretraining ends at pass@1 {metrics[PASS_RATE]:.3f}, asked for {target}"
+        )
+        return True
 
     def run_step(self) -> dict[str, float]:
         """One update; returns its metrics."""
@@ -98,8 +118,15 @@ class PretrainTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data."""
-        return {"step": self.step}
+        return {"step": self.step, "finished": self.finished}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.step = state["step"]
+        # a run that is asked for more steps goes on, unless it ended by its pass rate
+        ended_early = state["finished"] and self.config.pretrain.stop_at_pass_rate is not None
+        self.finished = ended_early or self.step >= self.config.pretrain.steps
+
+
+def _pass_rate(metrics: dict[str, float]) -> dict[str, float]:
+    return {PASS_RATE: metrics[PASS_RATE]} if PASS_RATE in metrics else {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from megatron_occ.data.tasks import Task, build_task
 from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
-    checkpoint_name,
     describe,
     list_checkpoints,
     load_checkpoint,
@@ -88,9 +89,9 @@ class Run:
         """What checkpoints of this run have to agree with."""
         return describe(self.config, self.tokenizer.state(), data)
 
-    def finish(self, step: int) -> None:
-        """Close the log, write the report, and say where it is."""
-        self.metrics.finish(step)
+    def finish(self, phase: str) -> None:
+        """Close the log after a phase's last step, write the report, and say where it is."""
+        self.metrics.finish(list_checkpoints(self.checkpoints(phase))[-1][0])
         if self.layout.is_main:
             write_report(self.folder)
             print_summary(self.folder)
@@ -132,9 +133,8 @@ def pretrain(run: Run) -> Path | None:
     config = run.config
     if config.pretrain.steps == 0:
         return None
-    latest = run.latest("pretrain") if run.resume else None
-    if latest is not None and latest.name == checkpoint_name(config.pretrain.steps):
-        return latest
+    if run.resume and run.latest("rl") is not None:
+        return run.latest("pretrain")
     corpus, fingerprint = _corpus(run)
     meta = run.describe({"corpus": fingerprint})
     actor = MegatronGPTActor(
@@ -145,9 +145,12 @@ def pretrain(run: Run) -> Path | None:
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
     )
     phase = _Phase(run, "pretrain", actor, meta)
-    trainer = PretrainTrainer(config, actor, corpus, logger=run.metrics, save=phase.save)
-    phase.attach(trainer)
-    trainer.fit()
+    with _validation(run, actor) as validate:
+        trainer = PretrainTrainer(
+            config, actor, corpus, validate=validate, logger=run.metrics, save=phase.save
+        )
+        phase.attach(trainer)
+        trainer.fit()
     return run.latest("pretrain")
 
 
@@ -164,8 +167,8 @@ def read_prompts(run: Run) -> tuple[PromptStream, PromptStream]:
     return streams
 
 
-def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path | None) -> int:
-    """Run RL to the end from the weights in ``start`` (None: random); returns the last step."""
+def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path | None) -> None:
+    """Run RL to the end from the weights in ``start`` (None: random)."""
     config, rl = run.config, run.config.rl
     train, held_out = prompts
     meta = run.describe({"prompts": train.fingerprint()})
@@ -198,20 +201,30 @@ def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path 
             rollout_log.truncate_after(trainer.step)
         trainer.fit()
     rollout_log.close()
-    return trainer.step
 
 
 def evaluate_checkpoint(run: Run, checkpoint: Path) -> dict[str, float]:
     """Validation metrics of a checkpoint's weights."""
     config = run.config
-    held_out = _prompts(run, "validation")
     actor = MegatronGPTActor(
         config, run.tokenizer.vocab_size, run.layout, optimizer=config.rl.optimizer, total_updates=1
     )
     load_weights(checkpoint, actor, run.describe({}))
+    with _validation(run, actor) as validate:
+        return validate()
+
+
+@contextmanager
+def _validation(run: Run, actor: MegatronGPTActor) -> Iterator[Callable[[], dict[str, float]]]:
+    """A function that measures the actor on held-out problems."""
+    config = run.config
     with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
-        sampler = _sampler(run, actor, verifiers)
-        return evaluate(sampler, held_out, config.rl.validation, config.seed)
+
+        def validate() -> dict[str, float]:
+            held_out, sampler = _prompts(run, "validation"), _sampler(run, actor, verifiers)
+            return evaluate(sampler, held_out, config.rl.validation, config.seed)
+
+        yield validate
 
 
 def _register_verifiers(verifiers: dict[str, str]) -> None:

@@ -174,6 +174,14 @@ class PretrainConfig:
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of pretraining")
     save_every: int = option(250, "updates between checkpoints", minimum=1)
     log_every: int = option(10, "updates between lines of metrics", minimum=1)
+    validate_every: int = option(
+        0,
+        "updates between measurements of pass@1, as in rl.validation (0: never)",
+        minimum=0,
+    )
+    stop_at_pass_rate: float | None = option(
+        None, "end pretraining at this pass@1, for RL to start from", above=0, maximum=1
+    )
 
 
 @dataclass

@@ -56,7 +56,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
     if pretrains:
         yield from _pretraining(config)
-    if command != "pretrain":
+    if command != "pretrain" or config.pretrain.validate_every > 0:
         yield from _verifiers(config)
         yield from _prompts(config)
         yield from _responses(config)
@@ -92,6 +92,12 @@ def _pretraining(config: Config) -> Iterator[str]:
         yield (
             f"pretrain.sequence_length={pretrain.sequence_length}: is more than "
             f"model.max_position_embeddings={limit}. Lower the one or raise the other"
+        )
+    if pretrain.stop_at_pass_rate is not None and pretrain.validate_every == 0:
+        yield (
+            f"pretrain.stop_at_pass_rate={pretrain.stop_at_pass_rate}: "
+            "pretrain.validate_every=0 never measures it. Give pretrain.validate_every=25, or "
+            "pretrain.stop_at_pass_rate=null"
         )
     if pretrain.mtp_weight == 0 and config.mtp.num_layers > 0:
         yield (

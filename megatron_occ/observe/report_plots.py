@@ -62,8 +62,10 @@ def pretrain_cards(run: RunData) -> list[str]:
     main = _some(run, [("loss/main", "main head", _MAIN)], "pretrain")
     speed = _some(run, [("tokens_per_second", "all ranks", _MAIN)], "pretrain")
     agreement = _by_depth(run, "pretrain", "agreement/mtp_")
+    pass_rate = _some(run, [("pass@1", "held-out problems", _MAIN)], "pretrain")
     panels = {
         "Loss": [Panel(main + _by_depth(run, "pretrain", "loss/mtp_"))],
+        "Sampled pass@1": [Panel(pass_rate, percent=True)],
         "MTP agreement with the main head": [Panel(agreement, percent=True)],
         "Gradient norms": _gradient_panels(run, "pretrain"),
         "Tokens per second": [Panel(speed, include_zero=True)],

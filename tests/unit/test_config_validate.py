@@ -221,13 +221,13 @@ def test_a_configuration_changed_in_python_is_checked_like_a_loaded_one():
 
 
 def test_derived_sizes_by_hand():
-    # 32 prompts * 16 samples = 512 sequences, 4 mini-batches of 128, on 8 / 2 = 4 ranks.
+    # 64 prompts * 8 samples = 512 sequences, 4 mini-batches of 128, on 8 / 2 = 4 ranks.
     overrides = ["parallel.tensor=2", "rl.micro_batch_size=8", "pretrain.micro_batch_size=16"]
     config = load_config([CONF / "demo.yaml"], overrides)
     validate(config, command="demo", world_size=8)
     sizes = derive(config, 8)
-    assert (sizes.data_parallel, sizes.rank_prompts) == (4, 8)
+    assert (sizes.data_parallel, sizes.rank_prompts) == (4, 16)
     assert (sizes.step_sequences, sizes.rank_step_sequences) == (512, 128)
     assert (sizes.mini_batch, sizes.rank_mini_batch, sizes.micro_batches) == (128, 32, 4)
     assert (sizes.rank_pretrain_batch, sizes.pretrain_micro_batches) == (32, 2)
-    assert (sizes.rl_updates, sizes.pretrain_updates) == (400, 750)
+    assert (sizes.rl_updates, sizes.pretrain_updates) == (600, 1000)

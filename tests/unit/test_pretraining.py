@@ -1,0 +1,81 @@
+"""The pretraining loop on a fake actor: its end, its log, its resumption."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_occ.config import load_config
+from megatron_occ.data import TaskCorpus
+from megatron_occ.pretraining import PretrainTrainer
+from tests.unit.fakes import TOKENIZER, FakeActor
+from tests.unit.rl_setup import LetterTask, Recorder
+
+
+def make_trainer(*overrides, rates=()):
+    given = ("batch_size=4", "micro_batch_size=2", "sequence_length=8", "steps=8", "log_every=4")
+    config = load_config([], [f"pretrain.{item}" for item in (*given, *overrides)])
+    config.mtp.num_layers = 2
+    rates, saved, logger = iter(rates), [], Recorder()
+    trainer = PretrainTrainer(
+        config,
+        FakeActor(depths=2),
+        TaskCorpus(LetterTask(), TOKENIZER),
+        validate=lambda: {"pass@1": next(rates), "problems": 4.0},
+        logger=logger,
+        save=saved.append,
+    )
+    return trainer, logger, saved
+
+
+def test_it_runs_all_steps_and_logs_and_saves_when_due():
+    trainer, logger, saved = make_trainer("save_every=3")
+    trainer.fit()
+    assert trainer.step == 8
+    assert saved == [3, 6, 8]
+    assert [step for _, step, _ in logger.lines] == [4, 8]
+    assert all("pass@1" not in metrics for _, _, metrics in logger.lines)
+    for name in ("loss/main", "loss/mtp_2", "agreement/mtp_1", "grad_norm/trunk", "time/step"):
+        assert name in logger.lines[0][2]
+
+
+def test_it_learns():
+    trainer, logger, _ = make_trainer("steps=40", "log_every=1")
+    trainer.fit()
+    losses = [metrics["loss/main"] for _, _, metrics in logger.lines]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_it_ends_at_the_pass_rate():
+    settings = ("validate_every=2", "stop_at_pass_rate=0.5", "save_every=100")
+    trainer, logger, saved = make_trainer(*settings, rates=(0.1, 0.5, 0.9))
+    trainer.fit()
+    assert (trainer.step, saved) == (4, [4])
+    assert [metrics["pass@1"] for _, _, metrics in logger.lines] == [0.1, 0.5]
+    (event,) = logger.events
+    assert "pass@1 0.500" in str(event)
+
+    resumed, _, saved_again = make_trainer(*settings)
+    resumed.load_state_dict(trainer.state_dict())
+    resumed.fit()
+    assert (resumed.step, saved_again) == (4, [])
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_steps():
+    trainer, _, _ = make_trainer("steps=2")
+    trainer.fit()
+    longer, _, saved = make_trainer("steps=5")
+    longer.load_state_dict(trainer.state_dict())
+    longer.fit()
+    assert (longer.step, saved) == (5, [5])
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_the_cut_into_micro_batches_does_not_matter(micro_batch_size):
+    whole, cut = (
+        make_trainer("micro_batch_size=4"),
+        make_trainer(f"micro_batch_size={micro_batch_size}"),
+    )
+    expected, metrics = whole[0].run_step(), cut[0].run_step()
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-9), name
