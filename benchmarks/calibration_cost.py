@@ -22,6 +22,7 @@ from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rl.batch import RolloutBatch
+from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.trainer import GRPOTrainer
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
@@ -72,14 +73,13 @@ def main() -> None:
 def _contestant(layout: object, given: tuple[str, ...], overrides: list[str]) -> Contestant:
     config = load_config([CONFIG], [*given, *overrides])
     torch.manual_seed(0)
-    train_head = config.mtp.trunk.signal != "none" or config.mtp.head.signal != "none"
     actor = MegatronGPTActor(
         config,
         VOCABULARY,
         layout,
         optimizer=config.rl.optimizer,
         total_updates=1000,
-        train_head=train_head,
+        train_head=regime_from(config.mtp).trains_head,
     )
     trainer = GRPOTrainer(
         config, actor, None, validate=None, logger=None, rollout_log=None, save=None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,10 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 1 on a configuration or data error."""
+    """Entry point of the console script; exits with 1 on a configuration or data error.
+
+    Ctrl-C exits with 130, as shells expect of a command that SIGINT ended.
+    """
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.ERROR, format="%(message)s")
     try:
@@ -42,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"megatron-occ: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("megatron-occ: interrupted; the same command with --resume continues")
+        hint = "; the same command with --resume continues" if "resume" in options else ""
+        print(f"megatron-occ: interrupted{hint}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,19 +148,19 @@ def _run(options: argparse.Namespace, config: Config) -> None:
     command = options.command
     run = runs.Run(config, resume=command != "eval" and options.resume)
     try:
+        inputs = run.read_inputs(command)
         if command == "eval":
-            results = runs.evaluate_checkpoint(run, options.checkpoint)
+            results = runs.evaluate_checkpoint(run, inputs, options.checkpoint)
             if run.layout.is_main:
                 print("\n".join(f"{name} {value:g}" for name, value in results.items()))
             return
         run.open_folder()
         if command == "pretrain":
-            runs.pretrain(run)
+            runs.pretrain(run, inputs)
             run.finish("pretrain")
             return
-        prompts = runs.read_prompts(run)
-        start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run)
-        runs.reinforce(run, prompts, start)
+        start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run, inputs)
+        runs.reinforce(run, inputs, start)
         run.finish("rl")
     finally:
         shutdown()

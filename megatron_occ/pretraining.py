@@ -61,12 +61,13 @@ class PretrainTrainer:
             while not self.finished:
                 metrics = self.run_step()
                 self.step += 1
+                trained = time.perf_counter()
                 metrics.update(self._measured())
                 self.finished = self.step == settings.steps or self._is_reached(metrics)
                 shown = {"loss": metrics["loss/main"], "lr": metrics["lr"]}
                 progress.update(self.step, shown | _pass_rate(metrics))
                 if self.finished or self.step % settings.log_every == 0 or _pass_rate(metrics):
-                    seconds = (time.perf_counter() - start) / (self.step - done)
+                    seconds = (trained - start) / (self.step - done)
                     tokens = settings.batch_size * settings.sequence_length
                     times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
                     self.logger.log("pretrain", self.step, {**metrics, **times})
@@ -78,7 +79,9 @@ class PretrainTrainer:
         every = self.config.pretrain.validate_every
         if every == 0 or self.step % every:
             return {}
-        return {PASS_RATE: self.validate()[PASS_RATE]}
+        start = time.perf_counter()
+        rate = self.validate()[PASS_RATE]
+        return {PASS_RATE: rate, "time/validation": time.perf_counter() - start}
 
     def _is_reached(self, metrics: dict[str, float]) -> bool:
         target = self.config.pretrain.stop_at_pass_rate

@@ -6,9 +6,8 @@ A run folder holds ``config.yaml``, ``metrics.jsonl``, ``rollouts.jsonl``, Tenso
 
 from __future__ import annotations
 
+import gc
 import logging
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +17,20 @@ from typing import Any
 from megatron_occ.config import check_resumed, load_config, save_config
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
-from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Task, build_task
-from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.inputs import (
+    PRETRAINING_PART,
+    RL_PART,
+    Inputs,
+    read_inputs,
+    read_tokenizer,
+    register_verifiers,
+)
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
+    check_weights,
     describe,
     list_checkpoints,
     load_checkpoint,
@@ -32,10 +39,12 @@ from megatron_occ.mcore.checkpoint import (
 )
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
-from megatron_occ.pretraining import Corpus, PretrainTrainer
+from megatron_occ.pretraining import PretrainTrainer
+from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.evaluation import evaluate
-from megatron_occ.rl.rewards import VerifierPool, get_verifier, register_verifier
-from megatron_occ.rl.rollouts import RolloutSource, Sampler
+from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rl.rollouts import RolloutSource
+from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
 from megatron_occ.rollout import SamplingSettings
 
@@ -55,26 +64,51 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.config
-        _register_verifiers(config.data.verifiers)
+        register_verifiers(config.data.verifiers)
         self.layout = initialize(tensor_parallel_size=config.parallel.tensor, seed=config.seed)
         if config.data.task.name is not None:
             self.task = build_task(config.data.task.name, **config.data.task.params)
-        self.tokenizer = _tokenizer(config, self.task)
+        self.tokenizer = read_tokenizer(config, self.task)
         self.folder = Path(config.run_dir)
+
+    @property
+    def is_in_rl(self) -> bool:
+        """Whether a resumed run has left pretraining behind."""
+        return self.resume and self.latest("rl") is not None
+
+    def read_inputs(self, command: str) -> Inputs:
+        """Read and check what a command needs, before the run folder is touched.
+
+        Raises:
+            ValueError: bad data (see ``inputs.read_inputs``), or ``rl.init_from`` does not fit.
+        """
+        config, trains = self.config, command in ("rl", "demo")
+        start = config.rl.init_from if trains else None
+        pretrains = command == "pretrain" or (trains and start is None)
+        if start is not None:
+            check_weights(Path(start), self.describe({}))
+        return read_inputs(
+            config,
+            self.task,
+            self.tokenizer,
+            pretrains=pretrains and config.pretrain.steps > 0 and not self.is_in_rl,
+            trains=trains,
+            evaluates=command == "eval",
+        )
 
     def open_folder(self) -> None:
         """Create the run folder, or open it again to resume, and start the log."""
         is_main, saved = self.layout.is_main, self.folder / "config.yaml"
         changes = []
         if self.resume and saved.is_file():
-            changes = check_resumed(load_config([saved], []), self.config)
+            changes = check_resumed(load_config([saved], []), self.config, is_in_rl=self.is_in_rl)
         barrier()  # all ranks have read what the main one is about to write
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, saved)
         self.metrics = MetricsLogger(self.folder, is_main=is_main)
         for change in changes:
-            self.metrics.event(0, f"resumed with {change}")
+            self.metrics.event(0, f"resumed with {change}", kind="resumed")
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -104,16 +138,21 @@ class _Phase:
         self.run, self.name, self.actor, self.meta = run, name, actor, meta
         self.trainer: PretrainTrainer | GRPOTrainer | None = None
 
-    def attach(self, trainer: PretrainTrainer | GRPOTrainer) -> bool:
-        """Save this trainer's state from now on; restore it if the run resumes. True if it did."""
+    def attach(self, trainer: PretrainTrainer | GRPOTrainer) -> None:
+        """Save this trainer's state from now on; restore it if the run resumes.
+
+        A resumed run's log ends at the restored step afterwards: what comes is written once.
+        """
         self.trainer = trainer
-        latest = self.run.latest(self.name) if self.run.resume else None
+        if not self.run.resume:
+            return
+        latest = self.run.latest(self.name)
         if latest is None:
-            return False
-        trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
-        self.run.metrics.truncate_after(trainer.step, self.name)
-        logger.info("resumed from %s", latest)
-        return True
+            logger.info("no checkpoint of %s yet: it starts at step 0", self.name)
+        else:
+            trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
+            logger.info("resumed from %s", latest)
+        self.run.metrics.truncate_after(trainer.step if latest else None, self.name)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a finished step."""
@@ -128,15 +167,12 @@ class _Phase:
         )
 
 
-def pretrain(run: Run) -> Path | None:
+def pretrain(run: Run, inputs: Inputs) -> Path | None:
     """Pretrain to the end; returns the final checkpoint, None where there is nothing to do."""
     config = run.config
-    if config.pretrain.steps == 0:
-        return None
-    if run.resume and run.latest("rl") is not None:
+    if inputs.corpus is None:
         return run.latest("pretrain")
-    corpus, fingerprint = _corpus(run)
-    meta = run.describe({"corpus": fingerprint})
+    meta = run.describe({"corpus": inputs.fingerprint})
     actor = MegatronGPTActor(
         config,
         run.tokenizer.vocab_size,
@@ -145,40 +181,31 @@ def pretrain(run: Run) -> Path | None:
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
     )
     phase = _Phase(run, "pretrain", actor, meta)
-    with _validation(run, actor) as validate:
+    with _validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate:
         trainer = PretrainTrainer(
-            config, actor, corpus, validate=validate, logger=run.metrics, save=phase.save
+            config, actor, inputs.corpus, validate=validate, logger=run.metrics, save=phase.save
         )
         phase.attach(trainer)
         trainer.fit()
     return run.latest("pretrain")
 
 
-def read_prompts(run: Run) -> tuple[PromptStream, PromptStream]:
-    """Training and held-out prompts, read and checked before anything is trained.
-
-    Raises:
-        ValueError: a bad file, or a record whose verifier is not known.
-    """
-    streams = _prompts(run, "train"), _prompts(run, "validation")
-    for stream in streams:
-        for name in stream.task_names():
-            get_verifier(name)
-    return streams
-
-
-def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path | None) -> None:
+def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
     """Run RL to the end from the weights in ``start`` (None: random)."""
     config, rl = run.config, run.config.rl
-    train, held_out = prompts
+    train, held_out = inputs.train, inputs.held_out
+    assert train is not None, "inputs of another command"
+    assert held_out is not None, "inputs of another command"
     meta = run.describe({"prompts": train.fingerprint()})
+    # Megatron's modules refer to each other in circles: two models must not stay in memory
+    gc.collect()
     actor = MegatronGPTActor(
         config,
         run.tokenizer.vocab_size,
         run.layout,
         optimizer=rl.optimizer,
         total_updates=derive(config, run.layout.world_size).rl_updates,
-        train_head=config.mtp.trunk.signal != "none" or config.mtp.head.signal != "none",
+        train_head=regime_from(config.mtp).trains_head,
     )
     if start is not None:
         load_weights(start, actor, meta)
@@ -192,80 +219,44 @@ def reinforce(run: Run, prompts: tuple[PromptStream, PromptStream], start: Path 
             config,
             actor,
             RolloutSource(sampler, train, rl, config.seed),
-            validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed),
+            validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed, part=RL_PART),
             logger=run.metrics,
             rollout_log=rollout_log,
             save=phase.save,
         )
-        if phase.attach(trainer):
+        phase.attach(trainer)
+        if run.resume:
             rollout_log.truncate_after(trainer.step)
         trainer.fit()
     rollout_log.close()
 
 
-def evaluate_checkpoint(run: Run, checkpoint: Path) -> dict[str, float]:
+def evaluate_checkpoint(run: Run, inputs: Inputs, checkpoint: Path) -> dict[str, float]:
     """Validation metrics of a checkpoint's weights."""
-    config = run.config
+    config, meta = run.config, run.describe({})
+    check_weights(checkpoint, meta)
     actor = MegatronGPTActor(
         config, run.tokenizer.vocab_size, run.layout, optimizer=config.rl.optimizer, total_updates=1
     )
-    load_weights(checkpoint, actor, run.describe({}))
-    with _validation(run, actor) as validate:
+    load_weights(checkpoint, actor, meta)
+    with _validation(run, actor, inputs.held_out, RL_PART) as validate:
         return validate()
 
 
 @contextmanager
-def _validation(run: Run, actor: MegatronGPTActor) -> Iterator[Callable[[], dict[str, float]]]:
-    """A function that measures the actor on held-out problems."""
+def _validation(
+    run: Run, actor: MegatronGPTActor, held_out: PromptStream | None, part: int
+) -> Iterator[Callable[[], dict[str, float]]]:
+    """A function that measures the actor on a part of the held-out problems."""
     config = run.config
     with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
 
         def validate() -> dict[str, float]:
-            held_out, sampler = _prompts(run, "validation"), _sampler(run, actor, verifiers)
-            return evaluate(sampler, held_out, config.rl.validation, config.seed)
+            assert held_out is not None, "nothing is measured without held-out problems"
+            sampler = _sampler(run, actor, verifiers)
+            return evaluate(sampler, held_out, config.rl.validation, config.seed, part=part)
 
         yield validate
-
-
-def _register_verifiers(verifiers: dict[str, str]) -> None:
-    """Make the user's verifiers known by name; one that can't be imported is told before any work.
-
-    Modules are also looked for in the current folder, which ``python -m`` does and a console script
-    does not. Verifier processes inherit the search path.
-    """
-    if verifiers and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    for name, path in verifiers.items():
-        register_verifier(name, path)
-        get_verifier(name)
-
-
-def _tokenizer(config: Config, task: Task | None) -> Tokenizer:
-    section = config.tokenizer
-    alphabet = section.alphabet
-    if section.kind == "char" and alphabet is None and task is not None:
-        alphabet = task.alphabet
-    return build_tokenizer(section.kind, alphabet=alphabet, path=section.path)
-
-
-def _corpus(run: Run) -> tuple[Corpus, str]:
-    config = run.config
-    if config.data.corpus is not None:
-        from megatron_occ.mcore.corpus import IndexedCorpus
-
-        indexed = IndexedCorpus(config.data.corpus, run.tokenizer, config.seed)
-        return indexed, indexed.fingerprint()
-    assert run.task is not None, "validate refuses a run without corpus and task"
-    fingerprint = PromptStream(run.task, config.seed).fingerprint()
-    return TaskCorpus(run.task, run.tokenizer, config.seed), fingerprint
-
-
-def _prompts(run: Run, split: str) -> PromptStream:
-    data = run.config.data
-    path = data.prompts if split == "train" else data.validation_prompts
-    source = path if path is not None else run.task
-    assert source is not None, "validate refuses a run without prompts and task"
-    return PromptStream(source, run.config.seed, split, default_task_name=data.verifier)
 
 
 def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Sampler:

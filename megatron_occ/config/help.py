@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import Leaf, Section, leaves, sections, spell, unknown_key
 from megatron_occ.config.presets import PRESETS, REGIME_KEYS
+from megatron_occ.config.validate_switches import RL_SWITCHES, SWITCHES
 
 _WIDTH = 100
 _COLUMN = 44
@@ -26,7 +27,10 @@ A configuration is put together from, later wins:
    `rl.optimizer.lr=1e-4`, `mtp.trunk.clamp=[0.0, null]`, `data.task.params.digits=2`.
 
 `${other.key}` in a value refers to another key. An unknown key, a value of the wrong type or out of
-range, and keys that contradict each other are errors; nothing is converted or ignored silently.
+range, and keys that contradict each other are errors; nothing is converted or ignored silently. A
+key that has no effect because another one switches it off must keep its default, see
+[switches](#switches). Sections of a phase that the command does not run are left alone, so that one
+file can serve all commands.
 Scalars are those of YAML 1.2: `1e-4` is a number; `yes`, `no` and `none` are strings.
 A run writes its resolved configuration to `config.yaml`, which can be given as a file again.
 
@@ -93,6 +97,9 @@ def reference_markdown() -> str:
     for key, presets in PRESETS.items():
         parts += ["", f"| `{key}` | sets |", "|---|---|"]
         parts += [f"| `{name}` | {_settings(values)} |" for name, values in presets.items()]
+    parts += ["", "## Switches", "", "| these act only | with |", "|---|---|"]
+    for switch in SWITCHES + RL_SWITCHES:
+        parts.append(f"| {', '.join(f'`{key}`' for key in switch.keys)} | {switch.needs} |")
     parts += ["", "## Keys"]
     for section in sections().values():
         rows = [_table_row(leaf) for leaf in _of(section)]

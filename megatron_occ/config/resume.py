@@ -23,8 +23,13 @@ _CHANGEABLE = (
 )
 
 
-def check_resumed(saved: Config, now: Config) -> list[str]:
+def check_resumed(saved: Config, now: Config, *, is_in_rl: bool = False) -> list[str]:
     """Compare a run's saved configuration with the one it is to be resumed with.
+
+    Args:
+        saved: what the run was started with.
+        now: what it is to go on with.
+        is_in_rl: RL has a checkpoint, so that pretraining is not entered again.
 
     Returns:
         The permitted changes, one line each, for the log.
@@ -35,7 +40,8 @@ def check_resumed(saved: Config, now: Config) -> list[str]:
     before, after = flat_values(saved), flat_values(now)
     changed = [key for key in after if after[key] != before[key]]
     lines = {key: f"{key} was {before[key]!r}, is {after[key]!r}" for key in changed}
-    refused = [lines[key] for key in changed if not _may_change(key, now)]
+    objections = {key: _objection(key, now, is_in_rl) for key in changed}
+    refused = [f"{lines[key]} ({text})" for key, text in objections.items() if text]
     if refused:
         raise ConfigError(
             "--resume continues a run as it was, but "
@@ -45,9 +51,14 @@ def check_resumed(saved: Config, now: Config) -> list[str]:
     return list(lines.values())
 
 
-def _may_change(key: str, config: Config) -> bool:
+def _objection(key: str, config: Config, is_in_rl: bool) -> str:
+    """Why a key may not change; empty where it may."""
+    if key == "pretrain.steps" and is_in_rl:
+        return "pretraining is over, RL goes on from its end"
     if key in ("pretrain.steps", "rl.steps"):
         phase = config.pretrain if key == "pretrain.steps" else config.rl
-        # a decay is laid out over the whole phase
-        return phase.optimizer.schedule == "constant"
-    return key.startswith(_CHANGEABLE)
+        decays = phase.optimizer.schedule != "constant"
+        return "the learning rate decays over the whole phase" if decays else ""
+    if key == "rl.micro_batch_size" and config.mtp.trunk.estimator == "released":
+        return "mtp.trunk.estimator=released takes lambda from each micro-batch"
+    return "" if key.startswith(_CHANGEABLE) else "it would not be the same run"

@@ -207,7 +207,11 @@ class PolicyLossConfig:
     kl_coefficient: float = option(
         0.0, "weight of the KL penalty to the reference policy", minimum=0
     )
-    kl_kind: str = option("k3", "estimator of the KL", choices=("k1", "k2", "k3"))
+    kl_kind: str = option(
+        "k3",
+        "estimator of the KL (k1 is for rewards: in a loss its expected gradient is 0)",
+        choices=("k2", "k3"),
+    )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_mtp import mtp_problems
+from megatron_occ.config.validate_switches import switch_problems
 
 COMMANDS = ("pretrain", "rl", "demo", "eval")
 _VERIFIER_NAME = re.compile(r"[\w-]+", re.ASCII)
@@ -23,8 +24,9 @@ def validate(config: Config, *, command: str, world_size: int = 1) -> None:
 
     Args:
         config: the configuration; also one that was built or changed in Python.
-        command: "pretrain", "rl", "demo" or "eval". Only what the command uses is checked;
-            "rl" and "demo" include pretraining where ``rl.init_from`` is null.
+        command: "pretrain", "rl", "demo" or "eval". Only the phases that the command runs are
+            checked, so that one file can serve all commands; "rl" and "demo" include pretraining
+            where ``rl.init_from`` is null.
         world_size: ranks in all.
 
     Raises:
@@ -63,6 +65,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     if trains:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
+    yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 
 
 def _tokenizer(config: Config) -> Iterator[str]:
@@ -175,7 +178,10 @@ def _reinforcement(config: Config) -> Iterator[str]:
             f"Give at most {length}"
         )
     if buffer > 0 and rl.overlong.penalty == 0:
-        yield f"rl.overlong.penalty=0: rl.overlong.buffer={buffer} has no effect. Set it to 0 too"
+        yield (
+            f"rl.overlong.penalty=0: rl.overlong.buffer={buffer} has no effect. Give a penalty "
+            "above 0, or rl.overlong.buffer=0"
+        )
 
 
 def _optimizer(key: str, optimizer: OptimizerConfig, updates: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.losses.alignment import shift_to_source, shift_to_tokens
-from megatron_occ.losses.calibration import calibration_sums, released_coefficient
+from megatron_occ.losses.calibration import CalibrationSums, calibration_sums, released_coefficient
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.policy import clipped_policy_loss
@@ -60,6 +60,11 @@ class Regime:
     clamp: tuple[float | None, float | None] = (None, None)
 
     @property
+    def trains_head(self) -> bool:
+        """Whether any gradient reaches the MTP head's own parameters."""
+        return any(to_head for _, to_head in self.passes)
+
+    @property
     def passes(self) -> tuple[tuple[bool, bool], ...]:
         """Forward passes of the MTP block, each as (gradient to trunk, gradient to head).
 
@@ -105,15 +110,15 @@ class JointLoss:
         if not outputs.passes:
             return loss, report
         depths = outputs.passes[0].size(0)
-        report.calibration = calibration_sums(
-            *_token_aligned(outputs, targets), _each_to_tokens(targets.mask[1:])
-        )
+        report.calibration = _calibration(outputs, targets)
         _describe_heads(outputs, targets, normalizers, report.metrics)
         if self.regime.trunk != "none":
             weights = self._trunk_weights(outputs, targets, coefficients, depths)
             if self._is_released:
                 weights = _answer_non_finite(weights, targets, normalizers, report.metrics)
             losses = self._depth_losses(self.regime.trunk, outputs.passes[0], targets, normalizers)
+            for k, value in enumerate(losses.detach(), start=1):
+                report.metrics[f"loss/trunk_mtp_{k}"] = value
             loss = loss + (weights.to(losses.dtype) * losses).sum()
         if self.regime.head not in ("none", "same_as_trunk"):
             losses = self._head_losses(outputs, targets, normalizers)
@@ -180,7 +185,9 @@ class JointLoss:
             return torch.full((depths,), self.regime.trunk_weight / depths, device=device)
         if self._is_released:
             aligned = _token_aligned(outputs, targets)
-            raw = released_coefficient(*aligned, factor=self.regime.lambda_plus)
+            # the first tokens have no prediction at every depth: not even padding, leave them out
+            whole = [values[..., depths + 1 :] for values in aligned]
+            raw = released_coefficient(*whole, factor=self.regime.lambda_plus)
             # its 1/K is part of the formula
             return raw if self.regime.clamp == (None, None) else raw.clamp(*self.regime.clamp)
         assert coefficients is not None, "OCC needs the coefficients of this mini-batch"
@@ -213,6 +220,15 @@ class JointLoss:
         return torch.stack(means)
 
 
+def calibration_report(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, LossReport]:
+    """Calibration sums alone, for a forward pass ahead of the update; the loss is 0."""
+    return outputs.logprobs.new_zeros(()), LossReport(calibration=_calibration(outputs, targets))
+
+
+def _calibration(outputs: HeadOutputs, targets: JointTargets) -> CalibrationSums:
+    return calibration_sums(*_token_aligned(outputs, targets), _each_to_tokens(targets.mask[1:]))
+
+
 def _token_aligned(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, Tensor, Tensor]:
     """Detached l [b, s], o [b, s] and m_k [K, b, s], entry t about token x_t."""
     return (
@@ -234,7 +250,8 @@ def _answer_non_finite(
     finite = torch.isfinite(weights)
     weights = torch.where(finite, weights, 0.0)
     share = targets.mask[1:].sum((1, 2)) / normalizers.tokens[1:]
-    for k, weight in enumerate(weights * share, start=1):
+    # logged without the formula's 1/K, as lambda is everywhere else
+    for k, weight in enumerate(weights * share * len(weights), start=1):
         metrics[f"lambda/mtp_{k}"] = weight
     metrics["calibration/non_finite"] = (~finite).sum()
     return weights

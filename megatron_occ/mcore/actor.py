@@ -91,7 +91,7 @@ class MegatronGPTActor:
             [n, s] in the source frame: position t is about token t + 1; the last is about none.
         """
         batches = [
-            self._micro_batch(part, depths=0, temperature=temperature)
+            MicroBatch(part, HeadRequest(head_targets(part, 0), (), temperature), None)
             for part in ids.split(micro_batch_size)
         ]
         parts = run_mini_batch(self.wrapped, batches, _keep_logprobs, forward_only=True)
@@ -141,27 +141,22 @@ class MegatronGPTActor:
         *,
         passes: tuple[tuple[bool, bool], ...],
         temperature: float = 1.0,
+        entropy: bool = False,
         distance: str | None = None,
     ) -> MicroBatch:
         """A micro-batch that asks for the main head and all depths; see ``HeadRequest``."""
-        batch = self._micro_batch(ids, self.num_depths, temperature, passes, distance)
-        return MicroBatch(batch.ids, batch.request, payload)
-
-    def _micro_batch(
-        self,
-        ids: Tensor,
-        depths: int,
-        temperature: float,
-        passes: tuple[tuple[bool, bool], ...] = (),
-        distance: str | None = None,
-    ) -> MicroBatch:
-        targets = head_targets(ids, depths)
-        return MicroBatch(ids, HeadRequest(targets, passes, temperature, distance), None)
+        targets = head_targets(ids, self.num_depths)
+        return MicroBatch(
+            ids, HeadRequest(targets, passes, temperature, entropy, distance), payload
+        )
 
     def _reduce(self, reports: list[LossReport]) -> LossReport:
         names = sorted(reports[0].metrics)
-        flat = [torch.stack([r.metrics[n].double() for n in names]) for r in reports]
-        total = torch.stack(flat).sum(0)
+        rows = [[r.metrics[n].double() for n in names] for r in reports]
+        device = self.layout.device
+        total = torch.zeros(len(names), dtype=torch.float64, device=device)
+        if names:
+            total = torch.stack([torch.stack(row) for row in rows]).sum(0)
         sums = [r.calibration for r in reports if r.calibration is not None]
         if sums:
             total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))

@@ -2,12 +2,13 @@
 
 A checkpoint is written to ``step_000100.tmp`` and renamed when every rank is done: a folder under
 its final name is complete. Beside Megatron's files lies ``meta.json``: versions, architecture,
-tokenizer and data fingerprints, compared before a tensor is read.
+tokenizer and data fingerprints, compared before a tensor is read, and the parallel layout.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.actor import MegatronGPTActor
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -54,7 +57,8 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(temporary))
     torch.distributed.barrier()
     if actor.layout.is_main:
-        (temporary / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+        content = {**meta, "layout": _layout(actor), "step": step}
+        (temporary / "meta.json").write_text(json.dumps(content, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         for _, old in list_checkpoints(folder)[:-keep]:
@@ -66,16 +70,24 @@ def save_checkpoint(
 def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> dict[str, Any]:
     """Restore weights, optimizer and random state; returns the trainer's state.
 
+    Another parallel layout may load it, but without the random state, which is one of each rank.
+    Nothing in a run draws from it once the model is initialised.
+
     Raises:
         ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
     """
-    check_meta(path, meta)
-    state = dist_checkpointing.load(_sharded_state(actor, loading=True), str(path))
+    stored, now = check_meta(path, meta).get("layout"), _layout(actor)
+    wanted = _sharded_state(actor, loading=True)
+    if stored != now:
+        logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
+        del wanted["rng"]
+    state = dist_checkpointing.load(wanted, str(path))
     actor.model.load_state_dict(state["model"])
     actor.optimizer.load_state_dict(state)
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    if "rng" in wanted:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
     return state["trainer"]
 
 
@@ -85,7 +97,7 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
     Raises:
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
-    check_meta(path, {name: meta[name] for name in ("model", "mtp_layers", "tokenizer")})
+    check_weights(path, meta)
     state = dist_checkpointing.load({"model": _model_state(actor)}, str(path))
     actor.model.load_state_dict(state["model"])
     actor.optimizer.megatron.reload_model_params()
@@ -138,6 +150,20 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
                 "checkpoint's configuration, or another checkpoint"
             )
     return found
+
+
+def check_weights(path: Path, meta: dict[str, Any]) -> None:
+    """Compare what the weights depend on: model, depths and tokenizer, not the data.
+
+    Raises:
+        ValueError: as :func:`check_meta`.
+    """
+    check_meta(path, {name: meta[name] for name in ("model", "mtp_layers", "tokenizer")})
+
+
+def _layout(actor: MegatronGPTActor) -> dict[str, int]:
+    layout = actor.layout
+    return {"world_size": layout.world_size, "tensor": layout.tensor_parallel_size}
 
 
 def _model_state(actor: MegatronGPTActor) -> dict[str, Any]:

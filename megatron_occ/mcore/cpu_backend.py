@@ -18,7 +18,7 @@ Random-number tracker
     inference tracker, whose forks are no-ops: dropout is 0 and weights come from the CPU generator.
 
 Two further assumptions are met without touching anything: gradient clipping, whose helper asserts a
-CUDA tensor type, is done by ``optimizer.clip_gradients``; weights are initialised with
+CUDA tensor type, is done by ``JointOptimizer``; weights are initialised with
 ``use_cpu_initialization``, which also makes them independent of the tensor-parallel size.
 """
 

@@ -34,7 +34,7 @@ def generate(
     """Sample a response for each prompt.
 
     A sequence's random numbers come from its own seed, so that its response does not depend on the
-    batch it was generated in, nor on the data-parallel layout.
+    batch it was generated in, nor on the data-parallel layout, up to rounding in the logits.
 
     Args:
         model: bare model; put into evaluation mode meanwhile.

@@ -43,17 +43,24 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per token: log-prob of its target, entropy, most likely id; each [n]."""
+    """Per token: log-prob of its target; entropy and most likely id if asked for; each [n]."""
 
     logprobs: Tensor
-    entropy: Tensor
-    top_ids: Tensor
+    entropy: Tensor | None
+    top_ids: Tensor | None
 
 
 def token_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    top_ids: bool = False,
 ) -> TokenStatistics:
-    """Log-probs of targets, entropies and top ids from hidden states.
+    """Log-probs of targets, and on request entropies and top ids, from hidden states.
 
     Args:
         hidden: [n, h], the same on all tensor-parallel ranks, and passed through Megatron's
@@ -62,14 +69,19 @@ def token_statistics(
         targets: [n] token ids.
         shard: this rank's part of the vocabulary.
         temperature: divides the logits.
+        entropy: compute entropies.
+        top_ids: find the most likely ids.
 
     Returns:
         Differentiable log-probs (natural logarithm) and entropies (nats), and top-1 ids.
     """
-    logprobs, entropy, top_ids = _TokenStatistics.apply(
-        hidden, weight[: shard.size], targets, shard, temperature
+    wanted = (entropy, top_ids)
+    columns = weight[: shard.size]
+    logprobs, *extra = _TokenStatistics.apply(hidden, columns, targets, shard, temperature, wanted)
+    found = iter(extra)
+    return TokenStatistics(
+        logprobs, next(found) if entropy else None, next(found) if top_ids else None
     )
-    return TokenStatistics(logprobs, entropy, top_ids)
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
@@ -104,29 +116,34 @@ def _top_ids(logits: Tensor, local_max: Tensor, shard: VocabShard) -> Tensor:
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shard, temperature):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, targets, shard, temperature, wanted):  # noqa: ANN001, ANN205
+        want_entropy, want_top = wanted
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
             logits = _logits(hidden[rows], weight, temperature)
             log_z, local_max = _log_normalizer(logits, shard)
             column, owned = shard.locate(targets[rows])
             picked = torch.where(owned, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
-            expected = ((logits - log_z.unsqueeze(-1)).exp_() * logits).sum(-1)
-            logprob = shard.reduce(picked) - log_z
-            entropy = log_z - shard.reduce(expected)
-            parts.append((logprob, entropy, _top_ids(logits, local_max, shard), log_z))
-        logprobs, entropy, top_ids, log_z = (
-            torch.cat(column) for column in zip(*parts, strict=True)
-        )
+            part = [log_z, shard.reduce(picked) - log_z]
+            if want_entropy:
+                expected = ((logits - log_z.unsqueeze(-1)).exp_() * logits).sum(-1)
+                part.append(log_z - shard.reduce(expected))
+            if want_top:
+                part.append(_top_ids(logits, local_max, shard))
+            parts.append(part)
+        log_z, logprobs, *extra = (torch.cat(column) for column in zip(*parts, strict=True))
+        entropy = extra[0] if want_entropy else None
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.shard, ctx.temperature = shard, temperature
-        ctx.mark_non_differentiable(top_ids)
+        if want_top:
+            ctx.mark_non_differentiable(extra[-1])
         ctx.set_materialize_grads(False)
-        return logprobs, entropy, top_ids
+        return logprobs, *extra
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, _grad_top):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_logprobs, *grad_extra):  # noqa: ANN001, ANN002, ANN205
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        grad_entropy = grad_extra[0] if entropy is not None else None
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
@@ -155,7 +172,7 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_weight += grad.t() @ hidden[rows]
         if need_weight:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def draft_distance(

@@ -11,13 +11,17 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
-from megatron_occ.mcore.logprobs import VocabShard, draft_distance, token_statistics
+from megatron_occ.mcore.logprobs import (
+    TokenStatistics,
+    VocabShard,
+    draft_distance,
+    token_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class HeadRequest:
             ``targets[d, :, t]``. [1, b, s] asks for the main head alone.
         passes: MTP passes as (gradient to trunk, gradient to head), see ``Regime.passes``.
         temperature: divides main and MTP logits alike.
+        entropy: return the main head's entropies.
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
     """
 
     targets: Tensor
     passes: tuple[tuple[bool, bool], ...] = ((True, True),)
     temperature: float = 1.0
+    entropy: bool = False
     distance: str | None = None
 
 
@@ -54,6 +60,8 @@ class OCCGPTModel(GPTModel):
             valid_vocab_size: ids that exist; rows beyond are padding and take no part in softmax.
         """
         super().__init__(*args, **kwargs)
+        assert self.config.pipeline_model_parallel_size == 1, "one stage holds the whole model"
+        assert not self.config.sequence_parallel, "hidden states are whole on every rank"
         self.valid_vocab_size = valid_vocab_size or self.vocab_size
         self._block_arguments: dict[str, Any] = {}
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
@@ -65,14 +73,12 @@ class OCCGPTModel(GPTModel):
         """Megatron's forward, or, with ``request``, the log-probs of all heads.
 
         Returns:
-            With ``request``: :class:`HeadOutputs` on the last stage, hidden states before.
+            With ``request``: :class:`HeadOutputs`; without it what Megatron returns.
         """
         if request is None:
             return super().forward(*args, **kwargs)
         with self._as_inner_stage():
             hidden = super().forward(*args, **kwargs)
-        if not self.post_process:
-            return hidden
         call = dict(
             zip(("input_ids", "position_ids", "attention_mask"), args, strict=False), **kwargs
         )
@@ -97,8 +103,6 @@ class OCCGPTModel(GPTModel):
                 inference_context=context,
                 runtime_gather_output=True,
             )
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)
         local = hidden[-1] @ self._output_weight().t()
         logits = gather_from_tensor_model_parallel_region(local.unsqueeze(0)).squeeze(0)
         return logits[:, : self.valid_vocab_size].float()
@@ -131,35 +135,39 @@ class OCCGPTModel(GPTModel):
     def _head_outputs(
         self, hidden: Tensor, request: HeadRequest, call: dict[str, Any]
     ) -> HeadOutputs:
-        shard, weight = self._vocab_shard(), self._output_weight()
-        main_hidden = self._flatten(hidden)
         # flat index t * b + i: sequence dimension first, as hidden states are laid out
         targets = request.targets.transpose(1, 2).flatten(1)
-        size = call["input_ids"].shape
-        main = token_statistics(main_hidden, weight, targets[0], shard, request.temperature)
-        outputs = {
-            "logprobs": _unflatten(main.logprobs, size),
-            "entropy": _unflatten(main.entropy, size),
-        }
-        if targets.size(0) == 1:
+        shard, weight, size = self._vocab_shard(), self._output_weight(), call["input_ids"].shape
+        has_mtp = targets.size(0) > 1
+        main = token_statistics(
+            self._flatten(hidden),
+            weight,
+            targets[0],
+            shard,
+            request.temperature,
+            entropy=request.entropy,
+            top_ids=has_mtp,
+        )
+        outputs = {"logprobs": _unflatten(main.logprobs, size)}
+        if main.entropy is not None:
+            outputs["entropy"] = _unflatten(main.entropy, size)
+        if not has_mtp:
             return HeadOutputs(**outputs)
         passes = []
         for to_trunk, to_head in request.passes:
             states = [self._flatten(h) for h in self._mtp_hidden(hidden, call, to_trunk, to_head)]
             rows = weight if to_trunk else weight.detach()
+            # every pass predicts the same: one of them is compared with the main head
+            is_last = len(passes) == len(request.passes) - 1
             depths = [
-                token_statistics(h, rows, y, shard, request.temperature)
+                token_statistics(h, rows, y, shard, request.temperature, top_ids=is_last)
                 for h, y in zip(states, targets[1:], strict=True)
             ]
             passes.append(torch.stack([_unflatten(depth.logprobs, size) for depth in depths]))
-        top = _unflatten(main.top_ids, size)
-        agreement = [
-            (_unflatten(depth.top_ids, size) == _ahead(top, k)).float()
-            for k, depth in enumerate(depths, start=1)
-        ]
+        outputs["agreement"] = _agreement(main, depths, size)
         if request.distance is not None:
             outputs["distance"] = self._distance(states, hidden, weight, shard, request, size)
-        return HeadOutputs(**outputs, passes=tuple(passes), agreement=torch.stack(agreement))
+        return HeadOutputs(**outputs, passes=tuple(passes))
 
     def _mtp_hidden(
         self, hidden: Tensor, call: dict[str, Any], to_trunk: bool, to_head: bool
@@ -190,11 +198,7 @@ class OCCGPTModel(GPTModel):
 
     def _flatten(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> [s * b, h], whole and ready for a vocabulary split over ranks."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        return hidden.flatten(0, 1)
+        return copy_to_tensor_model_parallel_region(hidden).flatten(0, 1)
 
     def _distance(
         self,
@@ -224,6 +228,13 @@ def _unflatten(values: Tensor, size: torch.Size) -> Tensor:
     """[s * b] -> [b, s]."""
     batch, sequence = size
     return values.view(sequence, batch).t()
+
+
+def _agreement(main: TokenStatistics, depths: list[TokenStatistics], size: torch.Size) -> Tensor:
+    """1.0 where a depth's top token is the main head's for the same target, [K, b, s]."""
+    top = _unflatten(main.top_ids, size)
+    pairs = enumerate(depths, start=1)
+    return torch.stack([(_unflatten(d.top_ids, size) == _ahead(top, k)).float() for k, d in pairs])
 
 
 def _ahead(ids: Tensor, steps: int) -> Tensor:

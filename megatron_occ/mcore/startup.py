@@ -20,6 +20,7 @@ class Layout:
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    tensor_parallel_rank: int
     tensor_parallel_size: int
     device: torch.device
 
@@ -38,6 +39,14 @@ class Layout:
             )
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(values, op=operation, group=group)
+        return values
+
+    def broadcast_tensor_parallel(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of tensor-parallel rank 0 on all ranks of its group, in place; returns it."""
+        if self.tensor_parallel_size > 1:
+            group = parallel_state.get_tensor_model_parallel_group()
+            source = parallel_state.get_tensor_model_parallel_src_rank()
+            torch.distributed.broadcast(values, src=source, group=group)
         return values
 
 
@@ -72,6 +81,7 @@ def initialize(*, tensor_parallel_size: int = 1, seed: int = 0) -> Layout:
         world_size=torch.distributed.get_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=tensor_parallel_size,
         device=torch.device("cpu" if on_cpu else "cuda"),
     )

@@ -54,11 +54,14 @@ class MetricsLogger:
             for name, value in values.items():
                 self._writer.add_scalar(_tag(phase, name), value, int(step), wall_time=now)
 
-    def event(self, step: int, message: str) -> None:
-        """Record something a person should see, for example a lambda that is not finite."""
+    def event(self, step: int, message: str, *, kind: str = "warning") -> None:
+        """Record something a person should see, for example a lambda that is not finite.
+
+        An event of kind "resumed" is about the run's history: no later resumption drops it.
+        """
         if self._is_main:
             log.warning("step %d: %s", step, message)
-            self._write_event(step, "warning", message)
+            self._write_event(step, kind, message)
 
     def finish(self, step: int) -> None:
         """Record that the run reached its end, and close the files.
@@ -69,8 +72,11 @@ class MetricsLogger:
             self._write_event(step, "finished", "run finished")
             self.close()
 
-    def truncate_after(self, step: int, phase: str = "rl") -> int:
+    def truncate_after(self, step: int | None, phase: str = "rl") -> int:
         """Drop the lines written after the checkpoint of `step`; return how many were dropped.
+
+        None stands for no checkpoint: the phase begins anew, and all its lines go, those of a
+        validation at step 0 too.
 
         Call it on resume: the steps after the checkpoint run again, and their lines must not be
         doubled. `phase` says which counter `step` belongs to: "rl" covers "validation" too, and a
@@ -84,7 +90,10 @@ class MetricsLogger:
         if not self._is_main:
             return 0
         dropped = self._file.filter(_KeepUpTo(step, phase))
-        self._write_event(step, "resumed", f"resumed from the checkpoint of step {step}")
+        if step is not None:
+            self._write_event(step, "resumed", f"resumed from the checkpoint of step {step}")
+        elif dropped:
+            self._write_event(0, "resumed", f"{phase} began anew: it had no checkpoint yet")
         return dropped
 
     def close(self) -> None:
@@ -134,14 +143,16 @@ class _KeepUpTo:
     whichever of the two wrote the line before it.
     """
 
-    def __init__(self, step: int, phase: str) -> None:
-        self._step = step
+    def __init__(self, step: int | None, phase: str) -> None:
+        self._step = -1 if step is None else step
         self._phase = phase
         self._owner = phase
 
     def __call__(self, record: dict[str, Any]) -> bool:
         if record.get("phase") in PHASES:
             self._owner = "pretrain" if record["phase"] == "pretrain" else "rl"
+        if record.get("kind") == "resumed":
+            return True
         return self._owner != self._phase or record.get("step", 0) <= self._step
 
 

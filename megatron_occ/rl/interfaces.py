@@ -35,11 +35,16 @@ class Collectives(Protocol):
 
     data_parallel_rank: int
     data_parallel_size: int
+    tensor_parallel_rank: int
     device: Any
     is_main: bool
 
     def all_reduce_data_parallel(self, values: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over data-parallel ranks, in place."""
+        ...
+
+    def broadcast_tensor_parallel(self, values: Tensor) -> Tensor:
+        """Values of tensor-parallel rank 0 on all ranks of its group, in place."""
         ...
 
 
@@ -68,6 +73,7 @@ class Actor(Protocol):
         *,
         passes: tuple[tuple[bool, bool], ...],
         temperature: float = 1.0,
+        entropy: bool = False,
         distance: str | None = None,
     ) -> Any: ...
 

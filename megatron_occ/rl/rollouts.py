@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import RLConfig
-from megatron_occ.data.prompts import PromptRecord, PromptStream
+from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.splits import mix64
-from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
-from megatron_occ.rl.interfaces import Actor
-from megatron_occ.rl.rewards import VerifierPool
-from megatron_occ.rollout import SamplingSettings
-
-
-@dataclass
-class Samples:
-    """Responses of whole groups, one entry a response."""
-
-    records: list[PromptRecord] = field(default_factory=list)
-    prompts: list[list[int]] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def take(self, rows: list[int]) -> Samples:
-        """The given responses."""
-        return Samples(*([getattr(self, f.name)[row] for row in rows] for f in fields(self)))
-
-    def extend(self, other: Samples) -> None:
-        """Append the responses of ``other``."""
-        for f in fields(self):
-            getattr(self, f.name).extend(getattr(other, f.name))
-
-
-def sample_seed(key: int, index: int) -> int:
-    """Seed of response ``index`` among those drawn under ``key``, in the range torch accepts."""
-    return mix64(mix64(key) ^ index) >> 1
+from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
 
 
 @dataclass(frozen=True)
@@ -58,58 +25,6 @@ class Rollouts:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     events: list[str]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Samples and scores responses.
-
-    Args:
-        actor: the policy.
-        tokenizer: of prompts and responses.
-        verifiers: pool that scores responses.
-        sampling: of RL; validation has a temperature of its own.
-        max_prompt_length: tokens of a prompt at most, so that both fit the position range.
-    """
-
-    actor: Actor
-    tokenizer: Tokenizer
-    verifiers: VerifierPool
-    sampling: SamplingSettings
-    max_prompt_length: int
-
-    def __call__(
-        self, records: list[PromptRecord], *, seeds: list[int], temperature: float, timers: Timers
-    ) -> Samples:
-        """One response to each record; ``seeds`` names each response's random numbers."""
-        prompts = [self._encode(record) for record in records]
-        with timers("rollout"):
-            sampling = replace(self.sampling, temperature=temperature)
-            generation = self.actor.infer(prompts, sampling, seeds)
-        texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
-        with timers("reward"):
-            items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
-            scores = [result.score for result in self.verifiers.score(items)]
-        return Samples(
-            list(records),
-            prompts,
-            generation.tokens,
-            generation.logprobs,
-            generation.finished,
-            texts,
-            scores,
-        )
-
-    def _encode(self, record: PromptRecord) -> list[int]:
-        prompt = self.tokenizer.encode(record.prompt)
-        if not 0 < len(prompt) <= self.max_prompt_length:
-            raise ValueError(
-                f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
-                f"are 1 to {self.max_prompt_length}: shorten it, lower "
-                f"rl.rollout.max_response_length={self.sampling.max_response_length} or raise "
-                "model.max_position_embeddings"
-            )
-        return prompt
 
 
 class RolloutSource:
@@ -131,26 +46,23 @@ class RolloutSource:
         """Rollouts of one step."""
         size = self.config.samples_per_prompt
         wanted = self.config.prompts_per_step // self.actor.layout.data_parallel_size * size
-        kept, dropped = Samples(), Samples()
+        drawn, useful = Samples(), []
         rounds = self.config.dynamic_sampling.max_rounds if self._is_dynamic else 1
         for _ in range(rounds):
             samples = self._round(timers)
-            useful = self._useful_rows(samples)
-            kept.extend(samples.take(useful))
-            chosen = set(useful)
-            dropped.extend(samples.take([i for i in range(len(samples)) if i not in chosen]))
-            if self._all_ranks_have(len(kept) >= wanted):
+            useful += [len(drawn) + row for row in self._useful_rows(samples)]
+            drawn.extend(samples)
+            if self._all_ranks_have(len(useful) >= wanted):
                 break
         events = []
-        missing = max(0, wanted - len(kept))
-        short = self._sum([missing // size])[0]
+        short = self._sum([max(0, wanted - len(useful)) // size])[0]
         if short:
             events.append(
                 f"dynamic sampling: {short:.0f} groups without spread kept after {rounds} rounds"
             )
-        num_dropped = len(dropped) - missing
-        kept.extend(dropped.take(list(range(missing))))
-        return self._assemble(kept.take(list(range(wanted))), num_dropped // size, events, timers)
+        chosen = set(useful)
+        rest = [row for row in range(len(drawn)) if row not in chosen]
+        return self._assemble(drawn, (useful + rest)[:wanted], events)
 
     @property
     def _is_dynamic(self) -> bool:
@@ -187,12 +99,11 @@ class RolloutSource:
         total = torch.tensor(values, dtype=torch.float64, device=layout.device)
         return layout.all_reduce_data_parallel(total).tolist()
 
-    def _assemble(
-        self, samples: Samples, dropped: int, events: list[str], timers: Timers
-    ) -> Rollouts:
-        rewards = self._rewards(samples)
+    def _assemble(self, drawn: Samples, rows: list[int], events: list[str]) -> Rollouts:
+        """Batch from the chosen rows; metrics over all responses that were drawn."""
+        samples, rewards = drawn.take(rows), self._rewards(drawn)
         advantages = group_advantages(
-            rewards,
+            rewards[rows],
             self.config.samples_per_prompt,
             baseline=self.config.advantage.baseline,
             normalize=self.config.advantage.normalize,
@@ -205,8 +116,9 @@ class RolloutSource:
             self.sampler.tokenizer.pad_id,
             self.actor.layout.device,
         )
-        metrics = self._metrics(samples, rewards, dropped)
-        return Rollouts(batch, metrics, self._readable(samples, rewards, advantages), events)
+        dropped = (len(drawn) - len(rows)) // self.config.samples_per_prompt
+        metrics = self._metrics(drawn, rewards, dropped)
+        return Rollouts(batch, metrics, self._readable(samples, rewards[rows], advantages), events)
 
     def _rewards(self, samples: Samples) -> Tensor:
         rewards = torch.tensor(samples.scores)
@@ -256,7 +168,7 @@ class RolloutSource:
                 "prompt": samples.records[i].prompt,
                 "response": samples.texts[i],
                 "answer": samples.records[i].answer,
-                "correct": samples.scores[i] > 0,
+                "correct": samples.scores[i] >= 1.0,
                 "reward": round(float(rewards[i]), 6),
                 "advantage": round(float(advantages[i]), 6),
                 "finish_reason": "stop" if samples.finished[i] else "length",

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_occ.config.schema import Config
 from megatron_occ.losses import shift_to_source
 from megatron_occ.losses.calibration import CalibrationSums
-from megatron_occ.losses.heads import Normalizers
-from megatron_occ.losses.joint import JointLoss, PolicySettings
+from megatron_occ.losses.heads import JointTargets, Normalizers
+from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
 from megatron_occ.observe.metrics import MetricsLogger, RolloutLog
 from megatron_occ.observe.progress import Progress, Timers
 from megatron_occ.rl.batch import RolloutBatch, joint_targets
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
-from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.interfaces import Actor, Collectives
 from megatron_occ.rl.rollouts import RolloutSource
 
 SHOWN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "entropy": "entropy"}
@@ -84,6 +84,7 @@ class GRPOTrainer:
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
+        failures = _Failures(self.rollouts.sampler.verifiers.counts)
         rollouts = self.rollouts.generate(self.timers)
         self._warn(rollouts.events)
         self.rollout_log.write(self.step + 1, rollouts.samples)
@@ -92,7 +93,7 @@ class GRPOTrainer:
         gap = self._logprob_gap(batch)
         with self.timers("train"):
             metrics = self.run_training(batch)
-        return {**rollouts.metrics, **gap, **metrics}
+        return {**rollouts.metrics, **gap, **metrics, **failures.since(self.actor.layout)}
 
     def compute_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
         """Add old log-probs, and those of the reference policy if it is used."""
@@ -122,24 +123,17 @@ class GRPOTrainer:
         counts = torch.stack([Normalizers.count(target.mask) for target in targets]).sum(0)
         normalizers = Normalizers.from_counts(actor.layout.all_reduce_data_parallel(counts))
         regime = self.loss.regime
-        micro_batches = [
-            actor.micro_batch(
-                part.ids,
-                target,
-                passes=regime.passes if actor.num_depths else (),
-                temperature=rl.rollout.temperature,
-                distance=regime.head if regime.head in ("soft_ce", "tv") else None,
-            )
-            for part, target in zip(parts, targets, strict=True)
-        ]
+        micro_batches = self._micro_batches(
+            parts,
+            targets,
+            passes=regime.passes if actor.num_depths else (),
+            entropy=True,
+            distance=regime.head if regime.head in ("soft_ce", "tv") else None,
+        )
 
         def forward_sums() -> CalibrationSums:
-            zeros = torch.zeros(actor.num_depths, device=actor.layout.device)
-            report = actor.get_loss_and_metrics(
-                micro_batches,
-                lambda outputs, target: self.loss(outputs, target, normalizers, zeros),
-                forward_only=True,
-            )
+            batches = self._micro_batches(parts, targets, passes=((False, False),))
+            report = actor.get_loss_and_metrics(batches, calibration_report, forward_only=True)
             assert report.calibration is not None
             return report.calibration
 
@@ -159,6 +153,20 @@ class GRPOTrainer:
             self._warn(["gradient not finite: update skipped"])
         norms = {"grad_norm/trunk": step.trunk_norm, "grad_norm/head": step.head_norm}
         return {**metrics, **norms, "lr": step.lr}
+
+    def _micro_batches(
+        self,
+        parts: list[RolloutBatch],
+        targets: list[JointTargets],
+        *,
+        passes: tuple[tuple[bool, bool], ...],
+        **wanted: Any,
+    ) -> list[Any]:
+        temperature = self.config.rl.rollout.temperature
+        return [
+            self.actor.micro_batch(p.ids, t, passes=passes, temperature=temperature, **wanted)
+            for p, t in zip(parts, targets, strict=True)
+        ]
 
     def run_validation(self) -> dict[str, float]:
         """Validate the current policy and log the result."""
@@ -197,23 +205,29 @@ class GRPOTrainer:
         times = self.timers.pop()
         tokens = metrics.pop("rollout/tokens")
         metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
-        metrics.update(self._verifier_failures())
         metrics.update(times)
         # since the last line: validation and saving belong to the step that comes after them
         now = time.perf_counter()
         metrics["time/step"], self._logged_at = now - self._logged_at, now
         self.logger.log("rl", self.step, metrics)
 
-    def _verifier_failures(self) -> dict[str, float]:
-        """Failures since the start of the run, over data-parallel ranks."""
-        layout, counts = self.actor.layout, self.rollouts.sampler.verifiers.counts
-        total = torch.tensor(list(counts.values()), dtype=torch.float64, device=layout.device)
-        values = layout.all_reduce_data_parallel(total).tolist()
-        return {f"verifier/{name}": value for name, value in zip(counts, values, strict=True)}
-
     def _warn(self, events: list[str]) -> None:
         for event in events:
             self.logger.event(self.step + 1, event)
+
+
+class _Failures:
+    """Verifier failures of one step: the pool counts on, and validation uses it too."""
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        self.counts, self.before = counts, dict(counts)
+
+    def since(self, layout: Collectives) -> dict[str, float]:
+        """Failures since the object was made, over data-parallel ranks."""
+        here = [self.counts[name] - count for name, count in self.before.items()]
+        total = torch.tensor(here, dtype=torch.float64, device=layout.device)
+        values = layout.all_reduce_data_parallel(total).tolist()
+        return {f"verifier/{n}": value for n, value in zip(self.before, values, strict=True)}
 
 
 def _policy_settings(config: Config) -> PolicySettings:

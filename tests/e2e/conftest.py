@@ -53,3 +53,19 @@ def metrics(folder: Path, phase: str) -> list[dict]:
         for line in lines
         if line["phase"] == phase
     ]
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the product catches it."""
+
+
+def kill_after(monkeypatch, trainer_class, step):
+    """Make a trainer stop dead in the step after ``step``."""
+    original = trainer_class.run_step
+
+    def run_step(self):
+        if self.step == step:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(trainer_class, "run_step", run_step)

@@ -10,22 +10,7 @@ from megatron_occ import pretraining
 from megatron_occ.mcore.checkpoint import list_checkpoints
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rl import trainer
-from tests.e2e.conftest import metrics
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing in the product catches it."""
-
-
-def kill_after(monkeypatch, trainer_class, step):
-    original = trainer_class.run_step
-
-    def run_step(self):
-        if self.step == step:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(trainer_class, "run_step", run_step)
+from tests.e2e.conftest import Killed, kill_after, metrics
 
 
 def contents(folder, phase):
@@ -82,12 +67,65 @@ def test_resumed_run_equals_undisturbed_run(
         assert (cut / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("phase", "trainer_class", "step", "late"),
+    [
+        ("rl", trainer.GRPOTrainer, 2, ("rl.save_every=10",)),
+        ("rl", trainer.GRPOTrainer, 0, ()),
+        ("pretrain", pretraining.PretrainTrainer, 5, ("pretrain.save_every=10",)),
+    ],
+)
+def test_a_run_killed_before_its_first_checkpoint_starts_its_phase_anew(
+    run, monkeypatch, phase, trainer_class, step, late
+):
+    settings = (*SETTINGS[phase], "pretrain.steps=8", "pretrain.log_every=1", *late)
+    whole = run(phase, "whole", *settings)
+    with monkeypatch.context() as patched:
+        kill_after(patched, trainer_class, step)
+        with pytest.raises(Killed):
+            run(phase, "cut", *settings)
+    # twice: the second time finds what the first resumption left
+    with monkeypatch.context() as patched:
+        kill_after(patched, trainer_class, step)
+        with pytest.raises(Killed):
+            run(phase, "cut", "--resume", *settings, "keep_checkpoints=3")
+    cut = run(phase, "cut", "--resume", *settings, "keep_checkpoints=3")
+    for name in ("pretrain", "rl", "validation"):
+        assert metrics(cut, name) == metrics(whole, name)
+    assert len(metrics(cut, phase)) == {"rl": 4, "pretrain": 8}[phase]
+    if phase == "rl":
+        assert (cut / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    messages = [event["message"] for event in metrics(cut, "event")]
+    assert messages.count(f"{phase} began anew: it had no checkpoint yet") == 2
+    assert messages.count("resumed with keep_checkpoints was 2, is 3") == 1
+
+
 def test_a_refused_resume_leaves_the_folder_as_it_was(run):
     folder = run("pretrain", "run", "pretrain.steps=6")
     before = (folder / "config.yaml").read_text()
     with pytest.raises(SystemExit, match="seed was 0, is 1"):
         run("pretrain", "run", "pretrain.steps=6", "--resume", "seed=1")
     assert (folder / "config.yaml").read_text() == before
+
+
+def test_pretraining_cannot_be_prolonged_once_rl_has_a_checkpoint(run):
+    folder = run("rl", "run", "pretrain.steps=6", "rl.steps=1")
+    before = (folder / "config.yaml").read_text()
+    for command in ("rl", "pretrain"):
+        with pytest.raises(SystemExit, match=r"pretrain\.steps was 6, is 9 .*rl\.init_from="):
+            run(command, "run", "pretrain.steps=9", "rl.steps=1", "--resume")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_pretraining_goes_on_while_rl_has_no_checkpoint(run, monkeypatch):
+    settings = ("rl.steps=1", "pretrain.log_every=1")
+    with monkeypatch.context() as patched:
+        kill_after(patched, trainer.GRPOTrainer, 0)
+        with pytest.raises(Killed):
+            run("rl", "run", "pretrain.steps=6", *settings)
+    folder = run("rl", "run", "pretrain.steps=8", *settings, "--resume")
+    assert [line["step"] for line in metrics(folder, "pretrain")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in metrics(folder, "validation")] == [0, 1]
 
 
 def test_a_longer_run_resumes_from_the_shorter_one(run):

@@ -55,6 +55,27 @@ def test_weights_trainer_and_random_state_come_back(actor, tmp_path):
     assert torch.equal(torch.rand(4), drawn)
 
 
+def test_another_layout_gets_everything_but_the_random_state(actor, tmp_path, caplog):
+    path = save(tmp_path, 3, actor)
+    file = path / "meta.json"
+    stored = json.loads(file.read_text())
+    assert stored["layout"] == {"world_size": 1, "tensor": 1}
+    stored["layout"] = {"world_size": 2, "tensor": 2}
+    file.write_text(json.dumps(stored))
+    torch.manual_seed(5)
+    expected, weights = torch.rand(4), actor.model.decoder.final_layernorm.weight
+    with torch.no_grad():
+        weights.zero_()
+    torch.manual_seed(5)
+    with caplog.at_level("INFO"):
+        assert load_checkpoint(path, actor, meta()) == {"step": 3}
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(weights, torch.ones_like(weights))
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("megatron_occ")]
+    assert "random state" in line
+    assert "'world_size': 2" in line
+
+
 def test_only_the_newest_stay_and_unfinished_ones_are_not_seen(actor, tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, actor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +14,7 @@ from megatron_occ.mcore.logprobs import VocabShard, draft_distance, token_statis
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 19
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
+everything = functools.partial(token_statistics, entropy=True, top_ids=True)
 DENSE_DISTANCES = {"soft_ce": soft_cross_entropy, "tv": total_variation}
 
 
@@ -36,6 +39,19 @@ def dense_statistics(hidden, weight, targets, temperature=1.0):
     return picked, entropy, log_probs.argmax(-1)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("top_ids", [False, True])
+def test_only_what_is_asked_for_comes_back_and_the_rest_is_the_same(entropy, top_ids):
+    hidden, weight, targets, _ = inputs()
+    got = token_statistics(hidden, weight, targets, whole(), 0.7, entropy=entropy, top_ids=top_ids)
+    full = everything(hidden, weight, targets, whole(), 0.7)
+    assert torch.equal(got.logprobs, full.logprobs)
+    assert torch.equal(got.entropy, full.entropy) if entropy else got.entropy is None
+    assert torch.equal(got.top_ids, full.top_ids) if top_ids else got.top_ids is None
+    grads = [torch.autograd.grad(x.logprobs.sum(), (hidden, weight)) for x in (got, full)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def whole(rows=VOCABULARY):
     return VocabShard(0, rows)
 
@@ -45,7 +61,7 @@ def whole(rows=VOCABULARY):
 def test_statistics_and_gradients_equal_dense_ones(temperature, parts):
     hidden, weight, targets, upstream = inputs()
     upstream = upstream * torch.tensor(parts, dtype=torch.float64).unsqueeze(1)
-    got = token_statistics(hidden, weight, targets, whole(), temperature)
+    got = everything(hidden, weight, targets, whole(), temperature)
     picked, entropy, top = dense_statistics(hidden, weight, targets, temperature)
     torch.testing.assert_close(got.logprobs, picked, **EXACT)
     torch.testing.assert_close(got.entropy, entropy, **EXACT)
@@ -65,7 +81,7 @@ def test_statistics_and_gradients_equal_dense_ones(temperature, parts):
 def test_gradients_of_one_output_alone(name):
     """The other output's upstream gradient is then absent, not zero."""
     hidden, weight, targets, _ = inputs()
-    getattr(token_statistics(hidden, weight, targets, whole()), name).sum().backward()
+    getattr(everything(hidden, weight, targets, whole()), name).sum().backward()
     dense_hidden, dense_weight, _, _ = inputs()
     picked, entropy, _ = dense_statistics(dense_hidden, dense_weight, targets)
     (picked if name == "logprobs" else entropy).sum().backward()
@@ -77,7 +93,7 @@ def test_gradcheck():
     hidden, weight, targets, _ = inputs()
 
     def statistics(states, rows):
-        result = token_statistics(states, rows, targets, whole(), 0.7)
+        result = everything(states, rows, targets, whole(), 0.7)
         return result.logprobs, result.entropy
 
     assert torch.autograd.gradcheck(statistics, (hidden, weight))
@@ -95,7 +111,7 @@ def test_detached_weight_gets_no_gradient_and_costs_no_product():
     product = 2 * TOKENS * WIDTH * VOCABULARY
 
     def backward_products(rows):
-        result = token_statistics(hidden, rows, targets, whole())
+        result = everything(hidden, rows, targets, whole())
         with FlopCounterMode(display=False) as counter:
             result.logprobs.sum().backward()
         return counter.get_total_flops() / product
@@ -111,7 +127,7 @@ def test_detached_weight_gets_no_gradient_and_costs_no_product():
 
 def test_frozen_hidden_states_get_no_gradient():
     hidden, weight, targets, _ = inputs()
-    token_statistics(hidden.detach(), weight, targets, whole()).logprobs.sum().backward()
+    everything(hidden.detach(), weight, targets, whole()).logprobs.sum().backward()
     assert hidden.grad is None
     assert weight.grad.abs().max() > 0
 
@@ -121,7 +137,7 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, chunk):
     def run():
         hidden, weight, targets, upstream = inputs()
         teacher = inputs(seed=1)[0].detach()
-        got = token_statistics(hidden, weight, targets, whole(), 0.7)
+        got = everything(hidden, weight, targets, whole(), 0.7)
         tv = draft_distance("tv", hidden, weight, teacher, whole(), 0.7)
         soft = draft_distance("soft_ce", hidden, weight, teacher, whole(), 0.7)
         loss = upstream[0] * (got.logprobs + tv) + upstream[1] * (got.entropy + soft)
@@ -146,7 +162,7 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, chunk):
 
 def test_bf16_inputs_give_fp32_logprobs_close_to_those_of_fp32():
     hidden, weight, targets, upstream = inputs(torch.bfloat16)
-    got = token_statistics(hidden, weight, targets, whole())
+    got = everything(hidden, weight, targets, whole())
     single = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     picked, entropy, _ = dense_statistics(*single, targets)
     assert got.logprobs.dtype == got.entropy.dtype == torch.float32
@@ -170,7 +186,7 @@ def test_the_gradient_of_bf16_weights_is_summed_in_fp32(monkeypatch):
 
     def gradient(dtype):
         weight = torch.zeros(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
-        token_statistics(hidden.to(dtype), weight, targets, whole()).logprobs.sum().backward()
+        everything(hidden.to(dtype), weight, targets, whole()).logprobs.sum().backward()
         return weight.grad.float()
 
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1)
@@ -182,7 +198,7 @@ def test_log_softmax_itself_is_computed_in_fp32():
     """Equal logits: rounding of 1/v or of the sum to bf16 would show."""
     rows = 1000
     hidden, weight = torch.zeros(2, WIDTH).bfloat16(), torch.ones(rows, WIDTH).bfloat16()
-    got = token_statistics(hidden, weight, torch.tensor([3, 999]), whole(rows))
+    got = everything(hidden, weight, torch.tensor([3, 999]), whole(rows))
     expected = torch.full((2,), -6.907755278982137)  # -ln 1000
     torch.testing.assert_close(got.logprobs, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(got.entropy, -expected, atol=1e-6, rtol=0)
@@ -194,7 +210,7 @@ def test_padding_rows_take_no_part():
     with torch.no_grad():
         weight[VOCABULARY:] = 50.0  # would win every softmax
     shard = VocabShard(0, VOCABULARY)
-    got = token_statistics(hidden, weight, targets, shard)
+    got = everything(hidden, weight, targets, shard)
     picked, entropy, top = dense_statistics(hidden, weight[:VOCABULARY], targets)
     torch.testing.assert_close(got.logprobs, picked, **EXACT)
     torch.testing.assert_close(got.entropy, entropy, **EXACT)
@@ -233,7 +249,7 @@ def test_distance_of_a_perfect_drafter():
     tv = draft_distance("tv", copy, weight, hidden, shard)
     soft = draft_distance("soft_ce", copy, weight, hidden, shard)
     assert torch.count_nonzero(tv) == 0
-    entropy = token_statistics(hidden, weight, targets, shard).entropy
+    entropy = everything(hidden, weight, targets, shard).entropy
     torch.testing.assert_close(soft, entropy, **EXACT)
     (tv + soft).sum().backward()
     assert copy.grad.abs().max() < 1e-12
@@ -255,7 +271,7 @@ def joint_run(hidden, weight, targets, upstream, shard):
     """Values, and gradients of an arbitrary combination of all outputs."""
     hidden = hidden[0].clone().requires_grad_(), hidden[1].clone().requires_grad_(), hidden[2]
     weight = weight.clone().requires_grad_()
-    got = token_statistics(hidden[0], weight, targets, shard, 0.7)
+    got = everything(hidden[0], weight, targets, shard, 0.7)
     soft = draft_distance("soft_ce", hidden[1], weight, hidden[2], shard, 0.7)
     tv = draft_distance("tv", hidden[1], weight, hidden[2], shard, 0.7)
     values = torch.stack((got.logprobs, got.entropy, soft, tv))

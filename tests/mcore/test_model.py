@@ -84,7 +84,7 @@ def test_logprobs_of_every_head_equal_those_of_the_stock_model(layout, tied):
         ids,
         positions(ids),
         None,
-        request=HeadRequest(head_targets(ids, 2), temperature=temperature),
+        request=HeadRequest(head_targets(ids, 2), temperature=temperature, entropy=True),
     )
     # Megatron's own forward returns the hidden states of all heads where it is an inner stage
     stock.post_process = False
@@ -233,7 +233,7 @@ def test_entropy_bonus_does_not_displace_the_mtp_loss(layout):
     normalizers = Normalizers.from_counts(Normalizers.count(targets.mask))
 
     def head_gradients(entropy_coefficient):
-        request = HeadRequest(head_targets(ids, 2), REGIMES["ce"].passes)
+        request = HeadRequest(head_targets(ids, 2), REGIMES["ce"].passes, entropy=True)
         outputs = model(ids, positions(ids), None, request=request)
         settings = PolicySettings(entropy_coefficient=entropy_coefficient)
         loss, _ = JointLoss(settings, REGIMES["ce"])(outputs, targets, normalizers)

@@ -11,6 +11,7 @@ from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.cpu_backend import apply_cpu_backend
 from megatron_occ.rl.batch import RolloutBatch
+from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.trainer import GRPOTrainer
 from tests.mcore.conftest import VOCABULARY, random_ids, small_config
 
@@ -36,7 +37,7 @@ def actor_and_trainer(layout, config):
         layout,
         optimizer=config.rl.optimizer,
         total_updates=10,
-        train_head=config.mtp.trunk.signal != "none" or config.mtp.head.signal != "none",
+        train_head=regime_from(config.mtp).trains_head,
     )
     trainer = GRPOTrainer(
         config, actor, None, validate=None, logger=None, rollout_log=None, save=None
@@ -152,8 +153,10 @@ def test_the_reference_policy_stays_while_the_policy_moves(layout):
     assert not torch.allclose(actor.get_inference_log_probs(ids, **arguments), before, atol=1e-4)
 
 
-def test_a_frozen_head_gets_no_update_and_no_weight_decay(layout):
+@pytest.mark.parametrize("trunk", ["none", "policy"])
+def test_a_frozen_head_gets_no_update_and_no_weight_decay(layout, trunk):
     config = rl_config("none", 4)
+    config.mtp.trunk.signal = trunk
     config.rl.optimizer.weight_decay = 0.5
     actor, trainer = actor_and_trainer(layout, config)
     head = {n: p.clone() for n, p in actor.model.mtp.named_parameters()}

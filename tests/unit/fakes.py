@@ -29,6 +29,7 @@ class FakeLayout:
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
 
+    tensor_parallel_rank = 0
     device = torch.device("cpu")
 
     @property
@@ -36,6 +37,9 @@ class FakeLayout:
         return self.data_parallel_rank == 0
 
     def all_reduce_data_parallel(self, values, *, maximum=False):
+        return values
+
+    def broadcast_tensor_parallel(self, values):
         return values
 
 
@@ -183,7 +187,7 @@ class FakeActor:
         parts = ids.split(micro_batch_size)
         return torch.cat([_main(self.reference, part, temperature)[0] for part in parts])
 
-    def micro_batch(self, ids, payload, *, passes, temperature=1.0, distance=None):
+    def micro_batch(self, ids, payload, *, passes, temperature=1.0, entropy=False, distance=None):
         return FakeMicroBatch(ids, payload, passes, temperature, distance)
 
     def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
@@ -273,7 +277,7 @@ class ScriptedActor(FakeActor):
 
     def __init__(self, respond, **arguments):
         super().__init__(**arguments)
-        self.respond = respond
+        self.respond, self.responses = respond, []
 
     def infer(self, prompts, sampling, seeds):
         self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
@@ -281,5 +285,6 @@ class ScriptedActor(FakeActor):
         for prompt, seed in zip(prompts, seeds, strict=True):
             text = self.respond(TOKENIZER.decode(prompt), seed)
             tokens.append(TOKENIZER.encode(text)[: sampling.max_response_length])
+        self.responses += tokens
         logprobs = [[-1.0] * len(row) for row in tokens]
         return FakeGeneration(tokens, logprobs, [row[-1] in sampling.stop_ids for row in tokens])

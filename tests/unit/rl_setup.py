@@ -7,7 +7,8 @@ from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Problem
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.rewards import VerifierResult
-from megatron_occ.rl.rollouts import RolloutSource, Sampler
+from megatron_occ.rl.rollouts import RolloutSource
+from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
 from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import ALPHABET, STOP_IDS, TOKENIZER, FakeActor

@@ -35,3 +35,22 @@ def test_the_length_of_a_decaying_schedule_may_not_change():
     decaying = ["rl.optimizer.schedule=cosine"]
     with pytest.raises(ConfigError, match=r"rl\.steps was 100, is 200"):
         check_resumed(load_config([], decaying), load_config([], [*decaying, "rl.steps=200"]))
+
+
+def test_the_length_of_pretraining_may_not_change_once_rl_has_begun():
+    saved, now = load_config([], []), load_config([], ["pretrain.steps=900"])
+    assert check_resumed(saved, now) == ["pretrain.steps was 750, is 900"]
+    with pytest.raises(ConfigError, match=r"pretraining is over.*rl\.init_from"):
+        check_resumed(saved, now, is_in_rl=True)
+    assert check_resumed(saved, load_config([], ["rl.steps=900"]), is_in_rl=True)
+
+
+def test_micro_batches_stay_where_lambda_is_taken_from_each():
+    released = ["mtp.trunk.estimator=released"]
+    with pytest.raises(ConfigError, match=r"rl\.micro_batch_size was .*estimator=released"):
+        check_resumed(
+            load_config([], released), load_config([], [*released, "rl.micro_batch_size=1"])
+        )
+    assert check_resumed(
+        load_config([], released), load_config([], [*released, "pretrain.micro_batch_size=1"])
+    )

@@ -73,7 +73,7 @@ REFUSED = [
     ("pretrain.sequence_length=17", "pretrain.sequence_length=17", "model.max_position_embeddings"),
     ("rl.rollout.max_response_length=16", "rl.rollout.max_response_length=16", "Lower"),
     ("rl.overlong.buffer=10", "rl.overlong.buffer=10", "at most 9"),
-    ("rl.overlong.buffer=4 rl.overlong.penalty=0", "rl.overlong.penalty=0", "to 0 too"),
+    ("rl.overlong.buffer=4 rl.overlong.penalty=0", "rl.overlong.penalty=0", "overlong.buffer=0"),
     # batches
     ("rl.mini_batches=3", "rl.mini_batches=3", "Change"),
     ("rl.micro_batch_size=3", "rl.micro_batch_size=3", "Give rl.micro_batch_size=2"),
@@ -136,7 +136,7 @@ def test_layouts_that_do_not_divide_are_refused(overrides, world_size, what):
 
 
 def test_without_a_task_each_command_asks_for_its_own_data():
-    bare = ["data.task.name=null", "tokenizer.alphabet=ab"]
+    bare = ["data.task={name: null, params: {}}", "tokenizer.alphabet=ab"]
     assert [p.split(":")[0] for p in problems(bare, "pretrain")] == ["data.corpus=null"]
     assert [p.split(":")[0] for p in problems(bare, "rl")] == [
         "data.corpus=null",
@@ -149,7 +149,7 @@ def test_without_a_task_each_command_asks_for_its_own_data():
     assert [p.split(":")[0] for p in problems(prompts)] == ["data.validation_prompts=null"]
     assert problems([*prompts, "data.validation_prompts=v"]) == []
     assert problems([*bare, "data.corpus=c"], "pretrain") == []
-    (message,) = problems(["data.task.name=null", "data.corpus=c"], "pretrain")
+    (message,) = problems(["data.task={name: null, params: {}}", "data.corpus=c"], "pretrain")
     assert message.startswith("tokenizer.alphabet=null")
 
 
@@ -166,7 +166,7 @@ def test_only_what_the_command_uses_is_checked():
 def test_no_mtp_layer_is_accepted_with_the_preset_none_and_frozen_layers_too():
     assert problems(["mtp.num_layers=0", "mtp.preset=none", "pretrain.mtp_weight=0"]) == []
     assert problems(["mtp.num_layers=1", "mtp.preset=none"]) == []
-    assert problems(["mtp.preset=policy", "rl.mini_batches=1", "mtp.trunk.clamp=[null,0]"]) == []
+    assert problems(["mtp.preset=policy", "rl.mini_batches=1"]) == []
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,14 @@ def test_no_mtp_layer_is_accepted_with_the_preset_none_and_frozen_layers_too():
         "mtp.trunk.clamp=[1,1]",
         "mtp.trunk={statistics: current, ema: 0.9}",
         "mtp.trunk.estimator=released",
-        "mtp.trunk={signal: ce, coefficient: fixed, statistics: current}",
+        "mtp.trunk={signal: ce, coefficient: fixed, weight: 0.3}",
+        "mtp.trunk.lambda_plus=0.1",
+        "mtp.head={signal: tv, weight: 0.5}",
+        "rl.loss={kl_coefficient: 0.1, kl_kind: k2}",
+        "rl.overlong={buffer: 4, penalty: 0.5}",
+        "rl.dynamic_sampling.max_rounds=1",  # off, and never more than a round
+        "mtp={num_layers: 0, preset: none, trunk: {weight: 0}, head: {weight: 0}}",
+        "mtp={preset: none, head: {clip_grad: 0.5}}",  # pretraining trains the head
     ],
 )
 def test_values_at_the_limit_are_accepted(given):

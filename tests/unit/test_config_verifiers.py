@@ -9,12 +9,18 @@ import pytest
 from megatron_occ.config import ConfigError, load_config, to_yaml, validate
 
 TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
+# a generated task has its own verifier, so the problems come from files
+FILES = [
+    "data={task: {name: null, params: {}}, prompts: p.jsonl, validation_prompts: v.jsonl}",
+    "tokenizer.alphabet=ab",
+    "pretrain.steps=0",
+]
 
 
 def test_names_and_paths_are_read_from_files_and_overrides(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data:\n  verifiers:\n    unit: my.module:check\n")
-    config = load_config([TINY, path], ["data.verifiers.other-1=m:Scores.exact"])
+    config = load_config([TINY, path], [*FILES, "data.verifiers.other-1=m:Scores.exact"])
     validate(config, command="rl")
     assert config.data.verifiers == {"unit": "my.module:check", "other-1": "m:Scores.exact"}
     saved = tmp_path / "b.yaml"
@@ -37,7 +43,7 @@ def test_names_and_paths_are_read_from_files_and_overrides(tmp_path):
 )
 @pytest.mark.parametrize("command", ["rl", "eval"])
 def test_malformed_ones_are_refused(verifiers, message, command):
-    config = load_config([TINY], [f"data.verifiers={verifiers}"])
+    config = load_config([TINY], [*FILES, f"data.verifiers={verifiers}"])
     with pytest.raises(ConfigError) as refused:
         validate(config, command=command)
     assert len(refused.value.problems) == 1

@@ -112,6 +112,27 @@ def test_the_two_step_counters_of_one_folder_are_truncated_apart(tmp_path):
         logger.truncate_after(1, phase="validation")
 
 
+def test_without_a_checkpoint_nothing_of_the_phase_stays(tmp_path):
+    logger = make_logger(tmp_path)
+    logger.log("pretrain", 5, {"x": 1.0})
+    logger.event(0, "resumed with a change", kind="resumed")
+    logger.log("validation", 0, {"pass@1": 0.5})
+    logger.event(0, "of rl")
+    logger.event(0, "resumed with another", kind="resumed")
+    logger.log("rl", 1, {"x": 1.0})
+    assert logger.truncate_after(None) == 3
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line.get("message", line["phase"]) for line in lines] == [
+        "pretrain",
+        "resumed with a change",
+        "resumed with another",
+        "rl began anew: it had no checkpoint yet",
+    ]
+    # a phase that had not begun has nothing to tell
+    assert logger.truncate_after(None) == 0
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 4
+
+
 def test_appending_after_a_kill_does_not_join_the_broken_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps({"phase": "rl", "step": 1, "time": 1.0}) + "\n"

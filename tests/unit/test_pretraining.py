@@ -60,6 +60,32 @@ def test_it_ends_at_the_pass_rate():
     assert (resumed.step, saved_again) == (4, [])
 
 
+def test_the_time_of_a_step_is_without_validation(monkeypatch):
+    """Each step takes 1 s of this clock, each validation 100 s."""
+    now = [0.0]
+    trainer, logger, _ = make_trainer("validate_every=2", "log_every=3")
+    original = trainer.run_step
+
+    def run_step():
+        now[0] += 1.0
+        return original()
+
+    def validate():
+        now[0] += 100.0
+        return {"pass@1": 0.1}
+
+    monkeypatch.setattr(trainer, "run_step", run_step)
+    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr("megatron_occ.pretraining.time.perf_counter", lambda: now[0])
+    trainer.fit()
+    lines = {step: metrics for _, step, metrics in logger.lines}
+    assert sorted(lines) == [2, 3, 4, 6, 8]
+    assert {metrics["time/step"] for metrics in lines.values()} == {1.0}
+    assert {metrics["tokens_per_second"] for metrics in lines.values()} == {4 * 8}
+    for step, metrics in lines.items():
+        assert metrics.get("time/validation") == (100.0 if step % 2 == 0 else None)
+
+
 def test_a_finished_run_goes_on_when_asked_for_more_steps():
     trainer, _, _ = make_trainer("steps=2")
     trainer.fit()

@@ -187,7 +187,7 @@ def test_a_process_that_ended_between_calls_costs_no_item(pool):
 
 def test_output_and_input_of_a_verifier_do_not_touch_the_protocol(pool):
     results = pool.score([("user chatty", "", ""), ("user length", "abc", "")])
-    assert [result.score for result in results] == [0.5, 3.0]
+    assert [(result.score, result.detail) for result in results] == [(0.5, ""), (3.0, "")]
 
 
 @pytest.mark.parametrize(

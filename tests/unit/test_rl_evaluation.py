@@ -6,16 +6,16 @@ import pytest
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.rl.evaluation import evaluate
-from tests.unit.fakes import FakeActor, ScriptedActor, run_ranks
+from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor, run_ranks
 from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
 
 
-def validation(responses, *overrides, layout=None, stream=None, seed=0):
+def validation(responses, *overrides, layout=None, stream=None, seed=0, part=0):
     config = rl_config("rl.validation.samples=3", *overrides)
     actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
     sampler = make_source(config, actor).sampler
     stream = stream or PromptStream(LetterTask(), split="validation")
-    return evaluate(sampler, stream, config.rl.validation, seed), actor
+    return evaluate(sampler, stream, config.rl.validation, seed, part=part), actor
 
 
 def test_average_and_pass_at_k_by_hand():
@@ -62,3 +62,20 @@ def test_a_short_file_is_used_whole(tmp_path):
     stream = PromptStream(path, split="validation")
     metrics, _ = validation(lambda prompt, seed: f"{prompt}.", stream=stream)
     assert metrics == {"avg@3": 0.5, "pass@1": 0.5, "pass@3": 0.5, "problems": 2}
+
+
+def test_parts_have_problems_of_their_own_and_random_numbers_of_their_own():
+    actors = [validation(None, part=part)[1] for part in (0, 1)]
+    prompts = [[TOKENIZER.decode(ids) for ids in actor.calls[0]["prompts"]] for actor in actors]
+    assert [set(texts) for texts in prompts] == [set("abcd"), set("efgh")]
+    seeds = [set(actor.calls[0]["seeds"]) for actor in actors]
+    assert len(seeds[0] | seeds[1]) == 24
+
+
+def test_parts_of_a_file_differ_in_random_numbers_alone(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(f'{{"prompt": "{c}", "answer": "{c}"}}\n' for c in "abc"))
+    stream = PromptStream(path, split="validation")
+    calls = [validation(None, stream=stream, part=part)[1].calls[0] for part in (0, 1)]
+    assert calls[0]["prompts"] == calls[1]["prompts"]
+    assert len({*calls[0]["seeds"], *calls[1]["seeds"]}) == 18

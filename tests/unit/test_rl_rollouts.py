@@ -7,7 +7,7 @@ import torch
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.observe.progress import Timers
-from megatron_occ.rl.rollouts import sample_seed
+from megatron_occ.rl.sampler import sample_seed
 from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import STOP_IDS, TOKENIZER, FakeActor, FakeLayout, ScriptedActor, run_ranks
 from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
@@ -152,7 +152,9 @@ def test_dynamic_sampling_replaces_groups_without_spread():
     got = [row[: len(p)] for row, p in zip(rollouts.batch.ids.tolist(), prompts, strict=True)]
     assert got == prompts
     assert rollouts.batch.advantages.abs().min() > 0
-    assert rollouts.metrics["rollout/dropped_groups"] == 3  # 0, 2 and 5
+    # 0, 2 and 5 have no spread, 7 is one too many; metrics are about all eight groups drawn
+    assert rollouts.metrics["rollout/dropped_groups"] == 4
+    assert rollouts.metrics["rollout/tokens"] == sum(len(r) for r in actor.responses)
     assert rollouts.events == []
     assert len(actor.calls) == source.position == 2  # enough after two of three rounds
 
@@ -268,3 +270,21 @@ def test_the_sampler_hands_settings_and_texts_through():
     source.generate(Timers())
     assert used == [SamplingSettings(1.0, 6, STOP_IDS, 3)]
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
+
+
+def test_tensor_parallel_ranks_take_the_scores_of_their_first():
+    """Verifiers run under time limits: two processes may get two answers."""
+
+    class SecondOfTwo(FakeLayout):
+        tensor_parallel_rank = 1
+
+        def broadcast_tensor_parallel(self, values):
+            return values.copy_(torch.arange(len(values)) % 2)
+
+    def forbidden(*_):
+        raise AssertionError("only one rank asks the verifiers")
+
+    source = make_source(rl_config(), FakeActor(layout=SecondOfTwo()), score=forbidden)
+    rollouts = source.generate(Timers())
+    assert rollouts.metrics["reward/mean"] == 0.5
+    assert rollouts.batch.advantages.abs().min() > 0

@@ -130,10 +130,21 @@ def test_training_raises_the_reward():
     assert lines[-1]["loss/mtp_1"] < lines[0]["loss/mtp_1"] - 0.1  # the drafter follows
 
 
+def fail(verifiers, where, count):
+    """Every call of the pool counts some failures, those of validation too."""
+    score = verifiers.score
+
+    def failing(items):
+        verifiers.counts[where] += count
+        return score(items)
+
+    verifiers.score = failing
+
+
 @pytest.mark.parametrize("where", ["errors", "timeouts"])
-def test_failures_of_verifiers_are_logged(where):
+def test_failures_of_verifiers_in_a_steps_own_rollouts_are_logged(where):
     trainer, _ = four_updates("rl.steps=1")
-    trainer.rollouts.sampler.verifiers.counts[where] = 3
+    fail(trainer.rollouts.sampler.verifiers, where, 3)
     trainer.fit()
     ((_, _, metrics),) = (line for line in trainer.recorder.lines if line[0] == "rl")
     other = {"errors": "timeouts", "timeouts": "errors"}[where]
@@ -143,7 +154,7 @@ def test_failures_of_verifiers_are_logged(where):
 def test_failures_of_verifiers_are_counted_over_all_ranks():
     def work(layout):
         trainer = make_trainer(rl_config("rl.steps=1"), FakeActor(layout=layout))
-        trainer.rollouts.sampler.verifiers.counts["errors"] = 2 + layout.data_parallel_rank
+        fail(trainer.rollouts.sampler.verifiers, "errors", 2 + layout.data_parallel_rank)
         trainer.fit()
         return trainer.recorder.lines
 

@@ -1,0 +1,164 @@
+"""Refuses a setting that another one switches off: nothing that was asked for is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_occ.config.keys import leaves, spell
+from megatron_occ.config.presets import PRESETS
+
+
+def _is(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Keys that act only while another one is on.
+
+    Attributes:
+        key: the key that switches.
+        is_off: whether a value of it switches the others off.
+        keys: the keys that then must have their defaults.
+        needs: the settings that would make them act, in words.
+        zero: a value of ``keys`` besides the default that asks for nothing, as a weight of 0 does.
+    """
+
+    key: str
+    is_off: Callable[[Any], bool]
+    keys: tuple[str, ...]
+    needs: str
+    zero: Any = None
+
+
+_CALIBRATION = tuple(
+    f"mtp.trunk.{name}" for name in ("estimator", "statistics", "lambda_plus", "clamp", "ema")
+)
+SWITCHES = (
+    Switch(
+        "mtp.num_layers",
+        _is(0),
+        ("pretrain.mtp_weight", "mtp.head.clip_grad"),
+        "mtp.num_layers=1 or more",
+        zero=0,
+    ),
+    Switch(
+        "pretrain.steps",
+        _is(0),
+        ("pretrain.validate_every", "pretrain.stop_at_pass_rate", "data.corpus"),
+        "pretrain.steps=1 or more",
+    ),
+    Switch("data.task.name", _is(None), ("data.task.params",), "data.task.name"),
+    Switch(
+        "data.task.name",
+        _is_given,
+        ("data.verifier", "data.verifiers"),
+        "data.task.name=null and data.prompts (a generated task has its own verifier)",
+    ),
+)
+RL_SWITCHES = (
+    Switch(
+        "mtp.trunk.coefficient",
+        _is("fixed"),
+        _CALIBRATION,
+        "mtp.trunk.coefficient=occ (mtp.preset=occ or occ_decoupled)",
+    ),
+    Switch(
+        "mtp.trunk.signal",
+        _is("none"),
+        ("mtp.trunk.weight",),
+        "mtp.trunk.signal=ce or policy (mtp.preset=ce or policy)",
+        zero=0,
+    ),
+    Switch(
+        "mtp.trunk.coefficient",
+        _is("occ"),
+        ("mtp.trunk.weight",),
+        "mtp.trunk.coefficient=fixed (mtp.preset=ce or policy); lambda is scaled by "
+        "mtp.trunk.lambda_plus",
+    ),
+    Switch(
+        "mtp.head.signal",
+        _is("none", "same_as_trunk"),
+        ("mtp.head.weight",),
+        "mtp.head.signal=ce, soft_ce, tv or policy (mtp.preset=detach or occ_decoupled)",
+        zero=0,
+    ),
+    Switch(
+        "rl.dynamic_sampling.enabled",
+        _is(False),
+        ("rl.dynamic_sampling.max_rounds",),
+        "rl.dynamic_sampling.enabled=true",
+        zero=1,
+    ),
+    Switch(
+        "rl.overlong.buffer",
+        _is(0),
+        ("rl.overlong.penalty",),
+        "rl.overlong.buffer=1 or more",
+        zero=0,
+    ),
+    Switch(
+        "rl.loss.kl_coefficient",
+        _is(0),
+        ("rl.loss.kl_kind",),
+        "rl.loss.kl_coefficient above 0",
+    ),
+)
+# pretraining trains the head in any regime
+RL_ALONE_SWITCHES = (
+    Switch(
+        "mtp.head.signal",
+        _is("none"),
+        ("mtp.head.clip_grad",),
+        "a loss for the head in mtp.head.signal (any mtp.preset but none)",
+    ),
+)
+
+
+def switch_problems(values: Mapping[str, Any], *, pretrains: bool, trains: bool) -> Iterator[str]:
+    """Settings without effect, one message each.
+
+    Args:
+        values: a whole configuration by dotted key.
+        pretrains: whether the command runs pretraining.
+        trains: whether the command runs reinforcement learning.
+    """
+    switches = SWITCHES
+    if trains:
+        switches += RL_SWITCHES if pretrains else RL_SWITCHES + RL_ALONE_SWITCHES
+    found: dict[str, str] = {}
+    for switch in switches:
+        if not switch.is_off(values[switch.key]):
+            continue
+        for key in switch.keys:
+            default = leaves()[key].default()
+            if values[key] not in (default, switch.zero):
+                found.setdefault(key, _message(switch, key, default, values))
+    yield from found.values()
+
+
+def _message(switch: Switch, key: str, default: Any, values: Mapping[str, Any]) -> str:
+    return (
+        f"{key}={_plain(values[key])}: has no effect with {switch.key}="
+        f"{_plain(values[switch.key])}{_preset_of(switch.key, values)}. Give "
+        f"{key}={_plain(default)}, its default, or {switch.needs}"
+    )
+
+
+def _preset_of(key: str, values: Mapping[str, Any]) -> str:
+    for preset_key, presets in PRESETS.items():
+        preset = presets.get(values[preset_key], {})
+        if key in preset and preset[key] == values[key]:
+            return f", set by {preset_key}={values[preset_key]}"
+    return ""
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else spell(value)

@@ -1,0 +1,110 @@
+"""Sampling and scoring: one response to each prompt, with random numbers of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from megatron_occ.data.prompts import PromptRecord
+from megatron_occ.data.splits import mix64
+from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rollout import SamplingSettings
+
+
+@dataclass
+class Samples:
+    """Responses of whole groups, one entry a response."""
+
+    records: list[PromptRecord] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, rows: list[int]) -> Samples:
+        """The given responses."""
+        return Samples(*([getattr(self, f.name)[row] for row in rows] for f in fields(self)))
+
+    def extend(self, other: Samples) -> None:
+        """Append the responses of ``other``."""
+        for f in fields(self):
+            getattr(self, f.name).extend(getattr(other, f.name))
+
+
+def sample_seed(key: int, index: int) -> int:
+    """Seed of response ``index`` among those drawn under ``key``, in the range torch accepts."""
+    return mix64(mix64(key) ^ index) >> 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples and scores responses.
+
+    Args:
+        actor: the policy.
+        tokenizer: of prompts and responses.
+        verifiers: pool that scores responses.
+        sampling: of RL; validation has a temperature of its own.
+        max_prompt_length: tokens of a prompt at most, so that both fit the position range.
+    """
+
+    actor: Actor
+    tokenizer: Tokenizer
+    verifiers: VerifierPool
+    sampling: SamplingSettings
+    max_prompt_length: int
+
+    def __call__(
+        self, records: list[PromptRecord], *, seeds: list[int], temperature: float, timers: Timers
+    ) -> Samples:
+        """One response to each record; ``seeds`` names each response's random numbers."""
+        prompts = [self._encode(record) for record in records]
+        with timers("rollout"):
+            sampling = replace(self.sampling, temperature=temperature)
+            generation = self.actor.infer(prompts, sampling, seeds)
+        texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
+        with timers("reward"):
+            scores = self._score(records, texts)
+        return Samples(
+            list(records),
+            prompts,
+            generation.tokens,
+            generation.logprobs,
+            generation.finished,
+            texts,
+            scores,
+        )
+
+    def _score(self, records: list[PromptRecord], texts: list[str]) -> list[float]:
+        """Scores of this data-parallel rank's responses, the same on its tensor-parallel ranks.
+
+        One of them asks the verifiers: under time limits two processes may get two answers, and
+        would then train on different advantages.
+        """
+        layout = self.actor.layout
+        scores = torch.zeros(len(texts), dtype=torch.float64, device=layout.device)
+        if layout.tensor_parallel_rank == 0:
+            items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
+            results = self.verifiers.score(items)
+            scores += torch.tensor([result.score for result in results]).to(scores)
+        return layout.broadcast_tensor_parallel(scores).tolist()
+
+    def _encode(self, record: PromptRecord) -> list[int]:
+        prompt = self.tokenizer.encode(record.prompt)
+        if not 0 < len(prompt) <= self.max_prompt_length:
+            raise ValueError(
+                f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
+                f"are 1 to {self.max_prompt_length}: shorten it, lower "
+                f"rl.rollout.max_response_length={self.sampling.max_response_length} or raise "
+                "model.max_position_embeddings"
+            )
+        return prompt

@@ -1,0 +1,161 @@
+"""Bad inputs are refused before a folder is written; phases and Ctrl-C end cleanly."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import pytest
+
+from megatron_occ import run as runs
+from megatron_occ.cli import main
+from megatron_occ.data import build_tokenizer
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.mcore.corpus import write_corpus
+from megatron_occ.pretraining import PretrainTrainer
+from megatron_occ.rl.evaluation import held_out_problems
+from tests.e2e.conftest import metrics
+
+ALPHABET = "0123456789+*=."
+FROM_FILES = ("data.task.name=null", "data.task.params={}", f"tokenizer.alphabet={ALPHABET}")
+MEASURED = ("pretrain.steps=6", "pretrain.validate_every=3", "pretrain.stop_at_pass_rate=1.0")
+
+
+def prompts(path, *answers, **extra):
+    lines = [{"prompt": "1+2+3=", "answer": answer, **extra} for answer in answers]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("checkpoint", ["other depths", "none"])
+def test_a_start_that_does_not_fit_leaves_the_folder_free(run, pretrained, tmp_path, checkpoint):
+    start, message = pretrained(2), "mtp_layers is 2, this run has 1"
+    if checkpoint == "none":
+        start, message = tmp_path / "none", "not a complete checkpoint"
+    with pytest.raises(SystemExit, match=message):
+        run("rl", "run", f"rl.init_from={start}", "rl.steps=1")
+    assert not (run.folder / "run").exists()
+    run("rl", "run", f"rl.init_from={pretrained(1)}", "rl.steps=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pretrain.sequence_length=8",), "sequence length 8"),
+        (
+            (*MEASURED, "rl.validation.problems=100000"),
+            r"rl\.validation\.problems=100000: pretrain",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "rl"])
+def test_generated_data_that_does_not_fit_leaves_the_folder_free(run, command, overrides, message):
+    with pytest.raises(SystemExit, match=message):
+        run(command, "run", *overrides)
+    assert not (run.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "answers", "message"),
+    [({}, ("6", ""), r"held_out\.jsonl:2"), ({"task_name": "nosuch"}, ("6",), "nosuch")],
+)
+def test_bad_prompts_leave_the_folder_free(run, pretrained, tmp_path, extra, answers, message):
+    train = prompts(tmp_path / "train.jsonl", "6")
+    held_out = prompts(tmp_path / "held_out.jsonl", *answers, **extra)
+    files = (f"data.prompts={train}", f"data.validation_prompts={held_out}")
+    with pytest.raises(SystemExit, match=message):
+        run("rl", "run", *FROM_FILES, *files, f"rl.init_from={pretrained(1)}")
+    assert not (run.folder / "run").exists()
+
+
+def test_a_missing_corpus_leaves_the_folder_free(run, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere"):
+        run("pretrain", "run", *FROM_FILES, f"data.corpus={tmp_path / 'nowhere'}")
+    assert not (run.folder / "run").exists()
+
+
+def test_pretraining_is_not_measured_on_bad_prompts(run, tmp_path):
+    held_out = prompts(tmp_path / "held_out.jsonl", "")
+    text, tokenizer = (
+        prompts(tmp_path / "text.jsonl", *"6" * 50),
+        build_tokenizer("char", alphabet=ALPHABET),
+    )
+    write_corpus([text], tmp_path / "corpus", tokenizer, key="prompt")
+    files = (f"data.corpus={tmp_path / 'corpus'}", f"data.prompts={held_out}")
+    files += (f"data.validation_prompts={held_out}",)
+    with pytest.raises(SystemExit, match=r"held_out\.jsonl:1"):
+        run("pretrain", "run", *FROM_FILES, *files, *MEASURED)
+    assert not (run.folder / "run").exists()
+
+
+def test_pretraining_reads_the_prompts_it_is_measured_on_first_and_once(run, monkeypatch):
+    splits, original, build = [], PromptStream.__init__, runs.MegatronGPTActor
+
+    def make(self, source, seed=0, split="train", **options):
+        splits.append(split)
+        original(self, source, seed, split, **options)
+
+    def built(*args, **kwargs):
+        splits.append("model")
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(PromptStream, "__init__", make)
+    monkeypatch.setattr(runs, "MegatronGPTActor", built)
+    folder = run("pretrain", "run", *MEASURED)
+    assert [line["step"] for line in metrics(folder, "pretrain")] == [3, 6]
+    # "train" is the fingerprint of the generated corpus
+    assert splits == ["train", "validation", "model"]
+
+
+def test_pretraining_and_rl_are_measured_on_different_problems(run, monkeypatch):
+    seen, original = [], runs.evaluate
+
+    def evaluate(sampler, stream, config, seed, *, part):
+        seen.append({r.index for r in held_out_problems(stream, config.problems, part)})
+        return original(sampler, stream, config, seed, part=part)
+
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    run("rl", "run", *MEASURED, "rl.steps=1")
+    assert seen == [set(range(8, 16))] * 2 + [set(range(8))] * 2
+
+
+def test_the_pretraining_model_is_gone_when_rl_builds_its_own(run, monkeypatch):
+    alive, build = [], runs.MegatronGPTActor
+
+    def watched(*args, **kwargs):
+        alive.append([ref() is not None for ref in refs])
+        actor = build(*args, **kwargs)
+        refs.extend(weakref.ref(part) for part in (actor, actor.model, actor.optimizer))
+        return actor
+
+    refs = []
+    monkeypatch.setattr(runs, "MegatronGPTActor", watched)
+    gc.disable()
+    try:
+        run("rl", "run", *MEASURED, "rl.steps=1")
+    finally:
+        gc.enable()
+    assert alive == [[], [False] * 3]
+
+
+def test_ctrl_c_exits_with_130_and_tells_how_to_go_on(run, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PretrainTrainer, "run_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run("pretrain", "run", "pretrain.steps=6")
+    assert stopped.value.code == 130
+    assert "--resume continues" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_report_does_not_speak_of_resuming(tmp_path, monkeypatch, capsys):
+    def interrupted(_folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_occ.observe.write_report", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "--resume" not in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""A setting that another one switches off is refused, and what a preset sets never is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_occ.config import PRESETS, ConfigError, load_config, save_config, validate
+from megatron_occ.config.validate_switches import RL_ALONE_SWITCHES, RL_SWITCHES, SWITCHES
+
+TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
+
+
+def problems(overrides: list[str], command: str = "rl") -> list[str]:
+    config = load_config([TINY], overrides)
+    try:
+        validate(config, command=command)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+SWITCHED_OFF = [
+    ("mtp.preset=occ", "mtp.trunk.weight=0.5", "coefficient=occ, set by mtp.preset=occ", "=0.1"),
+    ("mtp.preset=occ", "mtp.trunk.weight=0", "mtp.trunk.coefficient=occ", "mtp.trunk.lambda_plus"),
+    ("mtp.preset=policy", "mtp.trunk.ema=0.5", "coefficient=fixed", "mtp.trunk.coefficient=occ"),
+    ("mtp.preset=ce", "mtp.trunk.lambda_plus=2", "coefficient=fixed", "lambda_plus=1.0"),
+    ("mtp.preset=ce", "mtp.trunk.statistics=current", "coefficient=fixed", "statistics=previous"),
+    ("mtp.preset=none", "mtp.trunk.estimator=released", "coefficient=fixed", "estimator=logprob"),
+    ("mtp.preset=detach", "mtp.trunk.clamp=[null,1]", "coefficient=fixed", "clamp=[0.0, null]"),
+    ("mtp.preset=detach", "mtp.trunk.weight=0.5", "mtp.trunk.signal=none", "mtp.trunk.signal=ce"),
+    ("mtp.preset=none", "mtp.head.weight=0.5", "mtp.head.signal=none", "mtp.head.signal=ce"),
+    ("mtp.preset=occ", "mtp.head.weight=0.5", "mtp.head.signal=same_as_trunk", "weight=0.1"),
+    ("mtp.num_layers=0 mtp.preset=none", "mtp.head.clip_grad=2", "mtp.num_layers=0", "or more"),
+    ("mtp.num_layers=0 mtp.preset=none", "pretrain.mtp_weight=0.3", "mtp.num_layers=0", "0.1"),
+    ("mtp.preset=none rl.init_from=c", "mtp.head.clip_grad=2", "mtp.head.signal=none", "=1.0"),
+    ("", "rl.dynamic_sampling.max_rounds=8", "rl.dynamic_sampling.enabled=false", "enabled=true"),
+    ("rl.algorithm=grpo", "rl.dynamic_sampling.max_rounds=8", "enabled=false", "max_rounds=4"),
+    ("", "rl.overlong.penalty=0.5", "rl.overlong.buffer=0", "rl.overlong.buffer=1 or more"),
+    ("", "rl.loss.kl_kind=k2", "rl.loss.kl_coefficient=0", "rl.loss.kl_coefficient above 0"),
+    ("", "data.verifier=exact", "data.task.name=reversed_addition", "data.task.name=null"),
+    ("", "data.verifiers={a: 'm:f'}", "data.task.name=reversed_addition", "data.verifiers={}"),
+    ("pretrain.steps=0", "pretrain.validate_every=5", "pretrain.steps=0", "validate_every=0"),
+    ("pretrain.steps=0", "pretrain.stop_at_pass_rate=0.5", "pretrain.steps=0", "rate=null"),
+]
+
+
+@pytest.mark.parametrize(("base", "given", "switch", "remedy"), SWITCHED_OFF)
+def test_a_setting_that_another_one_switches_off_is_refused(base, given, switch, remedy):
+    assert problems(base.split()) == []
+    (message,) = problems([*base.split(), given])
+    what, _, advice = message.partition(". Give ")
+    assert what.startswith(f"{given.partition('=')[0]}=") and "has no effect with" in what
+    assert switch in what
+    assert remedy in advice
+
+
+def test_every_key_of_the_table_is_tried():
+    tried = {given.partition("=")[0] for _, given, _, _ in SWITCHED_OFF}
+    table = {key for s in SWITCHES + RL_SWITCHES + RL_ALONE_SWITCHES for key in s.keys}
+    # these two need more than one other key
+    assert table - tried == {"data.task.params", "data.corpus"}
+
+
+def test_a_switch_that_overrides_its_preset_is_not_laid_on_the_preset():
+    given = ["rl.algorithm=dapo", "rl.dynamic_sampling={enabled: false, max_rounds: 8}"]
+    (message,) = problems(given)
+    assert "has no effect with rl.dynamic_sampling.enabled=false. Give" in message
+
+
+def test_a_corpus_without_pretraining_is_refused():
+    given = ["data.task={name: null, params: {}}", "data.prompts=p", "data.validation_prompts=v"]
+    given += ["tokenizer.alphabet=ab", "data.corpus=c"]
+    assert problems(given) == []
+    (message,) = problems([*given, "pretrain.steps=0"])
+    assert message.startswith("data.corpus=c: has no effect with pretrain.steps=0. Give")
+
+
+def test_parameters_of_a_task_that_is_not_there_are_refused():
+    given = ["data.task.name=null", "data.prompts=p", "data.validation_prompts=v"]
+    given += ["tokenizer.alphabet=ab", "rl.init_from=c"]
+    (message,) = problems(given)
+    assert message == (
+        "data.task.params={digits: 1, terms: 3}: has no effect with data.task.name=null. "
+        "Give data.task.params={}, its default, or data.task.name"
+    )
+    assert problems([*given, "data.task.params={}"]) == []
+
+
+def test_a_setting_of_rl_does_not_disturb_the_other_commands():
+    given = ["rl.overlong.penalty=0.5", "mtp.preset=ce", "mtp.trunk.ema=0.5"]
+    assert problems(given, "pretrain") == problems(given, "eval") == []
+    assert len(problems(given, "rl")) == len(problems(given, "demo")) == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS["mtp.preset"])
+@pytest.mark.parametrize("algorithm", PRESETS["rl.algorithm"])
+def test_a_saved_regime_is_accepted_again(preset, algorithm, tmp_path):
+    config = load_config([TINY], [f"mtp.preset={preset}", f"rl.algorithm={algorithm}"])
+    save_config(config, tmp_path / "config.yaml")
+    loaded = load_config([tmp_path / "config.yaml"])
+    assert loaded == config
+    validate(loaded, command="rl")
+
+
+@pytest.mark.parametrize("preset", PRESETS["mtp.preset"])
+def test_one_file_serves_a_sweep_over_regimes(preset, tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text("mtp: {num_layers: 2, preset: policy, head: {clip_grad: 0.5}}\n")
+    config = load_config([TINY, path], [f"mtp.preset={preset}"])
+    validate(config, command="rl")
+    assert config.mtp.trunk.weight == (1.0 if preset == "policy" else 0.1)
