@@ -17,10 +17,10 @@ demo: $(INSTALLED)
 	$(BIN)/megatron-occ demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

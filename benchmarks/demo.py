@@ -1,6 +1,7 @@
 """What the demo reaches: sampled pass@1 before and after RL for several seeds, and its plot.
 
-Runs ``megatron-occ demo`` once a seed, prints a table and writes the README's figure.
+Runs ``megatron-occ demo`` once a seed (a finished run in the folder is taken as it is), prints a
+table and writes the README's figure.
 
     python benchmarks/demo.py [--seeds 0 1 2] [--folder runs/demo_seeds] [--plot docs/demo.svg]
                               [key=value ...]
@@ -12,7 +13,6 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from megatron_occ.observe import Series, write_plot
@@ -31,8 +31,10 @@ def main() -> None:
     gains, curves = [], []
     for color, seed in enumerate(options.seeds, start=1):
         folder = options.folder / f"seed_{seed}"
-        minutes = _run(folder, seed, options.overrides)
+        if not (folder / "report.html").is_file():
+            _run(folder, seed, options.overrides)
         run = load_run(folder)
+        minutes = run.wall_seconds / 60
         before, after = accuracy_change(run)
         gains.append(after - before)
         print(f"{seed:>4} {before:>10.1%} {after:>8.1%} {gains[-1]:>+7.1%} {minutes:>7.1f}")
@@ -43,12 +45,9 @@ def main() -> None:
         write_plot(options.plot, curves, title=title, x_label="RL step", percent=True)
 
 
-def _run(folder: Path, seed: int, overrides: list[str]) -> float:
-    """Run the demo with one seed; minutes."""
+def _run(folder: Path, seed: int, overrides: list[str]) -> None:
     command = [sys.executable, "-m", "megatron_occ", "demo"]
-    start = time.perf_counter()
     subprocess.run([*command, f"run_dir={folder}", f"seed={seed}", *overrides], check=True)
-    return (time.perf_counter() - start) / 60
 
 
 if __name__ == "__main__":

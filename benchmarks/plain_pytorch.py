@@ -14,14 +14,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.plain_model import PlainGPT, from_megatron
+from benchmarks.plain_model import from_megatron
+from benchmarks.plain_trainer import PlainTrainer
 from megatron_occ.config import load_config
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
@@ -94,7 +94,9 @@ class Ours:
         counts = torch.stack([Normalizers.count(target.mask) for target in targets]).sum(0)
         self.normalizers = Normalizers.from_counts(counts)
         self.micro_batches: list[MicroBatch] = [
-            self.actor.micro_batch(part.ids, target, passes=self.trainer.loss.regime.passes)
+            self.actor.micro_batch(
+                part.ids, target, passes=self.trainer.loss.regime.passes, entropy=True
+            )
             for part, target in zip(parts, targets, strict=True)
         ]
 
@@ -128,85 +130,6 @@ class _Fixed:
         return self.ids, self.mask
 
 
-class Plain:
-    """The same updates in plain PyTorch."""
-
-    def __init__(self, config: Config, size: Size, weights: dict[str, Tensor]) -> None:
-        self.config, given = config, config.rl.optimizer
-        self.model = PlainGPT(config.model, size.vocabulary, config.mtp.num_layers)
-        self.model.load_state_dict(from_megatron(weights, config.model))
-        self.head = list(self.model.mtp.parameters())
-        self.trunk = [p for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() == 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            lr=given.lr,
-            betas=(given.beta1, given.beta2),
-            eps=given.eps,
-            weight_decay=given.weight_decay,
-        )
-
-    def load(self, batch: RolloutBatch, pretraining: tuple[Tensor, Tensor]) -> None:
-        """See :meth:`Ours.load`."""
-        self.batch, self.pretraining = batch, pretraining
-
-    def gradients(self) -> float:
-        """See :meth:`Ours.gradients`."""
-        batch = self.batch
-        constants = (batch.ids, batch.response_mask, batch.old_logprobs, batch.advantages)
-        size = self.config.rl.micro_batch_size
-        weight = self.config.mtp.trunk.weight
-        return self._accumulate(constants, size, weight, self._policy_loss)
-
-    def update(self) -> None:
-        """See :meth:`Ours.update`."""
-        self.gradients()
-        self._step()
-
-    def pretrain(self) -> None:
-        """See :meth:`Ours.pretrain`."""
-        settings = self.config.pretrain
-        size, weight = settings.micro_batch_size, settings.mtp_weight
-        self._accumulate(self.pretraining, size, weight, lambda logprobs, _depth: -logprobs)
-        self._step()
-
-    def _accumulate(
-        self, constants: tuple[Tensor, ...], size: int, mtp_weight: float, loss: Callable
-    ) -> float:
-        self.optimizer.zero_grad()
-        depths = range(1 + self.config.mtp.num_layers)
-        counts = [float(constants[1][:, 1 + d :].sum()) for d in depths]
-        total = 0.0
-        for ids, mask, *others in zip(*(c.split(size) for c in constants), strict=True):
-            losses = [
-                (loss(logprobs, d, *others) * mask[:, 1 + d :]).sum() / counts[d]
-                for d, logprobs in enumerate(self.model(ids))
-            ]
-            value = losses[0]
-            if losses[1:]:
-                value = value + mtp_weight * sum(losses[1:]) / len(losses[1:])
-            value.backward()
-            total += value.item()
-        return total
-
-    def _policy_loss(self, logprobs: Tensor, depth: int, old: Tensor, advantages: Tensor) -> Tensor:
-        settings = self.config.rl.loss
-        # old log-probs are those of the main head about the same token
-        ratio = (logprobs - old[:, depth:-1]).exp()
-        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-        advantages = advantages.unsqueeze(1)
-        return torch.maximum(-advantages * ratio, -advantages * clipped)
-
-    def _step(self) -> None:
-        for parameters, limit in (
-            (self.trunk, self.config.rl.optimizer.clip_grad),
-            (self.head, self.config.mtp.head.clip_grad),
-        ):
-            torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.optimizer.step()
-
-
 PARTS = {
     "forward + backward": "gradients",
     "RL update": "update",
@@ -236,9 +159,10 @@ def main() -> None:
     shutdown()
 
 
-def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, Plain]:
+def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, PlainTrainer]:
     ours = Ours(config, size, layout)
-    plain = Plain(config, size, dict(ours.actor.model.named_parameters()))
+    weights = dict(ours.actor.model.named_parameters())
+    plain = PlainTrainer(config, size.vocabulary, weights)
     generator = torch.Generator().manual_seed(0)
     rl, pretrain = config.rl, config.pretrain
     rows = rl.prompts_per_step * rl.samples_per_prompt // rl.mini_batches
@@ -258,7 +182,7 @@ def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, Plain]:
     return ours, plain
 
 
-def _compare(name: str, ours: Ours, plain: Plain) -> float:
+def _compare(name: str, ours: Ours, plain: PlainTrainer) -> float:
     """Largest deviation of loss and gradients, relative to each tensor's largest entry."""
     losses = [side.gradients() for side in (ours, plain)]
     found = {n: p.main_grad for n, p in ours.actor.model.named_parameters()}
@@ -278,7 +202,9 @@ def _compare(name: str, ours: Ours, plain: Plain) -> float:
     return largest
 
 
-def _measure(name: str, ours: Ours, plain: Plain, rounds: int) -> dict[str, dict[str, float]]:
+def _measure(
+    name: str, ours: Ours, plain: PlainTrainer, rounds: int
+) -> dict[str, dict[str, float]]:
     seconds: dict[tuple[str, int], list[float]] = {}
     for round_number in range(rounds + WARM_UP):
         # who goes first changes from round to round

@@ -176,7 +176,7 @@ class PretrainConfig:
     log_every: int = option(10, "updates between lines of metrics", minimum=1)
     validate_every: int = option(
         0,
-        "updates between measurements of pass@1, as in rl.validation (0: never)",
+        "updates between measurements of pass@1, as in rl.validation on other problems (0: never)",
         minimum=0,
     )
     stop_at_pass_rate: float | None = option(

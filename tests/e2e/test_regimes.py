@@ -46,6 +46,20 @@ def test_every_algorithm_runs_with_every_draft_loss(run, pretrained, algorithm, 
         assert line["grad_norm/head"] > 0
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("depths", [1, 2])
+def test_every_algorithm_runs_with_a_calibrated_coefficient(run, pretrained, algorithm, depths):
+    settings = (f"rl.algorithm={algorithm}", f"mtp.num_layers={depths}", "mtp.preset=occ_decoupled")
+    start = f"rl.init_from={pretrained(depths)}"
+    lines = metrics(
+        run("rl", "run", "rl.steps=2", "rl.prompts_per_step=16", *settings, start), "rl"
+    )
+    for line in lines:
+        assert math.isfinite(line["loss/policy"])
+        assert line["grad_norm/trunk"] > 0
+        assert math.isfinite(line[f"lambda/mtp_{depths}"])
+
+
 def test_an_mtp_regime_without_mtp_layers_is_refused(run):
     with pytest.raises(SystemExit, match=r"mtp\.num_layers"):
         run("rl", "run", "mtp.num_layers=0", "mtp.preset=occ")
