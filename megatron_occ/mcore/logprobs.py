@@ -96,16 +96,8 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _log_normalizer(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Log of the partition function [n], and the local maximum of each row [n]."""
-    local_max = logits.amax(-1)
-    maximum = shard.reduce(local_max.clone(), ReduceOp.MAX)
-    total = shard.reduce((logits - maximum.unsqueeze(-1)).exp_().sum(-1))
-    return total.log_() + maximum, local_max
-
-
-def _top_ids(logits: Tensor, local_max: Tensor, shard: VocabShard) -> Tensor:
-    top = logits.argmax(-1) + shard.start
+def _top_ids(local_top: Tensor, local_max: Tensor, shard: VocabShard) -> Tensor:
+    top = local_top + shard.start
     if shard.group is None:
         return top
     maximum = shard.reduce(local_max.clone(), ReduceOp.MAX)
@@ -121,15 +113,19 @@ class _TokenStatistics(torch.autograd.Function):
         parts = []
         for rows in _chunks(hidden.size(0), weight.size(0)):
             logits = _logits(hidden[rows], weight, temperature)
-            log_z, local_max = _log_normalizer(logits, shard)
+            local_max, local_top = logits.max(-1) if want_top else (logits.amax(-1), None)
             column, owned = shard.locate(targets[rows])
-            picked = torch.where(owned, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
+            picked = torch.where(owned, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
+            maximum = shard.reduce(local_max.clone(), ReduceOp.MAX)
+            centred = logits.sub_(maximum[:, None])
+            exps = centred.exp() if want_entropy else centred.exp_()
+            total = shard.reduce(exps.sum(-1))
+            log_z = total.log() + maximum
             part = [log_z, shard.reduce(picked) - log_z]
             if want_entropy:
-                expected = ((logits - log_z.unsqueeze(-1)).exp_() * logits).sum(-1)
-                part.append(log_z - shard.reduce(expected))
+                part.append(total.log() - shard.reduce(exps.mul_(centred).sum(-1)) / total)
             if want_top:
-                part.append(_top_ids(logits, local_max, shard))
+                part.append(_top_ids(local_top, local_max, shard))
             parts.append(part)
         log_z, logprobs, *extra = (torch.cat(column) for column in zip(*parts, strict=True))
         entropy = extra[0] if want_entropy else None
@@ -143,7 +139,12 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, *grad_extra):  # noqa: ANN001, ANN002, ANN205
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        # of the logits before their division by the temperature
+        upstream = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs
+        upstream = upstream / ctx.temperature
         grad_entropy = grad_extra[0] if entropy is not None else None
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy / ctx.temperature
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
@@ -152,20 +153,18 @@ class _TokenStatistics(torch.autograd.Function):
             dtype = torch.promote_types(weight.dtype, torch.float32)
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            centred = _logits(hidden[rows], weight, ctx.temperature) - log_z[rows].unsqueeze(-1)
-            probs = centred.exp()
-            grad = torch.zeros_like(probs)
-            if grad_logprobs is not None:
-                # d log p_y / d logit = onehot(y) - p
-                upstream = grad_logprobs[rows].unsqueeze(-1)
-                column, owned = ctx.shard.locate(targets[rows])
-                grad = -upstream * probs
-                grad.scatter_add_(-1, column.unsqueeze(-1), upstream * owned.unsqueeze(-1))
-            if grad_entropy is not None:
+            log_probs = _logits(hidden[rows], weight, ctx.temperature).sub_(log_z[rows, None])
+            if grad_entropy is None:
+                grad = log_probs.exp_().mul_(-upstream[rows, None])
+            else:
                 # d H / d logit = -p (log p + H)
-                upstream = grad_entropy[rows].unsqueeze(-1)
-                grad = grad - upstream * probs * (centred + entropy[rows].unsqueeze(-1))
-            grad = (grad / ctx.temperature).to(weight.dtype)
+                grad = log_probs.exp()
+                slope = log_probs.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                grad.mul_(slope.add_(upstream[rows, None]).neg_())
+            # d log p_y / d logit = onehot(y) - p
+            column, owned = ctx.shard.locate(targets[rows])
+            grad.scatter_add_(-1, column[:, None], (upstream[rows] * owned)[:, None])
+            grad = grad.to(weight.dtype)
             if need_hidden:
                 grad_hidden[rows] = grad @ weight
             if need_weight:
@@ -235,5 +234,5 @@ class _DraftDistance(torch.autograd.Function):
 
 def _log_softmax(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
     logits = _logits(hidden, weight, temperature)
-    log_z, _ = _log_normalizer(logits, shard)
-    return logits - log_z.unsqueeze(-1)
+    centred = logits.sub_(shard.reduce(logits.amax(-1), ReduceOp.MAX)[:, None])
+    return centred.sub_(shard.reduce(centred.exp().sum(-1)).log_()[:, None])
