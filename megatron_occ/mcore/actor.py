@@ -66,11 +66,6 @@ class MegatronGPTActor:
         )
         self._reference: dict[str, Tensor] | None = None
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters on this rank."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
     def infer(
         self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
     ) -> Generation:

@@ -87,11 +87,6 @@ def initialize(*, tensor_parallel_size: int = 1, seed: int = 0) -> Layout:
     )
 
 
-def world_size_from_environment() -> int:
-    """Number of processes that the launcher announces (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _init_process_group(backend: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
