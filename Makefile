@@ -1,16 +1,20 @@
 # Every target creates .venv and installs what it needs. VENV=/path uses another environment.
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PINS ?= constraints.txt
+# test-latest: the newest tested Megatron-Core, which needs Python 3.12, in an environment of its own
+VENV_LATEST ?= .venv-latest
+PYTHON_LATEST ?= python3.12
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.megatron_occ_installed
 
-.PHONY: install demo test test-unit lint format clean
+.PHONY: install demo test test-latest test-unit lint format clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt tools/install.py
+$(INSTALLED): setup.py pyproject.toml $(PINS) tools/install.py
 	@test -x $(BIN)/python || $(PYTHON) tools/install.py --create $(VENV)
-	$(BIN)/python tools/install.py
+	$(BIN)/python tools/install.py $(PINS)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -18,6 +22,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-latest:
+	@test -x $(VENV_LATEST)/bin/python || $(PYTHON_LATEST) --version || { \
+		echo "test-latest needs Python 3.12: make test-latest PYTHON_LATEST=/path/to/python3.12"; \
+		exit 1; }
+	$(MAKE) test VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) PINS=constraints-latest.txt
 
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
@@ -31,4 +41,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_LATEST) runs build *.egg-info .pytest_cache .ruff_cache

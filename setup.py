@@ -1,4 +1,4 @@
-"""Packaging of megatron_occ; pinned versions that were tested lie in constraints.txt."""
+"""Packaging of megatron_occ; tested versions lie in constraints.txt and constraints-latest.txt."""
 
 from setuptools import find_packages, setup
 
@@ -12,7 +12,8 @@ setup(
     package_data={"megatron_occ.observe": ["*.css"]},
     install_requires=[
         "torch>=2.6,<3",
-        "megatron-core>=0.16.1,<0.17",
+        # start-up refuses what is not in megatron_occ/mcore/versions.py
+        "megatron-core>=0.16.1,<0.20",
         "omegaconf>=2.3",
         "transformers>=4.50",
         "math-verify>=0.8",

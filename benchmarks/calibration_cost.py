@@ -21,9 +21,9 @@ import torch
 from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.startup import initialize, shutdown
-from megatron_occ.rl.batch import RolloutBatch
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.update import PolicyUpdater
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
 VOCABULARY = 17
@@ -40,9 +40,9 @@ REGIMES = {
 
 @dataclass
 class Contestant:
-    """One regime's trainer and the seconds of its updates."""
+    """One regime's updater and the seconds of its updates."""
 
-    trainer: GRPOTrainer
+    updater: PolicyUpdater
     seconds: list[float]
 
 
@@ -53,15 +53,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    layout = initialize()
+    layout = initialize(load_config([CONFIG], options.overrides))
     contestants = {
         name: _contestant(layout, given, options.overrides) for name, given in REGIMES.items()
     }
-    batch = _batch(next(iter(contestants.values())).trainer)
+    mini_batch = _mini_batch(next(iter(contestants.values())).updater)
     for round_number in range(options.rounds + 2):
         for contestant in contestants.values():
             start = time.perf_counter()
-            contestant.trainer.run_update(batch)
+            contestant.updater.run_update(mini_batch)
             if round_number >= 2:
                 contestant.seconds.append(time.perf_counter() - start)
     results = _table(contestants)
@@ -81,21 +81,19 @@ def _contestant(layout: object, given: tuple[str, ...], overrides: list[str]) ->
         total_updates=1000,
         train_head=regime_from(config.mtp).trains_head,
     )
-    trainer = GRPOTrainer(
-        config, actor, None, validate=None, logger=None, rollout_log=None, save=None
-    )
-    return Contestant(trainer, [])
+    return Contestant(PolicyUpdater(config, actor), [])
 
 
-def _batch(trainer: GRPOTrainer) -> RolloutBatch:
-    rl = trainer.config.rl
+def _mini_batch(updater: PolicyUpdater) -> MiniBatch:
+    rl = updater.config.rl
     rows = rl.prompts_per_step * rl.samples_per_prompt // rl.mini_batches
     prompt, length = 7, 7 + rl.rollout.max_response_length
     ids = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(rows, length)
     mask[:, prompt:] = 1.0
     batch = RolloutBatch(ids, mask, torch.zeros(rows, length), torch.randn(rows))
-    return trainer.compute_logprobs(batch)
+    (mini_batch,) = updater.compute_logprobs([MiniBatch.padded(batch, rl.micro_batch_size)])
+    return mini_batch
 
 
 def _table(contestants: dict[str, Contestant]) -> dict[str, dict[str, float]]:

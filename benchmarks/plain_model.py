@@ -19,6 +19,8 @@ _NAMES = (
     ("decoder.layers.", "layers."),
     ("decoder.final_layernorm.", "norm."),
     ("transformer_layer.", "layer."),
+    # from Megatron-Core 0.17
+    ("mtp_model_layer.", "layer."),
     ("final_layernorm.", "norm."),
     ("input_layernorm.", "attention_norm."),
     ("pre_mlp_layernorm.", "mlp_norm."),

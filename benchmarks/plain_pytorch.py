@@ -29,8 +29,8 @@ from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.startup import Layout, initialize, shutdown
 from megatron_occ.mcore.training import MicroBatch
 from megatron_occ.pretraining import PretrainTrainer
-from megatron_occ.rl.batch import RolloutBatch, joint_targets
-from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, joint_targets
+from megatron_occ.rl.update import PolicyUpdater
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
 TOLERANCE = 1e-4
@@ -80,22 +80,27 @@ class Ours:
         self.actor = MegatronGPTActor(
             config, size.vocabulary, layout, optimizer=config.rl.optimizer, total_updates=10**6
         )
+        self.updater = PolicyUpdater(config, self.actor)
         unused = dict.fromkeys(("validate", "logger", "save"))
-        self.trainer = GRPOTrainer(config, self.actor, None, rollout_log=None, **unused)
         self.pretrainer = PretrainTrainer(config, self.actor, None, **unused)
+
+    def scored(self, batch: RolloutBatch) -> RolloutBatch:
+        """The same batch with log-probs of the current policy."""
+        (mini_batch,) = self.updater.compute_logprobs([self._cut(batch)])
+        return mini_batch.rows
 
     def load(self, batch: RolloutBatch, pretraining: tuple[Tensor, Tensor]) -> None:
         """Take the data; ``pretraining`` are ids and token mask [b, s]."""
-        config, depths = self.trainer.config, self.actor.num_depths
-        self.batch = batch
+        depths = self.actor.num_depths
+        self.mini_batch = self._cut(batch)
         self.pretrainer.corpus = _Fixed(*pretraining)
-        parts = batch.split(config.rl.micro_batch_size)
+        parts = [rows for rows, _ in self.mini_batch.micro_batches()]
         targets = [joint_targets(part, depths, None) for part in parts]
         counts = torch.stack([Normalizers.count(target.mask) for target in targets]).sum(0)
         self.normalizers = Normalizers.from_counts(counts)
         self.micro_batches: list[MicroBatch] = [
             self.actor.micro_batch(
-                part.ids, target, passes=self.trainer.loss.regime.passes, entropy=True
+                part.ids, target, passes=self.updater.loss.regime.passes, entropy=True
             )
             for part, target in zip(parts, targets, strict=True)
         ]
@@ -105,7 +110,7 @@ class Ours:
         losses = []
 
         def loss(outputs: HeadOutputs, target: JointTargets) -> tuple[Tensor, LossReport]:
-            value, report = self.trainer.loss(outputs, target, self.normalizers)
+            value, report = self.updater.loss(outputs, target, self.normalizers)
             losses.append(value.detach())
             return value, report
 
@@ -114,11 +119,14 @@ class Ours:
 
     def update(self) -> None:
         """One RL update."""
-        self.trainer.run_update(self.batch)
+        self.updater.run_update(self.mini_batch)
 
     def pretrain(self) -> None:
         """One pretraining update."""
         self.pretrainer.run_step()
+
+    def _cut(self, batch: RolloutBatch) -> MiniBatch:
+        return MiniBatch.padded(batch, self.updater.config.rl.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    layout = initialize()
+    layout = initialize(load_config([CONFIG], options.overrides))
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds")
     results = {}
     for name in options.size or SIZES:
@@ -161,7 +169,7 @@ def main() -> None:
 
 def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, PlainTrainer]:
     ours = Ours(config, size, layout)
-    weights = dict(ours.actor.model.named_parameters())
+    weights = dict(ours.actor.chunks[0].named_parameters())
     plain = PlainTrainer(config, size.vocabulary, weights)
     generator = torch.Generator().manual_seed(0)
     rl, pretrain = config.rl, config.pretrain
@@ -171,7 +179,7 @@ def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, PlainTrain
     mask = torch.zeros(shape)
     mask[:, size.prompt :] = 1.0
     advantages = torch.randn(rows, generator=generator)
-    batch = ours.trainer.compute_logprobs(RolloutBatch(ids, mask, torch.zeros(shape), advantages))
+    batch = ours.scored(RolloutBatch(ids, mask, torch.zeros(shape), advantages))
     # an older policy than the current one: some ratios are clipped
     noise = 0.2 * torch.randn(shape, generator=generator)
     batch = batch.with_logprobs(batch.old_logprobs + noise, None)
@@ -185,7 +193,7 @@ def _sides(config: Config, size: Size, layout: Layout) -> tuple[Ours, PlainTrain
 def _compare(name: str, ours: Ours, plain: PlainTrainer) -> float:
     """Largest deviation of loss and gradients, relative to each tensor's largest entry."""
     losses = [side.gradients() for side in (ours, plain)]
-    found = {n: p.main_grad for n, p in ours.actor.model.named_parameters()}
+    found = {n: p.main_grad for n, p in ours.actor.chunks[0].named_parameters()}
     found = from_megatron(found, plain.config.model)
     deviations = {"loss": abs(losses[0] - losses[1]) / abs(losses[1])}
     for parameter_name, parameter in plain.model.named_parameters():

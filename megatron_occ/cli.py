@@ -1,6 +1,6 @@
 """The command line: ``megatron-occ {demo, pretrain, rl, eval, report}``.
 
-Help, ``--print-config`` and ``--dry-run`` answer without importing torch.
+Help, ``--print-config`` and refused configurations answer without importing torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Ctrl-C exits with 130, as shells expect of a command that SIGINT ended.
     """
     options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.ERROR, format="%(message)s")
+    quiet = _rank() != 0 or getattr(options, "dry_run", False)
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s")
     try:
         _dispatch(options)
     except (ConfigError, ValueError) as error:
@@ -58,6 +59,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [word for word in rest if word.startswith("-") or options.command == "report"]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for name in ("world_size", "rank"):
+        if getattr(options, name, None) is not None and not options.dry_run:
+            parser.error(f"--{name.replace('_', '-')} goes with --dry-run alone")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -94,7 +98,15 @@ def _add_run_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rl.steps=10")
     command.add_argument("--print-config", action="store_true", help="print the configuration")
     command.add_argument(
-        "--dry-run", action="store_true", help="check the configuration and print what would run"
+        "--dry-run",
+        action="store_true",
+        help="check the configuration; print what would run, rank grid, parameters and memory",
+    )
+    command.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: ranks (default: $WORLD_SIZE)"
+    )
+    command.add_argument(
+        "--rank", type=int, metavar="N", help="with --dry-run: the rank to build (default: 0)"
     )
     if name == "eval":
         command.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder")
@@ -113,10 +125,10 @@ def _dispatch(options: argparse.Namespace) -> None:
         print(to_yaml(config), end="")
         return
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    validate(config, command=options.command, world_size=world_size)
     if options.dry_run:
-        print(_plan(config, options.command, world_size))
+        _dry_run(config, options, world_size)
         return
+    validate(config, command=options.command, world_size=world_size)
     if options.command != "eval":
         _check_run_folder(Path(config.run_dir), options.resume)
     _run(options, config)
@@ -175,14 +187,53 @@ def _report(folder: Path) -> None:
     print_summary(folder)
 
 
+def _dry_run(config: Config, options: argparse.Namespace, world_size: int) -> None:
+    if options.world_size is not None:
+        world_size = options.world_size
+    validate(config, command=options.command, world_size=world_size)
+    rank = options.rank or 0
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"--rank {rank}: there are ranks 0 to {world_size - 1}. Give one of them")
+    # counted by the local layers, on a machine with GPUs too; before torch looks for them
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_occ.mcore.estimate import estimate, last_stage_rank
+    from megatron_occ.mcore.estimate_text import grid_text, ranks_text
+
+    vocabulary = _vocabulary(config)
+    ranks = dict.fromkeys((rank, last_stage_rank(config, world_size, rank)))
+    estimates = [
+        estimate(config, vocabulary, world_size, one, command=options.command) for one in ranks
+    ]
+    print(_plan(config, options.command, world_size))
+    print(f"\n{grid_text(config, estimates[0])}\n\n{ranks_text(config, estimates)}")
+
+
+def _vocabulary(config: Config) -> int:
+    """Rows of embedding and output layer; a tokenizer is read only if it alone knows."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    from megatron_occ.data.tasks import build_task
+    from megatron_occ.inputs import read_tokenizer
+
+    name, params = config.data.task.name, config.data.task.params
+    try:
+        task = build_task(name, **params) if name is not None else None
+        return read_tokenizer(config, task).vocab_size
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"model.vocab_size=null: the vocabulary has to come from the tokenizer: {error}. "
+            "Give model.vocab_size to count without it"
+        ) from error
+
+
 def _plan(config: Config, command: str, world_size: int) -> str:
-    sizes = derive(config, world_size)
+    sizes, parallel = derive(config, world_size), config.parallel
     lines = [
         to_yaml(config).rstrip(),
         "",
         f"command            {command}",
-        f"ranks              {world_size} "
-        f"(tensor {config.parallel.tensor}, data {sizes.data_parallel})",
+        f"ranks              {world_size} (tensor {parallel.tensor}, context {parallel.context}, "
+        f"data {sizes.data_parallel}, pipeline {parallel.pipeline})",
     ]
     if (config.rl.init_from is None and config.pretrain.steps) or command == "pretrain":
         lines.append(
@@ -190,9 +241,15 @@ def _plan(config: Config, command: str, world_size: int) -> str:
             f"sequences, {sizes.pretrain_micro_batches} micro-batches a rank"
         )
     if command in ("rl", "demo"):
+        micro_batches = f"{sizes.micro_batches} micro-batches a rank"
+        if config.rl.micro_batch_tokens is not None:
+            micro_batches = (
+                f"micro-batches of at most {config.rl.micro_batch_tokens} tokens (as many as the "
+                "lengths of the responses make)"
+            )
         lines.append(
             f"RL                 {config.rl.steps} steps of {sizes.step_sequences} responses, "
-            f"{config.rl.mini_batches} updates each, {sizes.micro_batches} micro-batches a rank"
+            f"{config.rl.mini_batches} updates each, {micro_batches}"
         )
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from megatron_occ.observe.metrics import MetricsLogger
 from megatron_occ.observe.progress import Progress
 from megatron_occ.rl.batch import head_masks
 from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
 PASS_RATE = "pass@1"
 _BOTH = ((True, True),)
@@ -114,10 +115,8 @@ class PretrainTrainer:
         )
         step = self.actor.finish_training_step()
         if step.skipped:
-            self.logger.event(self.step + 1, "gradient not finite: update skipped")
-        metrics = {name: float(value) for name, value in report.metrics.items()}
-        norms = {"grad_norm/trunk": step.trunk_norm, "grad_norm/head": step.head_norm}
-        return {**metrics, **norms, "lr": step.lr}
+            self.logger.event(self.step + 1, SKIPPED)
+        return update_metrics(on_host(report), step)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data."""

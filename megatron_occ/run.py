@@ -46,6 +46,7 @@ from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Run:
     def __post_init__(self) -> None:
         config = self.config
         register_verifiers(config.data.verifiers)
-        self.layout = initialize(tensor_parallel_size=config.parallel.tensor, seed=config.seed)
+        self.layout = initialize(config)
         if config.data.task.name is not None:
             self.task = build_task(config.data.task.name, **config.data.task.params)
         self.tokenizer = read_tokenizer(config, self.task)
@@ -217,7 +218,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         phase = _Phase(run, "rl", actor, meta)
         trainer = GRPOTrainer(
             config,
-            actor,
+            PolicyUpdater(config, actor),
             RolloutSource(sampler, train, rl, config.seed),
             validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed, part=RL_PART),
             logger=run.metrics,

@@ -1,8 +1,8 @@
 """Install this checkout with its pinned versions, but keep a torch that is already there.
 
 ``python tools/install.py --create DIR`` makes a virtual environment (one that sees the torch of the
-interpreter it is made with, as in a vendor's container); run by that environment's Python without
-arguments it installs.
+interpreter it is made with, as in a vendor's container); ``tools/install.py PINS``, run by that
+environment's Python, installs with the versions that the file PINS names.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def create(folder: str) -> None:
     venv.create(folder, with_pip=True, system_site_packages=usable_torch() is not None)
 
 
-def install() -> None:
-    """Install the package in editable mode with its development tools."""
-    pins = (ROOT / "constraints.txt").read_text()
+def install(file: str) -> None:
+    """Install the package in editable mode with its development tools, pinned as in ``file``."""
+    pins = (ROOT / file).read_text()
     kept = usable_torch()
     if kept is not None:
         print(f"keeping torch {kept}", flush=True)
@@ -49,7 +49,7 @@ def install() -> None:
         if kept is None:
             # torch first and alone: a later resolver run must not pick another build of it
             pin = re.search(r"(?m)^torch==.*$", pins)
-            assert pin is not None, "constraints.txt pins torch"
+            assert pin is not None, f"{file} pins torch"
             subprocess.run([*pip, pin[0]], check=True)
         subprocess.run([*pip, "-e", f"{ROOT}[dev]"], check=True)
 
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--create"]:
         create(sys.argv[2])
     else:
-        install()
+        install(sys.argv[1])

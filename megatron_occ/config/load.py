@@ -157,4 +157,7 @@ def _escape(value: Any) -> Any:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved configuration to ``path``; its folder must exist."""
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    # whole or not at all: a run that is continued compares itself with this file
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    temporary.replace(path)

@@ -12,10 +12,12 @@ _CHANGEABLE = (
     "keep_checkpoints",
     "data.verifier_timeout",
     "parallel.",
+    "recompute",
     "pretrain.micro_batch_size",
     "pretrain.save_every",
     "pretrain.log_every",
     "rl.micro_batch_size",
+    "rl.micro_batch_tokens",
     "rl.rollout.batch_size",
     "rl.rollout.log_samples",
     "rl.validation.",
@@ -59,6 +61,6 @@ def _objection(key: str, config: Config, is_in_rl: bool) -> str:
         phase = config.pretrain if key == "pretrain.steps" else config.rl
         decays = phase.optimizer.schedule != "constant"
         return "the learning rate decays over the whole phase" if decays else ""
-    if key == "rl.micro_batch_size" and config.mtp.trunk.estimator == "released":
+    if key.startswith("rl.micro_batch_") and config.mtp.trunk.estimator == "released":
         return "mtp.trunk.estimator=released takes lambda from each micro-batch"
     return "" if key.startswith(_CHANGEABLE) else "it would not be the same run"

@@ -2,61 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-def option(
-    default: Any,
-    text: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with its help text and allowed range.
-
-    Args:
-        default: the default value; a dict or list is copied for each instance.
-        text: one line for ``--help``.
-        choices: the allowed strings.
-        minimum, maximum: inclusive bounds.
-        above, below: exclusive bounds.
-    """
-    limits = {"choices": choices, "min": minimum, "max": maximum, "above": above, "below": below}
-    metadata = {
-        "help": text,
-        **{name: limit for name, limit in limits.items() if limit is not None},
-    }
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(cls: type, text: str) -> Any:
-    """A nested section of the configuration."""
-    return field(default_factory=cls, metadata={"help": text})
-
-
-@dataclass
-class ModelConfig:
-    num_layers: int = option(3, "transformer layers of the trunk", minimum=1)
-    hidden_size: int = option(96, "width of the residual stream", minimum=1)
-    ffn_hidden_size: int = option(384, "width of the gated MLP", minimum=1)
-    num_attention_heads: int = option(4, "attention heads", minimum=1)
-    num_query_groups: int | None = option(
-        None, "key/value heads (null: as many as heads)", minimum=1
-    )
-    kv_channels: int | None = option(None, "width of a head (null: hidden_size / heads)", minimum=1)
-    max_position_embeddings: int = option(64, "longest sequence, prompt and response", minimum=2)
-    rotary_base: int = option(10000, "base period of the rotary embedding", above=0)
-    norm_epsilon: float = option(1e-5, "epsilon of RMSNorm", above=0)
-    qk_layernorm: bool = option(False, "RMSNorm on queries and keys")
-    qkv_bias: bool = option(False, "bias in the query/key/value projection")
-    tie_embeddings: bool = option(True, "output layer shares the embedding's weight")
-    init_std: float = option(0.02, "standard deviation of the initial weights", above=0)
+from megatron_occ.config.options import option, section
+from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 
 
 @dataclass
@@ -85,13 +35,6 @@ class DataConfig:
         {}, "verifiers of your own by task_name, e.g. {echo: 'my_module:echo_verifier'}"
     )
     verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
-
-
-@dataclass
-class ParallelConfig:
-    tensor: int = option(
-        1, "tensor-parallel size; the rest of the world is data-parallel", minimum=1
-    )
 
 
 @dataclass
@@ -259,6 +202,11 @@ class RLConfig:
     samples_per_prompt: int = option(16, "samples a prompt (the group)", minimum=1)
     mini_batches: int = option(4, "updates a step", minimum=1)
     micro_batch_size: int = option(128, "sequences a forward pass", minimum=1)
+    micro_batch_tokens: int | None = option(
+        None,
+        "tokens of a packed micro-batch at most (null: padded, of rl.micro_batch_size sequences)",
+        minimum=2,
+    )
     advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
     loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
     rollout: RolloutConfig = section(RolloutConfig, "generation")
@@ -276,11 +224,15 @@ class Config:
     precision: str = option(
         "fp32", "precision of parameters and activations", choices=("fp32", "bf16")
     )
+    recompute: str = option(
+        "none", "activations that the backward pass computes again", choices=("none", "full")
+    )
     keep_checkpoints: int = option(2, "newest checkpoints kept of each phase", minimum=1)
     model: ModelConfig = section(ModelConfig, "architecture")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     data: DataConfig = section(DataConfig, "data")
     parallel: ParallelConfig = section(ParallelConfig, "layout")
+    fp8: FP8Config = section(FP8Config, "FP8 matrix products by TransformerEngine")
     mtp: MTPConfig = section(MTPConfig, "multi-token prediction in RL")
     pretrain: PretrainConfig = section(PretrainConfig, "pretraining")
     rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_occ.config.schema import Config
@@ -18,7 +19,7 @@ class Sizes:
         rank_step_sequences: sequences of a rollout step on a data-parallel rank.
         mini_batch: sequences of an update, over all ranks.
         rank_mini_batch: sequences of an update on a data-parallel rank.
-        micro_batches: micro-batches of an RL update on a data-parallel rank.
+        micro_batches: padded micro-batches of an RL update on a data-parallel rank.
         rl_updates: optimizer updates of the whole RL run.
         rank_pretrain_batch: sequences of a pretraining update on a data-parallel rank.
         pretrain_micro_batches: micro-batches of a pretraining update on a data-parallel rank.
@@ -38,16 +39,44 @@ class Sizes:
     pretrain_updates: int
 
 
+def model_parallel_size(config: Config) -> int:
+    """Ranks that work on the same sequences: tensor, pipeline and context parallel."""
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * parallel.context
+
+
+def sequence_multiple(config: Config) -> int:
+    """What the length of a sequence in the model is a multiple of.
+
+    Context parallelism cuts it into two chunks a rank, sequence parallelism over the
+    tensor-parallel ranks, and FP8 products need rows in multiples of :func:`fp8_multiple`.
+    """
+    parallel = config.parallel
+    multiple = 2 * parallel.context if parallel.context > 1 else 1
+    if parallel.sequence:
+        multiple *= parallel.tensor
+    if config.fp8.format == "none":
+        return multiple
+    # a rank's own part must have that many rows
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    return math.lcm(multiple, fp8_multiple(config) * parts)
+
+
+def fp8_multiple(config: Config) -> int:
+    """What rows and columns of TransformerEngine's FP8 matrices are a multiple of."""
+    return 128 if config.fp8.scaling == "block" else 16
+
+
 def derive(config: Config, world_size: int = 1) -> Sizes:
     """The sizes of a configuration, for the phases in which ``validate`` accepts it.
 
     Args:
         config: a configuration; counts of a phase that does not divide evenly are rounded down.
-        world_size: ranks in all, a multiple of ``parallel.tensor``.
+        world_size: ranks in all, a multiple of :func:`model_parallel_size`.
     """
     rl, pretrain = config.rl, config.pretrain
-    data_parallel = world_size // config.parallel.tensor
-    assert data_parallel >= 1, "validate refuses a world smaller than parallel.tensor"
+    data_parallel = world_size // model_parallel_size(config)
+    assert data_parallel >= 1, "validate refuses a world smaller than one model"
     step_sequences = rl.prompts_per_step * rl.samples_per_prompt
     mini_batch = step_sequences // rl.mini_batches
     rank_mini_batch = mini_batch // data_parallel

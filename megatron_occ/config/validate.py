@@ -11,6 +11,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_layout import layout_problems
+from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_switches import switch_problems
 
@@ -55,6 +56,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     first = trains and config.rl.init_from is None and config.pretrain.steps > 0
     pretrains = command == "pretrain" or first
     yield from _tokenizer(config)
+    yield from model_problems(config)
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
     if pretrains:
         yield from _pretraining(config)

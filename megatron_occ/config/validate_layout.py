@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_occ.config.pipeline import pipeline_problems
 from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import fp8_multiple, model_parallel_size, sequence_multiple
 
 
 def layout_problems(
@@ -18,51 +20,117 @@ def layout_problems(
         pretrains: whether the command runs pretraining.
         trains: whether the command runs reinforcement learning.
     """
-    tensor = config.parallel.tensor
-    yield from _model(config)
-    if world_size < 1 or world_size % tensor:
+    yield from _splits(config)
+    yield from _experts(config, world_size)
+    yield from pipeline_problems(config)
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
         yield (
-            f"parallel.tensor={tensor}: does not divide the {world_size} ranks of this run. Give "
-            f"a divisor of {world_size}, or start a multiple of {tensor} ranks"
+            "parallel.sequence=true: parallel.tensor=1 has nothing to split the sequence over. "
+            "Give parallel.tensor=2 or more, or parallel.sequence=false"
+        )
+    share = model_parallel_size(config)
+    if world_size < 1 or world_size % share:
+        yield (
+            f"{_factors(config)}: does not divide the {world_size} ranks of this run ({share} "
+            f"ranks share a sequence). Give sizes whose product divides {world_size}, or start a "
+            f"multiple of {share} ranks"
         )
         return
-    ranks = world_size // tensor
+    ranks = world_size // share
     if pretrains:
         yield from _batch("pretrain", "pretrain.batch_size", config.pretrain.batch_size, ranks)
         yield from _micro_batch(
-            "pretrain", config.pretrain.batch_size, config.pretrain.micro_batch_size, ranks
+            config,
+            "pretrain",
+            config.pretrain.batch_size,
+            config.pretrain.micro_batch_size,
+            ranks,
         )
     if trains:
         yield from _rollout_batch(config, ranks)
 
 
-def _model(config: Config) -> Iterator[str]:
+def _factors(config: Config) -> str:
+    names = ("tensor", "pipeline", "context")
+    given = [name for name in names if getattr(config.parallel, name) > 1] or ["tensor"]
+    return ", ".join(f"parallel.{name}={getattr(config.parallel, name)}" for name in given)
+
+
+def _splits(config: Config) -> Iterator[str]:
+    """What is cut over tensor-parallel ranks."""
     model, tensor = config.model, config.parallel.tensor
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    width = model.kv_channels
-    if width is None and model.hidden_size % heads:
-        yield (
-            f"model.num_attention_heads={heads}: does not divide "
-            f"model.hidden_size={model.hidden_size}. Change one, or set model.kv_channels"
-        )
-    elif (width or model.hidden_size // heads) % 2:
-        yield (
-            f"model.kv_channels={'null' if width is None else width}: a head is "
-            f"{width or model.hidden_size // heads} wide, and the rotary embedding needs an even "
-            "width. Change model.kv_channels, or model.hidden_size or model.num_attention_heads"
-        )
-    if groups is not None and heads % groups:
-        yield (
-            f"model.num_query_groups={groups}: does not divide "
-            f"model.num_attention_heads={heads}. Give a divisor of {heads}"
-        )
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(model, name)
+    names = ["num_attention_heads", "num_query_groups", "ffn_hidden_size"]
+    if config.mtp.num_layers:
+        names.append("hidden_size")  # rows of the MTP layers' projection
+    sizes = {f"model.{name}": getattr(model, name) for name in names}
+    if model.moe.num_experts is not None:
+        key = "model.moe.shared_ffn_hidden_size"
+        sizes[key] = model.moe.shared_ffn_hidden_size
+    for key, size in sizes.items():
         if size is not None and size % tensor:
             yield (
-                f"model.{name}={size}: is not divisible by parallel.tensor={tensor}. Change "
-                "one of them"
+                f"{key}={size}: is not divisible by parallel.tensor={tensor}. Change one of them"
             )
+    if config.fp8.format != "none":
+        yield from _fp8_widths(config)
+
+
+def _fp8_widths(config: Config) -> Iterator[str]:
+    """Columns of the matrices that a rank multiplies in FP8."""
+    model, tensor, multiple = config.model, config.parallel.tensor, fp8_multiple(config)
+    parts = {"hidden_size": 1, "ffn_hidden_size": tensor}
+    for name, ranks in parts.items():
+        size = getattr(model, name)
+        if size % (multiple * ranks):
+            yield (
+                f"model.{name}={size}: over {ranks} ranks is not a multiple of {multiple}, which "
+                f"fp8.scaling={config.fp8.scaling} needs. Give a multiple of "
+                f"{multiple * ranks}, or fp8.format=none"
+            )
+
+
+def _experts(config: Config, world_size: int) -> Iterator[str]:
+    moe, parallel = config.model.moe, config.parallel
+    if moe.num_experts is not None:
+        yield from _expert_ranks(config, moe.num_experts, world_size)
+        return
+    for name in ("expert", "expert_tensor"):
+        size = getattr(parallel, name)
+        if (size or 1) > 1:
+            yield (
+                f"parallel.{name}={size}: model.moe.num_experts=null has no experts to share. Give "
+                f"model.moe.num_experts, or leave parallel.{name} out"
+            )
+
+
+def _expert_ranks(config: Config, experts: int, world_size: int) -> Iterator[str]:
+    moe, parallel = config.model.moe, config.parallel
+    if experts % parallel.expert:
+        yield (
+            f"model.moe.num_experts={experts}: is not divisible by "
+            f"parallel.expert={parallel.expert}. Change one of them"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield (
+            f"parallel.sequence=false: Megatron-Core trains MoE layers under parallel.tensor="
+            f"{parallel.tensor} with sequence parallelism alone. Give parallel.sequence=true"
+        )
+    given = moe.ffn_hidden_size is not None
+    width = moe.ffn_hidden_size if given else config.model.ffn_hidden_size
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    if width % expert_tensor:
+        yield (
+            f"model.{'moe.' if given else ''}ffn_hidden_size={width}: is not divisible by the "
+            f"{expert_tensor} ranks that share an expert. Change it, or parallel.expert_tensor"
+        )
+    stage, share = world_size // parallel.pipeline, parallel.expert * expert_tensor
+    if stage % share and world_size % model_parallel_size(config) == 0:
+        yield (
+            f"parallel.expert={parallel.expert}: times the {expert_tensor} ranks that share one "
+            f"expert is {share}, which does not divide the {stage} ranks of a pipeline stage. "
+            "Change parallel.expert or parallel.expert_tensor"
+        )
 
 
 def _rollout_batch(config: Config, ranks: int) -> Iterator[str]:
@@ -76,7 +144,40 @@ def _rollout_batch(config: Config, ranks: int) -> Iterator[str]:
             "data-parallel ranks. Change one of the three"
         )
         return
-    yield from _micro_batch("rl", sequences // rl.mini_batches, rl.micro_batch_size, ranks)
+    if rl.micro_batch_tokens is not None:
+        yield from _token_budget(config, rl.micro_batch_tokens)
+        yield from _packed_counts(config, sequences // rl.mini_batches, ranks)
+        return
+    yield from _micro_batch(config, "rl", sequences // rl.mini_batches, rl.micro_batch_size, ranks)
+
+
+def _token_budget(config: Config, budget: int) -> Iterator[str]:
+    longest, multiple = config.model.max_position_embeddings, sequence_multiple(config)
+    aligned = -(-longest // multiple) * multiple
+    if budget < aligned:
+        yield (
+            f"rl.micro_batch_tokens={budget}: a sequence may have model.max_position_embeddings="
+            f"{longest} tokens, padded to a multiple of {multiple}. Give at least {aligned}"
+        )
+
+
+def _packed_counts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
+    parallel = config.parallel
+    step = ranks * parallel.pipeline
+    if parallel.virtual_pipeline > 1 and sequences % step:
+        yield (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: an update has {sequences} "
+            f"sequences, which can't always be packed into a multiple of {step} micro-batches "
+            f"({ranks} data-parallel ranks, parallel.pipeline={parallel.pipeline}). Make them a "
+            "multiple of it (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or "
+            "give parallel.virtual_pipeline=1"
+        )
+    if config.mtp.trunk.coefficient == "occ" and config.mtp.trunk.estimator == "released":
+        yield (
+            f"rl.micro_batch_tokens={config.rl.micro_batch_tokens}: "
+            "mtp.trunk.estimator=released is a mean over the positions of a padded micro-batch. "
+            "Give rl.micro_batch_tokens=null, or mtp.trunk.estimator=logprob"
+        )
 
 
 def _batch(phase: str, key: str, size: int, ranks: int) -> Iterator[str]:
@@ -87,15 +188,24 @@ def _batch(phase: str, key: str, size: int, ranks: int) -> Iterator[str]:
         )
 
 
-def _micro_batch(phase: str, batch: int, micro_batch: int, ranks: int) -> Iterator[str]:
+def _micro_batch(
+    config: Config, phase: str, batch: int, micro_batch: int, ranks: int
+) -> Iterator[str]:
     if batch % ranks:
         return  # reported with the batch
     share = batch // ranks
-    if share % micro_batch == 0:
+    if share % micro_batch:
+        best = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+        yield (
+            f"{phase}.micro_batch_size={micro_batch}: does not divide the {share} sequences that a "
+            f"data-parallel rank has in an update ({batch} over {ranks}). "
+            f"Give {phase}.micro_batch_size={best}"
+        )
         return
-    best = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
-    yield (
-        f"{phase}.micro_batch_size={micro_batch}: does not divide the {share} sequences that a "
-        f"data-parallel rank has in an update ({batch} over {ranks}). "
-        f"Give {phase}.micro_batch_size={best}"
-    )
+    stages, count = config.parallel.pipeline, share // micro_batch
+    if config.parallel.virtual_pipeline > 1 and count % stages:
+        yield (
+            f"{phase}.micro_batch_size={micro_batch}: makes {count} micro-batches a rank, and the "
+            f"interleaved schedule needs a multiple of parallel.pipeline={stages}. Give another "
+            f"{phase}.micro_batch_size, or parallel.virtual_pipeline=1"
+        )

@@ -40,7 +40,38 @@ class Switch:
 _CALIBRATION = tuple(
     f"mtp.trunk.{name}" for name in ("estimator", "statistics", "lambda_plus", "clamp", "ema")
 )
+
+
+def _all_but(section: str, *names: str) -> tuple[str, ...]:
+    without = {f"{section}.{name}" for name in names}
+    return tuple(key for key in leaves() if key.startswith(f"{section}.") and key not in without)
+
+
 SWITCHES = (
+    Switch(
+        "model.moe.num_experts",
+        _is(None),
+        _all_but("model.moe", "num_experts"),
+        "model.moe.num_experts",
+    ),
+    Switch(
+        "model.moe.expert_bias",
+        _is(False),
+        ("model.moe.bias_update_rate",),
+        "model.moe.expert_bias=true",
+    ),
+    Switch(
+        "model.mla.enabled",
+        _is(False),
+        _all_but("model.mla", "enabled"),
+        "model.mla.enabled=true",
+    ),
+    Switch(
+        "fp8.format",
+        _is("none"),
+        ("fp8.scaling",),
+        "fp8.format=hybrid or e4m3",
+    ),
     Switch(
         "mtp.num_layers",
         _is(0),
@@ -89,6 +120,12 @@ RL_SWITCHES = (
         ("mtp.head.weight",),
         "mtp.head.signal=ce, soft_ce, tv or policy (mtp.preset=detach or occ_decoupled)",
         zero=0,
+    ),
+    Switch(
+        "rl.micro_batch_tokens",
+        _is_given,
+        ("rl.micro_batch_size",),
+        "rl.micro_batch_tokens=null (padded micro-batches)",
     ),
     Switch(
         "rl.dynamic_sampling.enabled",

@@ -8,24 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
-from megatron_occ.mcore.generation import Generation, generate
+from megatron_occ.mcore.generation import Generation, generate_shared
+from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
-from megatron_occ.mcore.provider import build_model, wrap_data_parallel
-from megatron_occ.mcore.startup import Layout
+from megatron_occ.mcore.placement import (
+    ContextRanks,
+    Placement,
+    packed_length,
+    place_packed,
+    place_padded,
+)
+from megatron_occ.mcore.provider import (
+    InferenceChunk,
+    build_chunks,
+    build_inference_chunk,
+    wrap_data_parallel,
+)
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import SamplingSettings
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows of one micro-batch, to be laid out when the whole mini-batch is known.
+
+    Args:
+        ids: [b, s] token ids.
+        lengths: tokens of each row: packed; None: padded.
+        request: without placement.
+        payload: for the loss function.
+    """
+
+    ids: Tensor
+    lengths: Sequence[int] | None
+    request: HeadRequest
+    payload: Any
 
 
 class MegatronGPTActor:
@@ -50,64 +82,100 @@ class MegatronGPTActor:
         total_updates: int,
         train_head: bool = True,
     ) -> None:
-        self.layout = layout
+        self.config, self.layout = config, layout
         self.num_depths = config.mtp.num_layers
-        self.model = build_model(config, vocab_size, layout.device)
-        if self.num_depths and not train_head:
-            self.model.mtp.requires_grad_(False)
-        self.wrapped = wrap_data_parallel(self.model)
+        self.sequence_multiple = sequence_multiple(config)
+        parallel = config.parallel
+        self.micro_batch_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        self.chunks = build_chunks(config, vocab_size, layout.device)
+        for chunk in self.chunks:
+            if chunk.mtp_process and not train_head:
+                chunk.mtp.requires_grad_(False)
+        self.wrapped = wrap_data_parallel(self.chunks, config)
         configure_gradients(self.wrapped)
         self.optimizer = JointOptimizer(
             self.wrapped,
             optimizer,
             bf16=config.precision == "bf16",
+            distributed=parallel.distributed_optimizer,
             total_updates=total_updates,
             head_clip=config.mtp.head.clip_grad,
         )
-        self._reference: dict[str, Tensor] | None = None
+        self._context = ContextRanks()
+        if layout.context_parallel_size > 1:
+            self._context = ContextRanks(
+                layout.context_parallel_rank,
+                layout.context_parallel_size,
+                parallel_state.get_context_parallel_group(),
+            )
+        # Megatron's dispatcher for CPUs gathers all tokens of these ranks, equally many of each
+        self._gathers_tokens = parallel.expert > 1 and layout.device.type == "cpu"
+        self._reference: list[Tensor] | None = None
+        self._inference: list[InferenceChunk] | None = None
 
     def infer(
         self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
     ) -> Generation:
         """Sample a response for each prompt; see ``mcore.generation.generate``."""
-        return generate(self.model, prompts, sampling, seeds)
+        if self._inference is None:
+            self._inference = [build_inference_chunk(chunk, self.config) for chunk in self.chunks]
+        chunks = [chunk.refresh() for chunk in self._inference]
+        return generate_shared(chunks, self.layout, prompts, sampling, seeds)
 
     def get_inference_log_probs(
-        self, ids: Tensor, *, micro_batch_size: int, temperature: float
+        self,
+        ids: Tensor,
+        *,
+        parts: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None,
+        temperature: float,
     ) -> Tensor:
         """Log-probs under the current weights by the training forward pass.
 
         Args:
             ids: [n, s] right-padded token ids.
-            micro_batch_size: sequences a forward pass.
+            parts: row indices of each micro-batch, a partition of the rows.
+            lengths: tokens of each row: micro-batches are packed; None: padded.
             temperature: divides the logits.
 
         Returns:
             [n, s] in the source frame: position t is about token t + 1; the last is about none.
         """
-        batches = [
-            MicroBatch(part, HeadRequest(head_targets(part, 0), (), temperature), None)
-            for part in ids.split(micro_batch_size)
-        ]
-        parts = run_mini_batch(self.wrapped, batches, _keep_logprobs, forward_only=True)
-        return torch.cat(parts)
+        batches = []
+        for rows in parts:
+            part = ids[list(rows)]
+            spans = None if lengths is None else [lengths[row] for row in rows]
+            request = HeadRequest(head_targets(part, 0), (), temperature)
+            batches.append(Sequences(part, spans, request, None))
+        found = run_mini_batch(
+            self.wrapped, self._placed(batches), _keep_logprobs, forward_only=True
+        )
+        result = torch.zeros(ids.shape, device=ids.device)
+        for rows, logprobs in zip(parts if found else (), found, strict=True):
+            result[list(rows)] = logprobs
+        return self.layout.broadcast_last_stage(result)
 
     def keep_reference(self) -> None:
         """Remember the current weights as the reference policy."""
-        self._reference = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self._reference = [parameter.detach().clone() for parameter in self._parameters()]
 
     def get_init_policy_logprobs(
-        self, ids: Tensor, *, micro_batch_size: int, temperature: float
+        self,
+        ids: Tensor,
+        *,
+        parts: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None,
+        temperature: float,
     ) -> Tensor:
         """As :meth:`get_inference_log_probs`, under the reference policy."""
         with self._reference_weights():
             return self.get_inference_log_probs(
-                ids, micro_batch_size=micro_batch_size, temperature=temperature
+                ids, parts=parts, lengths=lengths, temperature=temperature
             )
 
     def get_loss_and_metrics(
         self,
-        micro_batches: Sequence[MicroBatch],
+        micro_batches: Sequence[Sequences],
         loss: LossFunction,
         *,
         forward_only: bool = False,
@@ -122,8 +190,8 @@ class MegatronGPTActor:
         Returns:
             Metrics and calibration sums of the whole mini-batch, over micro-batches and ranks.
         """
-        reports = run_mini_batch(self.wrapped, micro_batches, loss, forward_only=forward_only)
-        return self._reduce(reports)
+        placed = self._placed(micro_batches)
+        return self._reduce(run_mini_batch(self.wrapped, placed, loss, forward_only=forward_only))
 
     def finish_training_step(self) -> StepReport:
         """Clip and update."""
@@ -134,42 +202,86 @@ class MegatronGPTActor:
         ids: Tensor,
         payload: Any,
         *,
+        lengths: Sequence[int] | None = None,
         passes: tuple[tuple[bool, bool], ...],
         temperature: float = 1.0,
         entropy: bool = False,
         distance: str | None = None,
-    ) -> MicroBatch:
-        """A micro-batch that asks for the main head and all depths; see ``HeadRequest``."""
+    ) -> Sequences:
+        """A micro-batch that asks for the main head and all depths; see ``HeadRequest``.
+
+        Args:
+            ids: [b, s] right-padded token ids.
+            payload: for the loss function.
+            lengths: tokens of each row: packed; None: padded.
+            passes, temperature, entropy, distance: see ``HeadRequest``.
+        """
         targets = head_targets(ids, self.num_depths)
-        return MicroBatch(
-            ids, HeadRequest(targets, passes, temperature, entropy, distance), payload
-        )
+        request = HeadRequest(targets, passes, temperature, entropy, distance)
+        return Sequences(ids, lengths, request, payload)
+
+    def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
+        """Lay out a mini-batch.
+
+        Packed micro-batches get one length where ranks exchange tensors of one shape: the stages of
+        a pipeline, and on the CPU the ranks that share experts.
+        """
+        total, layout = None, self.layout
+        if batches[0].lengths is not None and (layout.pipeline_size > 1 or self._gathers_tokens):
+            lengths = [batch.lengths for batch in batches]
+            total = max(packed_length(part, self.sequence_multiple) for part in lengths if part)
+            if self._gathers_tokens:
+                total = layout.largest_among_expert_ranks(total)
+        placed = []
+        for batch in batches:
+            placement = self._place(batch, total)
+            ids = placement.as_input(placement.take(batch.ids))
+            request = replace(batch.request, placement=placement)
+            placed.append(MicroBatch(ids, request, batch.payload))
+        return placed
+
+    def _place(self, batch: Sequences, total: int | None) -> Placement:
+        size = (batch.ids.size(0), batch.ids.size(1))
+        device = batch.ids.device
+        common = dict(multiple=self.sequence_multiple, ranks=self._context)
+        if batch.lengths is None:
+            return place_padded(size, device, **common)
+        return place_packed(size, batch.lengths, device, total=total, **common)
 
     def _reduce(self, reports: list[LossReport]) -> LossReport:
-        names = sorted(reports[0].metrics)
-        rows = [[r.metrics[n].double() for n in names] for r in reports]
-        device = self.layout.device
-        total = torch.zeros(len(names), dtype=torch.float64, device=device)
-        if names:
-            total = torch.stack([torch.stack(row) for row in rows]).sum(0)
-        sums = [r.calibration for r in reports if r.calibration is not None]
-        if sums:
-            total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))
-        self.layout.all_reduce_data_parallel(total)
-        calibration = CalibrationSums.from_tensor(total[len(names) :]) if sums else None
+        """Sums over micro-batches and data-parallel ranks, known to all stages."""
+        summed = None
+        if self.layout.is_last_stage:
+            names = sorted(reports[0].metrics)
+            rows = [[r.metrics[n].double() for n in names] for r in reports]
+            total = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
+            if names:
+                total = torch.stack([torch.stack(row) for row in rows]).sum(0)
+            sums = [r.calibration for r in reports if r.calibration is not None]
+            if sums:
+                total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))
+            self.layout.all_reduce_data_parallel(total)
+            summed = names, total.cpu() if self.layout.pipeline_size > 1 else total
+        names, total = self.layout.share_last_stage(summed)
+        rest = total[len(names) :]
+        calibration = CalibrationSums.from_tensor(rest) if rest.numel() else None
         return LossReport(dict(zip(names, total, strict=False)), calibration)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
         assert self._reference is not None, "keep_reference() was not called"
-        live = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        live = [parameter.data for parameter in self._parameters()]
         try:
-            for name, parameter in self.model.named_parameters():
-                parameter.data = self._reference[name]
+            for parameter, kept in zip(self._parameters(), self._reference, strict=True):
+                parameter.data = kept
             yield
         finally:
-            for name, parameter in self.model.named_parameters():
-                parameter.data = live[name]
+            for parameter, current in zip(self._parameters(), live, strict=True):
+                parameter.data = current
 
 
 def _keep_logprobs(outputs: HeadOutputs, _payload: Any) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.versions import check_written_by, installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,12 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(temporary))
     torch.distributed.barrier()
     if actor.layout.is_main:
-        content = {**meta, "layout": _layout(actor), "step": step}
+        content = {
+            **meta,
+            "layout": _layout(actor.config, actor.layout.world_size),
+            "step": step,
+            "megatron_core": installed_version(),
+        }
         (temporary / "meta.json").write_text(json.dumps(content, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -76,13 +84,14 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
     Raises:
         ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
     """
-    stored, now = check_meta(path, meta).get("layout"), _layout(actor)
+    stored = check_meta(path, meta).get("layout")
+    now = _layout(actor.config, actor.layout.world_size)
     wanted = _sharded_state(actor, loading=True)
     if stored != now:
         logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
         del wanted["rng"]
     state = dist_checkpointing.load(wanted, str(path))
-    actor.model.load_state_dict(state["model"])
+    _load_model(actor, state)
     actor.optimizer.load_state_dict(state)
     if "rng" in wanted:
         torch.set_rng_state(state["rng"]["cpu"])
@@ -98,9 +107,29 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
     check_weights(path, meta)
-    state = dist_checkpointing.load({"model": _model_state(actor)}, str(path))
-    actor.model.load_state_dict(state["model"])
+    _load_model(actor, dist_checkpointing.load(model_state(actor), str(path)))
     actor.optimizer.megatron.reload_model_params()
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Weights, optimizer and trainer state by key, whole tensors, without a model; one process.
+
+    Not by Megatron's ``load_plain_tensors``: that of 0.19 and torch 2.15 do not fit together.
+    """
+    entries = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        checkpoint.load(tensors, checkpoint_id=path)
+    finally:
+        torch.distributed.destroy_process_group()
+    return {**common, **tensors}
 
 
 def checkpoint_name(step: int) -> str:
@@ -143,6 +172,10 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
             ".../checkpoints/step_000100"
         )
     found = json.loads(file.read_text())
+    try:
+        check_written_by(found.get("megatron_core"), installed_version())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
@@ -161,24 +194,36 @@ def check_weights(path: Path, meta: dict[str, Any]) -> None:
     check_meta(path, {name: meta[name] for name in ("model", "mtp_layers", "tokenizer")})
 
 
-def _layout(actor: MegatronGPTActor) -> dict[str, int]:
-    layout = actor.layout
-    return {"world_size": layout.world_size, "tensor": layout.tensor_parallel_size}
+def _layout(config: Config, world_size: int) -> dict[str, Any]:
+    """What the random state of a rank belongs to."""
+    parallel = config.parallel
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    return {"world_size": world_size, **{name: getattr(parallel, name) for name in names}}
 
 
-def _model_state(actor: MegatronGPTActor) -> dict[str, Any]:
+def model_state(actor: MegatronGPTActor) -> dict[str, Any]:
+    """Sharded state of each chunk; its keys number layers through the model, not the chunk."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return actor.model.sharded_state_dict(metadata={"dp_cp_group": group})
+    metadata = {"dp_cp_group": group}
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(actor.chunks)
+    }
+
+
+def _load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(actor.chunks):
+        chunk.load_state_dict(state[f"model{index}"])
 
 
 def _sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
-    model_state = _model_state(actor)
+    weights = model_state(actor)
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return {
-        "model": model_state,
-        **actor.optimizer.sharded_state_dict(model_state, loading=loading),
+        **weights,
+        **actor.optimizer.sharded_state_dict(weights, loading=loading),
         "rng": ShardedObject("rng", random_state, (world,), (rank,), replica_id=0),
     }

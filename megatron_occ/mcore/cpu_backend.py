@@ -11,11 +11,26 @@ project that changes other people's code at run time, and it does nothing where 
 ``torch.zeros``, ``ones``, ``empty``, ``full`` and ``tensor`` with ``device="cuda"``
     Megatron assumes that counters and flags live on the GPU (schedules, optimizer, norms).
     We make them on the CPU.
-``torch.cuda.synchronize``, ``torch.cuda.empty_cache``
-    Megatron assumes a queue to wait for. There is none: nothing to do.
+``torch.cuda.synchronize``, ``torch.cuda.empty_cache``, ``torch.cuda.current_stream``
+    Megatron assumes a queue to wait for. There is none: nothing to do, and None is the stream.
+``torch.tensor`` with ``pin_memory=True``, ``Tensor.cuda``
+    Megatron assumes a copy to the GPU (rotary positions of a context-parallel rank).
+    We leave the tensor where it is.
 Random-number tracker
     Megatron forks CUDA generator states around dropout and initialisation. We install its own
     inference tracker, whose forks are no-ops: dropout is 0 and weights come from the CPU generator.
+Random-number state of activation recomputation
+    Megatron saves and restores CPU, CUDA and tracker state around a layer that it computes again.
+    We answer the CUDA part with an empty state; the CPU's is saved and restored as it is.
+``moe_utils.te_general_gemm``
+    Megatron assumes that TransformerEngine is installed where it tests this name for None.
+    We define it as None: the router's product is torch's.
+``multi_latent_attention.TELinear``
+    Megatron asks whether a layer is an instance of it; without TransformerEngine it is no class.
+    We put a class without instances in its place.
+``Tensor.type()`` in the constructors of the distributed and the 16-bit optimizer
+    Megatron assumes names such as ``torch.cuda.FloatTensor`` and refuses others.
+    For the time of these constructors a CPU tensor answers with the CUDA name.
 
 Two further assumptions are met without touching anything: gradient clipping, whose helper asserts a
 CUDA tensor type, is done by ``JointOptimizer``; weights are initialised with
@@ -30,7 +45,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
+from torch.utils._device import _device_constructors
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +67,26 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _with_cuda_type_names(constructor: Callable[..., None]) -> Callable[..., None]:
+    own = torch.Tensor.type
+
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = own(tensor, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+    @functools.wraps(constructor)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        torch.Tensor.type = named
+        try:
+            constructor(*args, **kwargs)
+        finally:
+            torch.Tensor.type = own
 
     return wrapper
 
@@ -63,12 +102,25 @@ def apply_cpu_backend() -> bool:
         return False
     if _applied:
         return True
+    # "with torch.device(...)" lists the factories at its first use: let it list these, which ours
+    # call, and not ours
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
-    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    torch.cuda.current_stream = lambda device=None: None
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = type("NoTELinear", (), {})
+    for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
+        optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
     _applied = True
     logger.info("no CUDA device: Megatron-Core runs on the CPU over gloo (CPU back end applied)")
     return True

@@ -1,16 +1,13 @@
-"""Norm, attention and layer spec for machines without a CUDA device."""
+"""Norms, linear layers and latent attention for machines without a CUDA device."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
@@ -31,88 +28,83 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class CoreAttention(MegatronModule):
-    """Scaled dot-product attention over torch's CPU kernels, causal by position.
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm and a column-parallel layer in one module, as TransformerEngine has it.
 
-    A query block shorter than the keys is the end of the sequence: decoding with a KV cache, one
-    token or several at a time, needs no mask of its own.
+    Latent attention needs this form. Megatron sums the gradient of anything named ``q_layernorm``
+    over tensor-parallel ranks: right for a norm on the heads of a rank, and wrong by the number of
+    ranks for the norm on the compressed query, whose gradient is complete on every rank.
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: object | None = None,
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any
     ) -> None:
-        super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallelism is not available on CPU"
-        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [sq, b, heads, d]; key, value: [sk, b, groups, d] with sk >= sq.
-            attention_mask: must be None, the mask is causal.
-
-        Returns:
-            [sq, b, heads * d].
-        """
-        assert attention_mask is None
-        assert attention_bias is None
-        assert packed_seq_params is None
-        sq, sk = query.size(0), key.size(0)
-        # [s, b, n, d] -> [b, n, s, d]
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=_suffix_mask(sq, sk, query.device) if 1 < sq < sk else None,
-            is_causal=sq == sk and sq > 1,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(1) != key.size(1),
+        super().__init__(input_size, output_size, config=config, **options)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.ones(input_size, dtype=config.params_dtype)
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
+        """[..., input_size] to [..., output_size / tensor-parallel size], and no bias."""
+        shape, weight = (input_.size(-1),), self.layer_norm_weight
+        normed = functional.rms_norm(input_, shape, weight, self.eps)
+        return super().forward(normed, *arguments, **options)
 
 
-def _suffix_mask(sq: int, sk: int, device: torch.device) -> Tensor:
-    """Causal mask of the last ``sq`` of ``sk`` positions, True where attention is allowed."""
-    return torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq)
+class LatentDownProjection(torch.nn.Module):
+    """Compressed key/value and the key's rotary part, whole on every tensor-parallel rank.
+
+    Megatron's column-parallel form gathers both and cuts the gradient again. A rank's gradient of
+    the rotary part comes from its own heads only, so what the others contribute would be lost.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.rotary = config.qk_pos_emb_head_dim
+        self.sequence_parallel = config.sequence_parallel
+        rows = config.kv_lora_rank + self.rotary
+        weight = torch.empty(rows, config.hidden_size, dtype=config.params_dtype)
+        config.init_method(weight)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """[s, b, h] to [s, b, kv_lora_rank + rotary]; a rank's share of s if that is split."""
+        combined = functional.linear(hidden, self.weight)
+        if self.sequence_parallel:
+            return combined, None  # Megatron gathers the sequence and sums the gradient
+        compressed, rotary = combined.split([combined.size(-1) - self.rotary, self.rotary], dim=-1)
+        return torch.cat([compressed, _SumGradient.apply(rotary)], dim=-1), None
 
 
-class CPUSpecProvider(LocalSpecProvider):
-    """Megatron's local back end with our norm and attention."""
+class _SumGradient(torch.autograd.Function):
+    """Identity whose gradient is summed over tensor-parallel ranks.
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return RMSNorm
+    Megatron's own drops the sum where the gradient is not contiguous, as that of a slice is.
+    """
 
-    def core_attention(self) -> type:
-        return CoreAttention
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+        return total
 
 
-def cpu_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Megatron's local transformer layer with our norm and attention in it."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    provider = CPUSpecProvider()
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = provider.layer_norm()
-    attention.core_attention = provider.core_attention()
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = provider.layer_norm(for_qk=True)
-    return spec
+class LatentSelfAttention(MLASelfAttention):
+    """Megatron's latent attention with :class:`LatentDownProjection`."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        self.linear_kv_down_proj = LatentDownProjection(config)
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, type]:
+        """The spec's parts as they are; Megatron 0.19 asks, and would fuse TransformerEngine's."""
+        linear = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        norms = ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in (*linear, *norms)}

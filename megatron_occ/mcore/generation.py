@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import SamplingSettings, sample_from_uniform, uniforms
 
@@ -27,46 +30,107 @@ class Generation:
     finished: list[bool]
 
 
+def generate_shared(
+    chunks: Sequence[OCCGPTModel],
+    layout: Layout,
+    prompts: list[list[int]],
+    sampling: SamplingSettings,
+    seeds: list[int],
+) -> Generation:
+    """As :func:`generate`, with context-parallel ranks each taking a share of the prompts.
+
+    Decoding has no sequence to split, so they work as further data-parallel ranks.
+    """
+    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    mine = generate(chunks, prompts[rank::size], sampling, seeds[rank::size])
+    shares = layout.gather_context_parallel(mine)
+    merged = Generation([], [], [])
+    for field in fields(Generation):
+        values = getattr(merged, field.name)
+        values += [None] * len(prompts)
+        for first, share in enumerate(shares):
+            values[first::size] = getattr(share, field.name)
+    return merged
+
+
 @torch.no_grad()
 def generate(
-    model: OCCGPTModel, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
+    chunks: Sequence[OCCGPTModel],
+    prompts: list[list[int]],
+    sampling: SamplingSettings,
+    seeds: list[int],
 ) -> Generation:
     """Sample a response for each prompt.
 
     A sequence's random numbers come from its own seed, so that its response does not depend on the
-    batch it was generated in, nor on the data-parallel layout, up to rounding in the logits.
+    batch it was generated in, nor on the parallel layout, up to rounding in the logits.
 
     Args:
-        model: bare model; put into evaluation mode meanwhile.
-        prompts: n non-empty lists of token ids.
+        chunks: this rank's bare model, without sequence and context parallelism; put into
+            evaluation mode meanwhile.
+        prompts: n non-empty lists of token ids, the same on all ranks that share the model.
         sampling: see ``SamplingSettings``.
         seeds: n seeds.
     """
-    was_training = model.training
-    model.eval()
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
     results = Generation([], [], [])
+    lockstep = _Lockstep(chunks[0], next(chunks[0].parameters()).device)
     try:
-        for start in range(0, len(prompts), sampling.batch_size):
+        for start in range(0, lockstep.largest(len(prompts)), sampling.batch_size):
             rows = slice(start, start + sampling.batch_size)
-            decoder = _BatchDecoder(model, prompts[rows], sampling)
-            part = decoder.run(uniforms(seeds[rows], sampling.max_response_length))
-            for name in ("tokens", "logprobs", "finished"):
-                getattr(results, name).extend(getattr(part, name))
+            wanted, numbers = prompts[rows], seeds[rows]
+            # experts are shared with ranks that may have more prompts: keep them company
+            missing = lockstep.largest(len(wanted)) - len(wanted)
+            filler = [prompts[0] if prompts else [0]] * missing
+            decoder = _BatchDecoder(chunks, wanted + filler, sampling, lockstep)
+            part = decoder.run(uniforms(numbers + [0] * missing, sampling.max_response_length))
+            for field in fields(Generation):
+                getattr(results, field.name).extend(getattr(part, field.name)[: len(wanted)])
     finally:
-        model.train(was_training)
+        for chunk in chunks:
+            chunk.train(was_training)
     return results
+
+
+class _Lockstep:
+    """Agreement with the ranks that share experts: a forward pass is one of all of them."""
+
+    def __init__(self, model: OCCGPTModel, device: torch.device) -> None:
+        self.device = device
+        self.group = None
+        if model.config.expert_model_parallel_size > 1:
+            self.group = parallel_state.get_expert_model_parallel_group()
+
+    def largest(self, value: int) -> int:
+        """Maximum over the ranks."""
+        if self.group is None:
+            return value
+        values = torch.tensor([value], device=self.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(values)
+
+    def smallest(self, value: int) -> int:
+        """Minimum over the ranks."""
+        return -self.largest(-value)
 
 
 class _BatchDecoder:
     """Decodes a batch in step: shorter prompts are sampled while longer ones are still read."""
 
     def __init__(
-        self, model: OCCGPTModel, prompts: list[list[int]], sampling: SamplingSettings
+        self,
+        chunks: Sequence[OCCGPTModel],
+        prompts: list[list[int]],
+        sampling: SamplingSettings,
+        lockstep: _Lockstep,
     ) -> None:
         limit = sampling.max_response_length
-        self.model, self.device = model, next(model.parameters()).device
+        self.lockstep, self.device = lockstep, next(chunks[0].parameters()).device
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.shortest, self.total = int(self.lengths.min()), int(self.lengths.max()) + limit
+        self.shortest = lockstep.smallest(min(map(len, prompts)))
+        self.total = lockstep.largest(max(map(len, prompts))) + limit
         self.limit, self.temperature = limit, sampling.temperature
         self.stop = torch.tensor(sampling.stop_ids, device=self.device)
         self.ids = torch.zeros(len(prompts), self.total, dtype=torch.long, device=self.device)
@@ -75,29 +139,34 @@ class _BatchDecoder:
         self.logprobs = torch.zeros(self.ids.shape, device=self.device)
         self.ends = (self.lengths + limit).clamp(max=self.total)
         self.stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        self.pipeline = _Pipeline(chunks, len(prompts), self.total)
 
     def run(self, uniform: Tensor) -> Generation:
         uniform = uniform.to(self.device)
-        context = StaticInferenceContext(self.ids.size(0), self.total)
         positions = torch.arange(self.total, device=self.device).expand_as(self.ids)
         cached = 0
         for position in range(self.shortest, self.total):
             new = slice(cached, position)
-            logits = self.model.next_token_logits(self.ids[:, new], positions[:, new], context)
-            context.sequence_len_offset = cached = position
-            context.enable_decode_mode()
-            self._append(position, logits / self.temperature, uniform)
-            if bool((self.ends <= position + 1).all()):
+            logits = self.pipeline.next_token_logits(self.ids[:, new], positions[:, new])
+            cached = position
+            self._append(position, logits, uniform)
+            if not self.lockstep.largest(int(bool((self.ends > position + 1).any()))):
                 break
         return self._collect()
 
-    def _append(self, position: int, logits: Tensor, uniform: Tensor) -> None:
+    def _append(self, position: int, logits: Tensor | None, uniform: Tensor) -> None:
         step = (position - self.lengths).clamp(0, self.limit - 1)
-        log_probs = logits.log_softmax(-1)
-        token = sample_from_uniform(log_probs, uniform.gather(1, step.unsqueeze(1)).squeeze(1))
+        picks = torch.zeros(2, len(self.ids), dtype=torch.float64, device=self.device)
+        if logits is not None:
+            log_probs = (logits / self.temperature).log_softmax(-1)
+            number = uniform.gather(1, step.unsqueeze(1)).squeeze(1)
+            drawn = sample_from_uniform(log_probs, number)
+            picked = log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            picks = torch.stack((drawn.double(), picked.double()))
+        token, picked = self.pipeline.share(picks)
+        token, picked = token.long(), picked.float()
         live = (position >= self.lengths) & (position < self.ends)
         self.ids[:, position] = torch.where(live, token, self.ids[:, position])
-        picked = log_probs.gather(1, token.unsqueeze(1)).squeeze(1)
         self.logprobs[:, position] = torch.where(live, picked, 0.0)
         stops = live & torch.isin(token, self.stop)
         self.stopped |= stops
@@ -110,3 +179,46 @@ class _BatchDecoder:
         return Generation(
             [ids for ids, _ in pairs], [logprobs for _, logprobs in pairs], self.stopped.tolist()
         )
+
+
+class _Pipeline:
+    """The model over all pipeline stages, with a KV cache for each chunk of this one."""
+
+    def __init__(self, chunks: Sequence[OCCGPTModel], batch: int, length: int) -> None:
+        self.chunks = chunks
+        self.contexts = [StaticInferenceContext(batch, length) for _ in chunks]
+        self.group = chunks[0].pg_collection.pp
+        self.rank, self.size = self.group.rank(), self.group.size()
+
+    def next_token_logits(self, ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Logits [b, v] of the next token on the last stage, None on others.
+
+        Args:
+            ids: [b, s] tokens that the caches do not hold yet.
+            positions: [b, s].
+        """
+        hidden = None
+        for chunk, context in zip(self.chunks, self.contexts, strict=True):
+            if not chunk.pre_process:
+                chunk.set_input_tensor(self._receive(chunk, ids))
+            hidden = chunk.last_hidden(ids, positions, context)
+            context.sequence_len_offset += ids.size(1)
+            context.enable_decode_mode()
+            if not chunk.post_process:
+                torch.distributed.send(
+                    hidden.contiguous(), group=self.group, group_dst=(self.rank + 1) % self.size
+                )
+        last = self.chunks[-1]
+        return last.next_token_logits(hidden) if last.post_process else None
+
+    def _receive(self, chunk: OCCGPTModel, ids: Tensor) -> Tensor:
+        size = (ids.size(1), ids.size(0), chunk.config.hidden_size)
+        hidden = torch.empty(size, dtype=chunk.config.params_dtype, device=ids.device)
+        torch.distributed.recv(hidden, group=self.group, group_src=(self.rank - 1) % self.size)
+        return hidden
+
+    def share(self, picks: Tensor) -> Tensor:
+        """What the last stage sampled, on all stages."""
+        if self.size > 1:
+            torch.distributed.broadcast(picks, group=self.group, group_src=self.size - 1)
+        return picks

@@ -1,44 +1,50 @@
 """Log-probabilities from hidden states over a vocabulary split across tensor-parallel ranks.
 
-Logits exist for one chunk of tokens of one head at a time: the forward pass keeps the hidden
-states and one normaliser a token, the backward pass computes each chunk's logits again. Matrix
-products run in the parameters' precision, softmax and sums in fp32.
+Logits exist for one tile of tokens and ids of one head at a time: the forward pass keeps the hidden
+states and one normaliser a token, the backward pass computes each tile's logits again. It goes
+through the vocabulary once for all heads, so that a block of rows of the weight's gradient, a sum
+over heads and tokens, is finished before the next one begins.
+
+Extra memory in bf16: one tile in fp32, one more if an entropy is asked for, one in bf16; a block of
+the weight's gradient; the gradient of the hidden states in fp32 until it is summed; some numbers a
+token. That is 224 MiB for 4096 tokens of three heads and either 32,000 or 151,936 ids at width
+1024, and 297 MiB for 16,384 tokens (``benchmarks/loss_memory.py``).
+
+Matrix products run in the parameters' precision; softmax, and sums over tiles, in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ReduceOp
 
-# logits alive at once, in elements: 128 MiB in fp32
-CHUNK_LOGITS = 2**25
+from megatron_occ.mcore.head_passes import HeadGradient, local_sums, run_backward
+from megatron_occ.mcore.vocab_tiles import Tiles, VocabShard, blocks, tile_shape
+
+# logits alive at once, in elements: 64 MiB in fp32
+CHUNK_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """This rank's part of the vocabulary: ids ``start .. start + size - 1``.
+class HeadTokens:
+    """What one head is asked.
 
-    ``size`` leaves out padding rows that only make the vocabulary divisible.
+    Args:
+        hidden: [n, h], the same on all tensor-parallel ranks, and passed through Megatron's
+            ``copy_to_tensor_model_parallel_region`` (its gradient here is this shard's part).
+        targets: [n] token ids.
+        entropy: compute entropies.
+        top_ids: find the most likely ids.
     """
 
-    start: int
-    size: int
-    group: ProcessGroup | None = None
-
-    def reduce(self, values: Tensor, operation: ReduceOp.RedOpType = ReduceOp.SUM) -> Tensor:
-        """All-reduce over tensor-parallel ranks, in place; returns it."""
-        if self.group is not None:
-            all_reduce(values, op=operation, group=self.group)
-        return values
-
-    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column of each id, and whether this rank owns it."""
-        local = ids - self.start
-        owned = (local >= 0) & (local < self.size)
-        return torch.where(owned, local, 0), owned
+    hidden: Tensor
+    targets: Tensor
+    entropy: bool = False
+    top_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,29 @@ class TokenStatistics:
     logprobs: Tensor
     entropy: Tensor | None
     top_ids: Tensor | None
+
+
+def head_statistics(
+    heads: Sequence[HeadTokens], weight: Tensor, shard: VocabShard, temperature: float = 1.0
+) -> list[TokenStatistics]:
+    """Log-probs of targets, and on request entropies and top ids, of heads with one output layer.
+
+    Heads that train the weight belong in one call: they then make one gradient of it together.
+
+    Args:
+        heads: what each head is asked.
+        weight: [v_local, h], this rank's rows of the output layer.
+        shard: this rank's part of the vocabulary.
+        temperature: divides the logits.
+
+    Returns:
+        For each head differentiable log-probs (natural logarithm) and entropies (nats), in fp32
+        at least, and top-1 ids.
+    """
+    wanted = [(head.entropy, head.top_ids) for head in heads]
+    tensors = [head.hidden for head in heads] + [head.targets for head in heads]
+    results = _HeadStatistics.apply(weight, wanted, shard, temperature, *tensors)
+    return [TokenStatistics(*results[i : i + 3]) for i in range(0, len(results), 3)]
 
 
 def token_statistics(
@@ -60,118 +89,53 @@ def token_statistics(
     entropy: bool = False,
     top_ids: bool = False,
 ) -> TokenStatistics:
-    """Log-probs of targets, and on request entropies and top ids, from hidden states.
-
-    Args:
-        hidden: [n, h], the same on all tensor-parallel ranks, and passed through Megatron's
-            ``copy_to_tensor_model_parallel_region`` (its gradient here is this shard's part).
-        weight: [v_local, h], this rank's rows of the output layer.
-        targets: [n] token ids.
-        shard: this rank's part of the vocabulary.
-        temperature: divides the logits.
-        entropy: compute entropies.
-        top_ids: find the most likely ids.
-
-    Returns:
-        Differentiable log-probs (natural logarithm) and entropies (nats), and top-1 ids.
-    """
-    wanted = (entropy, top_ids)
-    columns = weight[: shard.size]
-    logprobs, *extra = _TokenStatistics.apply(hidden, columns, targets, shard, temperature, wanted)
-    found = iter(extra)
-    return TokenStatistics(
-        logprobs, next(found) if entropy else None, next(found) if top_ids else None
-    )
+    """:func:`head_statistics` of one head."""
+    head = HeadTokens(hidden, targets, entropy, top_ids)
+    return head_statistics([head], weight, shard, temperature)[0]
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // max(1, vocabulary))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ weight.t()
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def _top_ids(local_top: Tensor, local_max: Tensor, shard: VocabShard) -> Tensor:
-    top = local_top + shard.start
-    if shard.group is None:
-        return top
-    maximum = shard.reduce(local_max.clone(), ReduceOp.MAX)
-    # the lowest id wins a tie, as argmax does on one rank
-    candidate = torch.where(local_max == maximum, top, torch.iinfo(top.dtype).max)
-    return shard.reduce(candidate, ReduceOp.MIN)
-
-
-class _TokenStatistics(torch.autograd.Function):
+class _HeadStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shard, temperature, wanted):  # noqa: ANN001, ANN205
-        want_entropy, want_top = wanted
-        parts = []
-        for rows in _chunks(hidden.size(0), weight.size(0)):
-            logits = _logits(hidden[rows], weight, temperature)
-            local_max, local_top = logits.max(-1) if want_top else (logits.amax(-1), None)
-            column, owned = shard.locate(targets[rows])
-            picked = torch.where(owned, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
-            maximum = shard.reduce(local_max.clone(), ReduceOp.MAX)
-            centred = logits.sub_(maximum[:, None])
-            exps = centred.exp() if want_entropy else centred.exp_()
-            total = shard.reduce(exps.sum(-1))
-            log_z = total.log() + maximum
-            part = [log_z, shard.reduce(picked) - log_z]
-            if want_entropy:
-                part.append(total.log() - shard.reduce(exps.mul_(centred).sum(-1)) / total)
-            if want_top:
-                part.append(_top_ids(local_top, local_max, shard))
-            parts.append(part)
-        log_z, logprobs, *extra = (torch.cat(column) for column in zip(*parts, strict=True))
-        entropy = extra[0] if want_entropy else None
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
-        ctx.shard, ctx.temperature = shard, temperature
-        if want_top:
-            ctx.mark_non_differentiable(extra[-1])
+    def forward(ctx, weight, wanted, shard, temperature, *tensors):  # noqa: ANN001, ANN002, ANN205
+        count = len(wanted)
+        heads = list(zip(tensors[:count], tensors[count:], wanted, strict=True))
+        rows = weight[: shard.size]
+        tokens = max(hidden.size(0) for hidden, _, _ in heads)
+        shape = tile_shape(tokens, *rows.shape, CHUNK_LOGITS)
+        tiles = Tiles(weight, shape, temperature, 1 + any(want[0] for want in wanted))
+        results, log_zs, entropies = [], [], []
+        for hidden, targets, want in heads:
+            sums = local_sums(hidden, targets, rows, shard, tiles, want).across(shard)
+            log_total = sums.total.log()
+            log_zs.append(log_total + sums.maximum)
+            entropies.append(log_total - sums.weighted / sums.total if want[0] else None)
+            results += [sums.picked - log_zs[-1], entropies[-1], sums.top_ids]
+        ctx.save_for_backward(weight, *tensors, *log_zs, *entropies)
+        ctx.shard, ctx.temperature, ctx.shape = shard, temperature, shape
+        ctx.mark_non_differentiable(*(ids for ids in results[2::3] if ids is not None))
         ctx.set_materialize_grads(False)
-        return logprobs, *extra
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad_logprobs, *grad_extra):  # noqa: ANN001, ANN002, ANN205
-        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
-        # of the logits before their division by the temperature
-        upstream = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs
-        upstream = upstream / ctx.temperature
-        grad_entropy = grad_extra[0] if entropy is not None else None
-        if grad_entropy is not None:
-            grad_entropy = grad_entropy / ctx.temperature
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = None
-        if need_weight:
-            # summed over chunks in at least fp32
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            grad_weight = torch.zeros_like(weight, dtype=dtype)
-        for rows in _chunks(hidden.size(0), weight.size(0)):
-            log_probs = _logits(hidden[rows], weight, ctx.temperature).sub_(log_z[rows, None])
-            if grad_entropy is None:
-                grad = log_probs.exp_().mul_(-upstream[rows, None])
-            else:
-                # d H / d logit = -p (log p + H)
-                grad = log_probs.exp()
-                slope = log_probs.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-                grad.mul_(slope.add_(upstream[rows, None]).neg_())
-            # d log p_y / d logit = onehot(y) - p
-            column, owned = ctx.shard.locate(targets[rows])
-            grad.scatter_add_(-1, column[:, None], (upstream[rows] * owned)[:, None])
-            grad = grad.to(weight.dtype)
-            if need_hidden:
-                grad_hidden[rows] = grad @ weight
-            if need_weight:
-                grad_weight += grad.t() @ hidden[rows]
-        if need_weight:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+    def backward(ctx, *upstream):  # noqa: ANN001, ANN002, ANN205
+        weight, *saved = ctx.saved_tensors
+        count = len(saved) // 4
+        need_weight, need_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + count]
+        one_block = ctx.shard.size <= ctx.shape[1]
+        heads = [
+            HeadGradient.start(saved[i::count], upstream[3 * i : 3 * i + 2], ctx.temperature)
+            for i in range(count)
+        ]
+        for head, needed in zip(heads, need_hidden, strict=True):
+            if head is not None and needed:
+                head.allocate(one_block, ctx.shard.size)
+        used = [head for head in heads if head is not None]
+        copies = 1 + any(head.slope is not None for head in used)
+        tiles = Tiles(weight, ctx.shape, ctx.temperature, copies)
+        grad_weight = run_backward(used, weight, ctx.shard, tiles, need_weight)
+        del tiles
+        grads = [None if head is None else head.finish() for head in heads]
+        return grad_weight, None, None, None, *grads, *[None] * count
 
 
 def draft_distance(
@@ -194,45 +158,72 @@ def draft_distance(
     Returns:
         [n], differentiable in ``hidden`` alone.
     """
-    columns = weight[: shard.size].detach()
-    return _DraftDistance.apply(hidden, columns, teacher_hidden.detach(), kind, shard, temperature)
+    return _DraftDistance.apply(
+        hidden, weight.detach(), teacher_hidden.detach(), kind, shard, temperature
+    )
 
 
 class _DraftDistance(torch.autograd.Function):
+    """Tiles are whole rows: no sum over blocks is needed, and no product with the weight twice."""
+
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, kind, shard, temperature):  # noqa: ANN001, ANN205
-        distances = []
-        for rows in _chunks(hidden.size(0), weight.size(0)):
-            states = (hidden[rows], teacher_hidden[rows])
-            log_q, log_p = (_log_softmax(x, weight, shard, temperature) for x in states)
-            terms = (
-                -log_p.exp() * log_q if kind == "soft_ce" else (log_p.exp() - log_q.exp()).abs() / 2
-            )
-            distances.append(shard.reduce(terms.sum(-1)))
         ctx.save_for_backward(hidden, weight, teacher_hidden)
         ctx.kind, ctx.shard, ctx.temperature = kind, shard, temperature
-        return torch.cat(distances)
+        weight, tiles = weight[: shard.size], _row_tiles(hidden, weight, shard, temperature)
+        distances = []
+        for rows in blocks(hidden.size(0), tiles.rows):
+            if kind == "soft_ce":
+                log_q = tiles.logits(hidden[rows], weight)
+                log_q = _log_softmax_(log_q, shard, tiles.memory(log_q.shape, 1))
+                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
+                distances.append(p.mul_(log_q).sum(-1).neg_())
+            else:
+                q = _softmax_(tiles.logits(hidden[rows], weight), shard)
+                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
+                distances.append(p.sub_(q).abs_().sum(-1).div_(2))
+        return shard.reduce(torch.cat(distances))
 
     @staticmethod
     def backward(ctx, grad_distance):  # noqa: ANN001, ANN205
         hidden, weight, teacher_hidden = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        for rows in _chunks(hidden.size(0), weight.size(0)):
-            states = (hidden[rows], teacher_hidden[rows])
-            q, p = (_log_softmax(x, weight, ctx.shard, ctx.temperature).exp_() for x in states)
+        shard, grad_hidden = ctx.shard, torch.empty_like(hidden)
+        weight, tiles = weight[: shard.size], _row_tiles(hidden, weight, shard, ctx.temperature)
+        for rows in blocks(hidden.size(0), tiles.rows):
+            q = _softmax_(tiles.logits(hidden[rows], weight), shard)
+            p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
             if ctx.kind == "soft_ce":
-                grad = q - p
+                grad = q.sub_(p)
             else:
                 # d tv / d logit_j = q_j (s_j - sum_i q_i s_i) / 2 with s = sign(q - p)
-                sign = (q - p).sign()
-                mean = ctx.shard.reduce((q * sign).sum(-1, keepdim=True))
-                grad = q * (sign - mean) / 2
-            grad = grad * (grad_distance[rows].unsqueeze(-1) / ctx.temperature)
-            grad_hidden[rows] = grad.to(weight.dtype) @ weight
+                grad = torch.sub(q, p, out=p).sign_().mul_(q)
+                mean = shard.reduce(grad.sum(-1, keepdim=True))
+                grad.sub_(q.mul_(mean)).div_(2)
+            grad.mul_(grad_distance[rows, None] / ctx.temperature)
+            torch.mm(tiles.narrowed(grad), weight, out=grad_hidden[rows])
         return grad_hidden, None, None, None, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    logits = _logits(hidden, weight, temperature)
-    centred = logits.sub_(shard.reduce(logits.amax(-1), ReduceOp.MAX)[:, None])
-    return centred.sub_(shard.reduce(centred.exp().sum(-1)).log_()[:, None])
+def _row_tiles(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tiles:
+    # by rows with padding: all ranks must reduce equally often, and only they are equally many
+    rows = max(1, min(hidden.size(0), CHUNK_LOGITS // weight.size(0)))
+    return Tiles(weight, (rows, shard.size), temperature, copies=2)
+
+
+def _centre_(logits: Tensor, shard: VocabShard) -> Tensor:
+    if logits.size(-1):
+        maximum = logits.amax(-1, keepdim=True)
+    else:
+        maximum = logits.new_full((logits.size(0), 1), torch.finfo(logits.dtype).min)
+    return logits.sub_(shard.reduce(maximum, ReduceOp.MAX))
+
+
+def _softmax_(logits: Tensor, shard: VocabShard) -> Tensor:
+    exps = _centre_(logits, shard).exp_()
+    return exps.div_(shard.reduce(exps.sum(-1, keepdim=True)))
+
+
+def _log_softmax_(logits: Tensor, shard: VocabShard, spare: Tensor) -> Tensor:
+    centred = _centre_(logits, shard)
+    total = torch.exp(centred, out=spare).sum(-1, keepdim=True)
+    return centred.sub_(shard.reduce(total).log_())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,23 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
 from megatron_occ.mcore.logprobs import (
+    HeadTokens,
     TokenStatistics,
     VocabShard,
     draft_distance,
-    token_statistics,
+    head_statistics,
 )
+from megatron_occ.mcore.placement import Placement, place_padded
+from megatron_occ.mcore.shared_copy import SharedCopy
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class HeadRequest:
         temperature: divides main and MTP logits alike.
         entropy: return the main head's entropies.
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
+        placement: of the b * s tokens in the model's input; None: as they are.
     """
 
     targets: Tensor
@@ -42,6 +49,35 @@ class HeadRequest:
     temperature: float = 1.0
     entropy: bool = False
     distance: str | None = None
+    placement: Placement | None = None
+
+
+class MTPLayer(MultiTokenPredictionLayer):
+    """Megatron's MTP layer on ready-made ids of its depth, [K, b, s], instead of rolled ones.
+
+    Depth k reads the embedding of the token that depth k-1 predicts. These ids are among the
+    targets already; rolling the input again would cost a message between context-parallel ranks,
+    and in a packed batch a host synchronisation for every sequence.
+    """
+
+    def _get_embeddings(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        embedding: Callable[..., Tensor],
+        hidden_states: Tensor,
+        packed_seq_params: Any = None,
+        **newer: Any,
+    ) -> tuple[Tensor, ...]:
+        if input_ids.dim() == 2:
+            return super()._get_embeddings(
+                input_ids, position_ids, embedding, hidden_states, packed_seq_params, **newer
+            )
+        ids = input_ids[self.layer_number - 1]
+        embedded = embedding(input_ids=ids, position_ids=position_ids)
+        hidden = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
+        # from 0.17 on Megatron hands a padding mask along
+        return input_ids, position_ids, *newer.values(), embedded, hidden
 
 
 class OCCGPTModel(GPTModel):
@@ -51,61 +87,102 @@ class OCCGPTModel(GPTModel):
     itself an inner pipeline stage, which is how Megatron returns hidden states, and the arguments
     that the decoder received (rotary embedding, mask) are kept for the MTP block, which then runs
     once for each pass. Megatron's own MTP loss is never entered.
+
+    In a pipeline the stage with the MTP block sends ``[main, pass 1 depths 1..K, pass 2 ...]``,
+    concatenated along the sequence, to the stage with the output layer if that is another one.
     """
 
-    def __init__(self, *args: Any, valid_vocab_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        valid_vocab_size: int | None = None,
+        build_mtp: Callable[[], torch.nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """See ``GPTModel``.
 
         Args:
             valid_vocab_size: ids that exist; rows beyond are padding and take no part in softmax.
+            build_mtp: makes a second MTP block, for passes that leave the head alone.
         """
         super().__init__(*args, **kwargs)
-        assert self.config.pipeline_model_parallel_size == 1, "one stage holds the whole model"
-        assert not self.config.sequence_parallel, "hidden states are whole on every rank"
         self.valid_vocab_size = valid_vocab_size or self.vocab_size
         self._block_arguments: dict[str, Any] = {}
+        self._build_mtp, self._frozen_mtp = build_mtp, None
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         if self.mtp_process:
             for parameter in self.mtp.parameters():
                 parameter.is_mtp_head = True
+            if self.post_process and self.share_embeddings_and_output_weights:
+                # in a pipeline Megatron allocates an output layer that nothing ever uses
+                self.output_layer.weight = None
 
     def forward(self, *args: Any, request: HeadRequest | None = None, **kwargs: Any) -> Any:
         """Megatron's forward, or, with ``request``, the log-probs of all heads.
 
+        Args:
+            args: Megatron's ``input_ids`` [rows, length], ``position_ids``, ``attention_mask``.
+            request: what to return; its ``placement`` says where the input's tokens belong.
+            kwargs: further arguments of Megatron's forward.
+
         Returns:
-            With ``request``: :class:`HeadOutputs`; without it what Megatron returns.
+            With ``request``: :class:`HeadOutputs`, on an inner pipeline stage hidden states;
+            without it what Megatron returns.
         """
         if request is None:
             return super().forward(*args, **kwargs)
+        ids = args[0]
+        placement = request.placement or place_padded(tuple(ids.shape), ids.device)
         with self._as_inner_stage():
-            hidden = super().forward(*args, **kwargs)
-        call = dict(
-            zip(("input_ids", "position_ids", "attention_mask"), args, strict=False), **kwargs
-        )
-        return self._head_outputs(hidden, request, call)
+            hidden = super().forward(*args, packed_seq_params=placement.packed, **kwargs)
+        depths = request.targets.size(0) - 1
+        targets = placement.take(request.targets)
+        states = [hidden]
+        if self.mtp_process and depths:
+            depth_ids = placement.as_input(targets[:depths])
+            for to_trunk, to_head in request.passes:
+                states += self._mtp_hidden(hidden, depth_ids, args[1], to_trunk, to_head)
+        if not self.post_process:
+            return torch.cat(states) if len(states) > 1 else hidden
+        if depths and not self.mtp_process:
+            states = list(hidden.chunk(1 + depths * len(request.passes)))
+        return self._head_outputs(states, targets, request, placement)
 
-    def next_token_logits(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """Logits of the token after the last one, over the whole vocabulary, fp32.
+    def last_hidden(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
+        """This stage's hidden states [s, b, h], by way of a KV cache.
 
         Args:
             input_ids: [b, s] the tokens that the KV cache does not hold yet.
             position_ids: [b, s].
             context: Megatron's static inference context.
-
-        Returns:
-            [b, valid_vocab_size].
         """
         with self._as_inner_stage():
-            hidden = super().forward(
+            return super().forward(
                 input_ids,
                 position_ids,
                 None,
                 inference_context=context,
                 runtime_gather_output=True,
             )
-        local = hidden[-1] @ self._output_weight().t()
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the token after the last one, over the whole vocabulary, fp32.
+
+        Args:
+            hidden: [s, b, h] from :meth:`last_hidden` of the last stage.
+
+        Returns:
+            [b, valid_vocab_size].
+        """
+        local = hidden[-1] @ self.output_weight().t()
         logits = gather_from_tensor_model_parallel_region(local.unsqueeze(0)).squeeze(0)
         return logits[:, : self.valid_vocab_size].float()
+
+    def output_weight(self) -> Tensor:
+        """Rows of the output layer on this tensor-parallel rank, [v_local, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     @contextmanager
     def _as_inner_stage(self) -> Iterator[None]:
@@ -120,11 +197,6 @@ class OCCGPTModel(GPTModel):
         names = ("rotary_pos_emb", "packed_seq_params", "sequence_len_offset")
         self._block_arguments = {name: kwargs.get(name) for name in names}
 
-    def _output_weight(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
     def _vocab_shard(self) -> VocabShard:
         group = self.pg_collection.tp
         local = self.vocab_size // group.size()
@@ -132,111 +204,133 @@ class OCCGPTModel(GPTModel):
         size = max(0, min(local, self.valid_vocab_size - start))
         return VocabShard(start, size, group if group.size() > 1 else None)
 
-    def _head_outputs(
-        self, hidden: Tensor, request: HeadRequest, call: dict[str, Any]
-    ) -> HeadOutputs:
-        # flat index t * b + i: sequence dimension first, as hidden states are laid out
-        targets = request.targets.transpose(1, 2).flatten(1)
-        shard, weight, size = self._vocab_shard(), self._output_weight(), call["input_ids"].shape
-        has_mtp = targets.size(0) > 1
-        main = token_statistics(
-            self._flatten(hidden),
-            weight,
-            targets[0],
-            shard,
-            request.temperature,
-            entropy=request.entropy,
-            top_ids=has_mtp,
-        )
-        outputs = {"logprobs": _unflatten(main.logprobs, size)}
-        if main.entropy is not None:
-            outputs["entropy"] = _unflatten(main.entropy, size)
-        if not has_mtp:
-            return HeadOutputs(**outputs)
-        passes = []
-        for to_trunk, to_head in request.passes:
-            states = [self._flatten(h) for h in self._mtp_hidden(hidden, call, to_trunk, to_head)]
-            rows = weight if to_trunk else weight.detach()
-            # every pass predicts the same: one of them is compared with the main head
-            is_last = len(passes) == len(request.passes) - 1
-            depths = [
-                token_statistics(h, rows, y, shard, request.temperature, top_ids=is_last)
-                for h, y in zip(states, targets[1:], strict=True)
-            ]
-            passes.append(torch.stack([_unflatten(depth.logprobs, size) for depth in depths]))
-        outputs["agreement"] = _agreement(main, depths, size)
-        if request.distance is not None:
-            outputs["distance"] = self._distance(states, hidden, weight, shard, request, size)
-        return HeadOutputs(**outputs, passes=tuple(passes))
-
     def _mtp_hidden(
-        self, hidden: Tensor, call: dict[str, Any], to_trunk: bool, to_head: bool
+        self, hidden: Tensor, ids: Tensor, positions: Tensor, to_trunk: bool, to_head: bool
     ) -> tuple[Tensor, ...]:
         """Hidden states [s, b, h] of each depth; gradient goes where the two flags say.
 
-        The cut is at the trunk's boundary alone (hidden state, embedding; the caller detaches the
-        output layer): a cut between depths would leave depth 1 untrained by depth 2.
+        The cut is at the trunk's boundary alone (hidden state, embedding; the output layer is
+        detached where it is used): a cut between depths would leave depth 1 untrained by depth 2.
         """
-        arguments = dict(
-            input_ids=call["input_ids"],
-            position_ids=call["position_ids"],
-            attention_mask=call["attention_mask"],
-            hidden_states=hidden if to_trunk else hidden.detach(),
-            embedding=self.embedding if to_trunk else self._detached_embedding,
-            **self._block_arguments,
-        )
+        block = self.mtp
+        if to_trunk and not to_head:
+            if self._frozen_mtp is None:
+                assert self._build_mtp is not None, "this pass needs a second MTP block"
+                self._frozen_mtp = SharedCopy(self.mtp, self._build_mtp)
+            block = self._frozen_mtp.refresh().train(self.training)
         with nullcontext() if to_trunk or to_head else torch.no_grad():
-            if to_head:
-                output = self.mtp(**arguments)
-            else:
-                frozen = {name: p.detach() for name, p in self.mtp.named_parameters()}
-                output = torch.func.functional_call(self.mtp, frozen, kwargs=arguments)
+            output = block(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=None,
+                hidden_states=hidden if to_trunk else self._cut(hidden),
+                embedding=self.embedding if to_trunk else self._cut_embedding,
+                **self._block_arguments,
+            )
         return output.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
 
-    def _detached_embedding(self, **kwargs: Any) -> Tensor:
-        return self.embedding(**kwargs).detach()
+    def _cut_embedding(self, **kwargs: Any) -> Tensor:
+        embedded = self.embedding(**kwargs)
+        if self.pre_process:
+            return self._cut(embedded)
+        # this stage's copy has no other use: without a gradient of zeros an overlapped reduction
+        # would wait for it for ever
+        return self._cut(embedded) + 0.0 * embedded
+
+    def _cut(self, hidden: Tensor) -> Tensor:
+        """Detached; recompute runs a block backward only if an input of it wants a gradient."""
+        recomputes = self.config.recompute_granularity == "full"
+        return hidden.detach().requires_grad_(recomputes and torch.is_grad_enabled())
+
+    def _head_outputs(
+        self,
+        states: list[Tensor],
+        targets: Tensor,
+        request: HeadRequest,
+        placement: Placement,
+    ) -> HeadOutputs:
+        """Log-probs from the hidden states of all heads, main head first, then pass by pass."""
+        shard, weight = self._vocab_shard(), self.output_weight()
+        depths = targets.size(0) - 1
+        flat = [self._flatten(state) for state in states]
+        asked = [HeadTokens(flat[0], targets[0], request.entropy, top_ids=depths > 0)]
+        trains = [True]
+        for index, state in enumerate(flat[1:]):
+            # every pass predicts the same: the last one is compared with the main head
+            is_last = index >= len(flat) - 1 - depths
+            asked.append(HeadTokens(state, targets[1 + index % depths], top_ids=is_last))
+            trains.append(request.passes[index // depths][0])
+        main, *heads = _statistics(asked, trains, weight, shard, request.temperature)
+        values = [main.logprobs] + ([main.entropy] if request.entropy else [])
+        values += [head.logprobs for head in heads]
+        if depths and request.distance is not None:
+            values += self._distances(request, flat[-depths:], states[0], shard, placement)
+        found = iter(placement.put(torch.stack(values)))
+        return HeadOutputs(
+            logprobs=next(found),
+            entropy=next(found) if request.entropy else None,
+            passes=tuple(
+                torch.stack([next(found) for _ in range(depths)])
+                for _ in range(len(request.passes) if depths else 0)
+            ),
+            distance=torch.stack(list(found)) if depths and request.distance else None,
+            agreement=_agreement(main, heads[-depths:], placement) if depths else None,
+        )
 
     def _flatten(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> [s * b, h], whole and ready for a vocabulary split over ranks."""
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            return gather_from_sequence_parallel_region(hidden, group=group).flatten(0, 1)
         return copy_to_tensor_model_parallel_region(hidden).flatten(0, 1)
 
-    def _distance(
+    def _distances(
         self,
-        states: list[Tensor],
-        hidden: Tensor,
-        weight: Tensor,
-        shard: VocabShard,
         request: HeadRequest,
-        size: torch.Size,
-    ) -> Tensor:
-        teacher = hidden.detach()
-        distances = [
+        students: list[Tensor],
+        hidden: Tensor,
+        shard: VocabShard,
+        placement: Placement,
+    ) -> list[Tensor]:
+        weight = self.output_weight()
+        teacher = placement.everywhere(self._flatten(hidden.detach()))
+        return [
             draft_distance(
                 request.distance,
-                state,
+                student,
                 weight,
-                self._flatten(teacher.roll(-k, dims=0)),
+                placement.ahead(teacher, k),
                 shard,
                 request.temperature,
             )
-            for k, state in enumerate(states, start=1)
+            for k, student in enumerate(students, start=1)
         ]
-        return torch.stack([_unflatten(distance, size) for distance in distances])
 
 
-def _unflatten(values: Tensor, size: torch.Size) -> Tensor:
-    """[s * b] -> [b, s]."""
-    batch, sequence = size
-    return values.view(sequence, batch).t()
+def _statistics(
+    asked: list[HeadTokens],
+    trains: list[bool],
+    weight: Tensor,
+    shard: VocabShard,
+    temperature: float,
+) -> list[TokenStatistics]:
+    """Statistics of each head; ``trains`` says whose gradient reaches the output layer."""
+    found = {}
+    for rows, trained in ((weight, True), (weight.detach(), False)):
+        members = [index for index, flag in enumerate(trains) if flag == trained]
+        if members:
+            heads = [asked[index] for index in members]
+            found |= zip(members, head_statistics(heads, rows, shard, temperature), strict=True)
+    return [found[index] for index in range(len(asked))]
 
 
-def _agreement(main: TokenStatistics, depths: list[TokenStatistics], size: torch.Size) -> Tensor:
+def _agreement(
+    main: TokenStatistics, depths: list[TokenStatistics], placement: Placement
+) -> Tensor:
     """1.0 where a depth's top token is the main head's for the same target, [K, b, s]."""
-    top = _unflatten(main.top_ids, size)
-    pairs = enumerate(depths, start=1)
-    return torch.stack([(_unflatten(d.top_ids, size) == _ahead(top, k)).float() for k, d in pairs])
-
-
-def _ahead(ids: Tensor, steps: int) -> Tensor:
-    """ids[b, t + steps] at position t; the last ``steps`` positions wrap, callers mask them."""
-    return ids.roll(-steps, dims=1)
+    ids = torch.stack([main.top_ids, *(depth.top_ids for depth in depths)])
+    # exact: a vocabulary has fewer than 2**24 ids
+    top, *drafts = placement.put(ids.float())
+    pairs = enumerate(drafts, start=1)
+    # the last k positions wrap, callers mask them
+    return torch.stack([(draft == top.roll(-k, dims=1)).float() for k, draft in pairs])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -16,6 +17,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_occ.config.schema import OptimizerConfig
+from megatron_occ.mcore.optimizer_state import load_state, sharded_state
 
 # Megatron tells parameter groups of a checkpoint apart by four keys; this one is free for the head
 _HEAD_GROUP = "is_decoupled_lr"
@@ -37,19 +39,21 @@ class JointOptimizer:
     A clip over both would let a large head gradient shrink the policy's update.
 
     Args:
-        model: wrapped for data parallelism.
+        chunks: of the model on this rank, wrapped for data parallelism.
         config: section ``pretrain.optimizer`` or ``rl.optimizer``.
         bf16: parameters are bf16 with fp32 main copies.
+        distributed: optimizer state is split over data-parallel ranks.
         total_updates: length of the learning-rate schedule.
         head_clip: largest gradient norm of the head's parameters (0: no clip).
     """
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         config: OptimizerConfig,
         *,
         bf16: bool,
+        distributed: bool,
         total_updates: int,
         head_clip: float,
     ) -> None:
@@ -64,6 +68,7 @@ class JointOptimizer:
             adam_eps=config.eps,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=distributed,
             clip_grad=0.0,
         )
         no_decay = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
@@ -71,10 +76,13 @@ class JointOptimizer:
             ParamKey(predicate=no_decay): {"wd_mult": 0.0},
             ParamKey(attr="is_mtp_head"): {_HEAD_GROUP: True},
         }
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            megatron, [model], config_overrides=overrides, use_gloo_process_groups=False
+        # one for dense and one for expert parameters, whose ranks differ
+        self.megatron: ChainedOptimizer = get_megatron_optimizer(
+            megatron, list(chunks), config_overrides=overrides, use_gloo_process_groups=False
         )
         self.schedule = _schedule(self.megatron, config, total_updates)
+        # made so far, skipped ones not counted
+        self.updates = 0
 
     def step(self) -> StepReport:
         """Clip, update, and advance the schedule. Non-finite gradients skip the update."""
@@ -87,44 +95,54 @@ class JointOptimizer:
             self._clip(False, norms[False], self.trunk_clip)
             self._clip(True, norms[True], self.head_clip)
             self.megatron.step_with_ready_grads()
+            self.updates += 1
         # `prepare_grads` made each p.grad an alias of the gradient buffer: left in place, the next
         # backward pass would add into the buffer twice
         self.megatron.zero_grad()
         lr = self.megatron.param_groups[0]["lr"]
         return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
 
-    def _parameters(self, head: bool) -> list[Tensor]:
-        groups = self.megatron.param_groups
-        return [p for g in groups if bool(g.get(_HEAD_GROUP)) == head for p in g["params"]]
-
     def _norm(self, head: bool) -> float:
-        counted = [
-            p.grad
-            for p in self._parameters(head)
-            if p.grad is not None
-            and param_is_not_shared(p)
-            and param_is_not_tensor_parallel_duplicate(p)
-        ]
-        group = self.megatron.get_grad_stats_parallel_group()
-        return float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group))
+        squares = (_norm(part, head) ** 2 for part in self.megatron.chained_optimizers)
+        return sum(squares) ** 0.5
 
     def _clip(self, head: bool, norm: float, limit: float) -> None:
         if limit <= 0 or norm <= limit:
             return
-        grads = [p.grad for p in self._parameters(head) if p.grad is not None]
-        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        grads = [p.grad for p in _parameters(self.megatron, head) if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, limit / (norm + 1e-6))
 
     def sharded_state_dict(self, model_state: dict, *, loading: bool) -> dict:
-        """Megatron's sharded optimizer state, and the schedule's."""
-        return {
-            "optimizer": self.megatron.sharded_state_dict(model_state, is_loading=loading),
-            "schedule": self.schedule.state_dict(),
-        }
+        """Sharded optimizer state, see :func:`sharded_state`, and the schedule's."""
+        state = {"updates": self.updates, "schedule": self.schedule.state_dict()}
+        tensors = sharded_state(self.megatron, model_state, loading=loading)
+        # a rank that writes no parameter has none
+        return state | ({"optimizer": tensors} if tensors else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`sharded_state_dict` described."""
-        self.megatron.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        load_state(self.megatron, state.get("optimizer", {}), self.updates)
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _parameters(optimizer: MegatronOptimizer, head: bool) -> list[Tensor]:
+    groups = optimizer.param_groups
+    return [p for g in groups if bool(g.get(_HEAD_GROUP)) == head for p in g["params"]]
+
+
+def _norm(optimizer: MegatronOptimizer, head: bool) -> float:
+    """Gradient norm over all ranks that hold parts of the model, each part counted once."""
+    counted = [
+        p.grad
+        for p in _parameters(optimizer, head)
+        if p.grad is not None
+        and param_is_not_shared(p)
+        and param_is_not_tensor_parallel_duplicate(p)
+    ]
+    group = optimizer.get_grad_stats_parallel_group()
+    return float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group))
 
 
 def _schedule(

@@ -1,130 +1,237 @@
-"""From our configuration to Megatron-Core's: transformer configuration, model, gradient buffers."""
+"""Builds this rank's model chunks and their gradient buffers."""
 
 from __future__ import annotations
 
+import copy
 import logging
-import warnings
-from importlib.util import find_spec
+from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
-    get_gpt_mtp_block_spec_for_backend,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from torch.nn import functional
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_occ.config.schema import Config, ModelConfig
-from megatron_occ.mcore.cpu_modules import CPUSpecProvider, cpu_layer_spec
-from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
+from megatron_occ.mcore.cpu_specs import cpu_block_spec, cpu_mtp_spec
+from megatron_occ.mcore.model import MTPLayer, OCCGPTModel
+from megatron_occ.mcore.shared_copy import SharedCopy
+from megatron_occ.mcore.transformer_config import transformer_config
 
 logger = logging.getLogger(__name__)
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron's configuration of the model section, the layout and the precision."""
-    model, dtype = config.model, torch.float32 if config.precision == "fp32" else torch.bfloat16
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return TransformerConfig(
-            num_layers=model.num_layers,
-            mtp_num_layers=config.mtp.num_layers or None,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            kv_channels=model.kv_channels,
-            layernorm_epsilon=model.norm_epsilon,
-            qk_layernorm=model.qk_layernorm,
-            add_qkv_bias=model.qkv_bias,
-            add_bias_linear=False,
-            normalization="RMSNorm",
-            gated_linear_unit=True,
-            activation_func=functional.silu,
-            init_method_std=model.init_std,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            tensor_model_parallel_size=config.parallel.tensor,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            # our losses are normalised by global counts: no division anywhere else
-            calculate_per_token_loss=True,
-            use_cpu_initialization=True,
-            **_no_fusions(),
-        )
-
-
-def _no_fusions() -> dict[str, bool]:
-    """Kernels that need apex or TransformerEngine, or that add noise between layouts."""
-    return {
-        "gradient_accumulation_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-    }
-
-
-def build_model(config: Config, vocab_size: int, device: torch.device) -> OCCGPTModel:
-    """Build the bare model on ``device``.
+def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[OCCGPTModel]:
+    """This rank's model: one chunk, or several under the interleaved schedule.
 
     Args:
         config: the run's configuration.
         vocab_size: ids of the tokenizer; padded here to a multiple of the tensor-parallel size.
-        device: of the parameters.
+        device: of the parameters; "meta" counts them without allocating any.
 
     Raises:
-        ValueError: a precision that the device can't do, or a rank left without token ids.
+        ValueError: what this machine can't do, or a size that does not fit the vocabulary.
     """
-    if config.precision == "bf16" and device.type != "cuda":
-        raise ValueError(
-            "precision=bf16: Megatron-Core's bf16 optimizer needs a CUDA device, there is none "
-            "here: use precision=fp32"
-        )
+    check_machine(config, device)
+    ids = _vocabulary(config, vocab_size)
     megatron = transformer_config(config)
-    spec, mtp_spec = _specs(config.model, megatron)
-    tensor = config.parallel.tensor
-    padded = -(-vocab_size // tensor) * tensor
-    if (tensor - 1) * (padded // tensor) >= vocab_size:
+    layers = "TransformerEngine" if uses_transformer_engine() else "local layers, torch's kernels"
+    logger.info("layer spec: %s", layers)
+    virtual = config.parallel.virtual_pipeline
+    stages = [None] if virtual == 1 else list(range(virtual))
+    chunks = [_build_chunk(config, megatron, ids, stage).to(device) for stage in stages]
+    if device.type != "meta":
+        _draw_experts_apart(chunks, config)
+    return chunks
+
+
+def _vocabulary(config: Config, vocab_size: int) -> int:
+    """Ids that take part in the softmax."""
+    ids, tensor = config.model.vocab_size or vocab_size, config.parallel.tensor
+    if ids < vocab_size:
         raise ValueError(
-            f"parallel.tensor={tensor} leaves a rank without any of the {vocab_size} token ids: "
+            f"model.vocab_size={ids}: the tokenizer has {vocab_size} ids: give at least as many"
+        )
+    if (tensor - 1) * -(-ids // tensor) >= ids:
+        raise ValueError(
+            f"parallel.tensor={tensor} leaves a rank without any of the {ids} token ids: "
             "use a smaller tensor-parallel size"
         )
-    model = OCCGPTModel(
+    return ids
+
+
+def _build_chunk(
+    config: Config, megatron: TransformerConfig, ids: int, vp_stage: int | None
+) -> OCCGPTModel:
+    model, tensor = config.model, config.parallel.tensor
+    block, mtp = _specs(megatron, vp_stage)
+    place = dict(ignore_virtual=False, vp_stage=vp_stage)
+    return OCCGPTModel(
         config=megatron,
-        transformer_layer_spec=spec,
-        mtp_block_spec=mtp_spec,
-        vocab_size=padded,
-        valid_vocab_size=vocab_size,
-        max_sequence_length=config.model.max_position_embeddings,
-        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        transformer_layer_spec=block,
+        mtp_block_spec=mtp,
+        vocab_size=-(-ids // tensor) * tensor,
+        valid_vocab_size=ids,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        vp_stage=vp_stage,
+        build_mtp=lambda: MultiTokenPredictionBlock(
+            config=_quiet(megatron),
+            spec=mtp,
+            vp_stage=vp_stage,
+            # 0.19 hands the collection on to the layers, and its default has but two groups
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ),
     )
-    return model.to(device)
 
 
-def _specs(model: ModelConfig, megatron: TransformerConfig) -> tuple[ModuleSpec, object | None]:
-    has_mtp = megatron.mtp_num_layers is not None
-    if torch.cuda.is_available() and find_spec("transformer_engine") is not None:
-        logger.info("layer spec: TransformerEngine")
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-        return spec, get_gpt_mtp_block_spec(megatron, spec, True) if has_mtp else None
-    logger.info("layer spec: Megatron-Core's local layers with torch's norm and attention")
-    spec = cpu_layer_spec(megatron)
-    backend = CPUSpecProvider()
-    return spec, get_gpt_mtp_block_spec_for_backend(megatron, spec, backend) if has_mtp else None
+def _specs(
+    megatron: TransformerConfig, vp_stage: int | None
+) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
+    if uses_transformer_engine():
+        block = get_gpt_decoder_block_spec(megatron, True, vp_stage=vp_stage)
+        layers = get_gpt_decoder_layer_specs(megatron, True, None, False)
+        mtp = get_gpt_mtp_block_spec(megatron, layers[-1], True, vp_stage=vp_stage)
+    else:
+        block, mtp = cpu_block_spec(megatron, vp_stage), cpu_mtp_spec(megatron, vp_stage)
+    for layer in mtp.layer_specs if mtp is not None else ():
+        layer.module = MTPLayer
+    return block, mtp
 
 
-def wrap_data_parallel(model: OCCGPTModel) -> DistributedDataParallel:
-    """Megatron's gradient buffers and data-parallel reduction around the model."""
-    megatron = model.config
-    module = Float16Module(megatron, model) if megatron.bf16 else model
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    return DistributedDataParallel(config=megatron, ddp_config=ddp, module=module)
+def _quiet(megatron: TransformerConfig) -> TransformerConfig:
+    """The same configuration for a module whose weights are replaced at once."""
+    quiet = copy.copy(megatron)
+    quiet.perform_initialization = False
+    quiet.init_model_with_meta_device = True
+    # these hold the trained model, and some modules copy their configuration deeply
+    quiet.no_sync_func = quiet.finalize_model_grads_func = None
+    return quiet
+
+
+def _draw_experts_apart(chunks: list[OCCGPTModel], config: Config) -> None:
+    """Draw experts again from a seed of this rank's own.
+
+    Data-parallel ranks draw the same weights, and expert-parallel ranks are such ranks: each would
+    start with the same experts.
+    """
+    rank = parallel_state.get_expert_model_parallel_rank()
+    if rank == 0:
+        return
+    state = torch.get_rng_state()
+    torch.manual_seed(
+        config.seed + 1024 + 100 * rank + parallel_state.get_pipeline_model_parallel_rank()
+    )
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name and parameter.dim() > 1:
+                scaled = "linear_fc2" in name
+                method = (
+                    chunk.config.output_layer_init_method if scaled else chunk.config.init_method
+                )
+                method(parameter.data)
+    torch.set_rng_state(state)
+
+
+def wrap_data_parallel(chunks: list[OCCGPTModel], config: Config) -> list[DistributedDataParallel]:
+    """Megatron's gradient buffers and data-parallel reduction around each chunk."""
+    parallel = config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        megatron = chunk.config
+        module = Float16Module(megatron, chunk) if megatron.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                config=megatron, ddp_config=settings, module=module, disable_bucketing=index > 0
+            )
+        )
+    return wrapped
+
+
+@dataclass(frozen=True)
+class InferenceChunk:
+    """A model chunk for generation and the shared copy that keeps it on the trained weights."""
+
+    copy: SharedCopy
+
+    def refresh(self) -> OCCGPTModel:
+        """The chunk on the present weights, in evaluation mode."""
+        return self.copy.refresh().eval()
+
+
+def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
+    """A chunk without context and sequence parallelism, recompute and MTP, on the same weights.
+
+    Args:
+        chunk: the trained chunk.
+        config: the run's configuration.
+    """
+    megatron = _inference_config(chunk.config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # weights come from the trained model, ties included
+    groups.embd = None
+    if config.parallel.context > 1:
+        groups.cp = _group_of_one()
+    block, _ = _specs(megatron, chunk.vp_stage)
+    model = config.model
+
+    def build() -> OCCGPTModel:
+        return OCCGPTModel(
+            config=megatron,
+            transformer_layer_spec=block,
+            vocab_size=chunk.vocab_size,
+            valid_vocab_size=chunk.valid_vocab_size,
+            max_sequence_length=chunk.max_sequence_length,
+            pre_process=chunk.pre_process,
+            post_process=chunk.post_process,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            rotary_percent=model.rotary_percent,
+            vp_stage=chunk.vp_stage,
+            pg_collection=groups,
+        )
+
+    # with MTP layers on the last stage, a tied output layer lies in that stage's embedding
+    tied_there = (
+        chunk.post_process and chunk.mtp_process and not chunk.pre_process and model.tie_embeddings
+    )
+    names = {"output_layer.weight": "embedding.word_embeddings.weight"} if tied_there else {}
+    return InferenceChunk(SharedCopy(chunk, build, lambda name: names.get(name, name)))
+
+
+def _inference_config(megatron: TransformerConfig) -> TransformerConfig:
+    inference = _quiet(megatron)
+    inference.context_parallel_size = 1
+    inference.sequence_parallel = False
+    inference.recompute_granularity = None
+    inference.mtp_num_layers = None
+    inference.fp8 = None
+    return inference
+
+
+def _group_of_one() -> torch.distributed.ProcessGroup:
+    own, _ = torch.distributed.new_subgroups(group_size=1)
+    return own

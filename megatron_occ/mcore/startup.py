@@ -4,87 +4,77 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_occ.config.pipeline import parse_layout
+from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu_backend import apply_cpu_backend
+from megatron_occ.mcore.layout import Layout
 
 
-@dataclass(frozen=True)
-class Layout:
-    """This process's place in the parallel layout."""
-
-    rank: int
-    world_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    tensor_parallel_rank: int
-    tensor_parallel_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes to the terminal and to the run folder."""
-        return self.rank == 0
-
-    def all_reduce_data_parallel(
-        self, values: torch.Tensor, *, maximum: bool = False
-    ) -> torch.Tensor:
-        """Sum (or maximum) of ``values`` over data-parallel ranks, in place; returns it."""
-        if self.data_parallel_size > 1:
-            operation = (
-                torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
-            )
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            torch.distributed.all_reduce(values, op=operation, group=group)
-        return values
-
-    def broadcast_tensor_parallel(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of tensor-parallel rank 0 on all ranks of its group, in place; returns it."""
-        if self.tensor_parallel_size > 1:
-            group = parallel_state.get_tensor_model_parallel_group()
-            source = parallel_state.get_tensor_model_parallel_src_rank()
-            torch.distributed.broadcast(values, src=source, group=group)
-        return values
-
-
-def initialize(*, tensor_parallel_size: int = 1, seed: int = 0) -> Layout:
+def initialize(config: Config) -> Layout:
     """Initialise torch.distributed and Megatron, once a process.
 
     Under ``torchrun`` or ``srun`` the environment names rank and world size; without it this
     process is the whole world.
 
     Args:
-        tensor_parallel_size: ranks that share a layer; the rest of the world is data-parallel.
-        seed: of Python's and torch's generators.
+        config: its layout, and the seed of Python's and torch's generators.
 
     Returns:
-        This process's layout.
+        This process's place.
     """
     on_cpu = apply_cpu_backend()
+    # Megatron overlaps messages with matrix products by the order in which kernels are queued
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.distributed.is_initialized():
         _init_process_group("gloo" if on_cpu else "nccl")
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_parallel_size, create_gloo_process_groups=False
-        )
-    random.seed(seed)
-    torch.manual_seed(seed)
+        initialize_groups(config)
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
     if not on_cpu:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        model_parallel_cuda_manual_seed(seed)
-    return Layout(
-        rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_size=tensor_parallel_size,
-        device=torch.device("cpu" if on_cpu else "cuda"),
+        model_parallel_cuda_manual_seed(config.seed)
+    return Layout.of_this_rank(torch.device("cpu" if on_cpu else "cuda"))
+
+
+def initialize_groups(config: Config) -> None:
+    """Megatron's process groups for the layout of ``config``."""
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+        get_embedding_ranks=lambda ranks: [ranks[stage] for stage in embedding_stages(config)],
     )
+
+
+def embedding_stages(config: Config) -> list[int]:
+    """Pipeline stages that hold a copy of the word embedding, in order.
+
+    The first stage, the last one if it uses the embedding as output layer, and the one with the MTP
+    layers. Megatron's default, first and last, adds an untied output layer to the embedding where
+    the MTP layers have a stage of their own.
+    """
+    parallel = config.parallel
+    last = parallel.pipeline - 1
+    stages = {0} | ({last} if config.model.tie_embeddings else set())
+    if config.mtp.num_layers:
+        stages.add(last)
+        if parallel.pipeline_layout is not None:
+            chunks = parse_layout(parallel.pipeline_layout)
+            holder = next(i for i, chunk in enumerate(chunks) if "m" in chunk) % parallel.pipeline
+            stages = (stages if config.model.tie_embeddings else {0}) | {holder}
+    return sorted(stages)
 
 
 def _init_process_group(backend: str) -> None:

@@ -22,7 +22,7 @@ class MicroBatch:
     """Tokens of a micro-batch, what to ask of the model, and what the loss needs besides.
 
     Args:
-        ids: [b, s] right-padded token ids.
+        ids: [rows, length] input of the model on this rank, as ``request.placement`` lays it out.
         request: see ``HeadRequest``.
         payload: handed to the loss function untouched.
     """
@@ -32,7 +32,7 @@ class MicroBatch:
     payload: Any
 
 
-def configure_gradients(model: DistributedDataParallel) -> None:
+def configure_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
     """Let the schedule reduce gradients at the end of a mini-batch, without rescaling them.
 
     Our losses divide by counts over all micro-batches and ranks, so gradients are summed: the
@@ -42,12 +42,14 @@ def configure_gradients(model: DistributedDataParallel) -> None:
     def finalize(models: list, _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(models, None, **kwargs)
 
-    model.config.finalize_model_grads_func = finalize
-    model.config.no_sync_func = model.no_sync
+    no_sync = [chunk.no_sync for chunk in chunks]
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize
+    config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
 
 def run_mini_batch(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     micro_batches: Sequence[MicroBatch],
     loss: Callable[[HeadOutputs, Any], tuple[Tensor, Result]],
     *,
@@ -56,14 +58,14 @@ def run_mini_batch(
     """Forward and, unless ``forward_only``, backward; gradients end up in the buffers.
 
     Args:
-        model: wrapped for data parallelism.
-        micro_batches: at least one.
+        chunks: of the model on this rank, wrapped for data parallelism.
+        micro_batches: at least one; in a pipeline all of one shape.
         loss: from the model's outputs and the payload to a scalar, to be summed over micro-batches,
             and anything to report.
         forward_only: skip the backward pass.
 
     Returns:
-        The reports, one a micro-batch.
+        The reports, one a micro-batch; none but on the last pipeline stage.
     """
 
     def forward_step(batches: Any, module: torch.nn.Module) -> tuple[HeadOutputs, Callable]:
@@ -73,16 +75,20 @@ def run_mini_batch(
         return outputs, lambda result: _reported(loss(result, batch.payload))
 
     if not forward_only:
-        model.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+    rows, length = micro_batches[0].ids.shape
+    config = chunks[0].config
     # Megatron's forward_only skips the backward pass but still records the graph
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=list(chunks),
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].ids.size(1),
-            micro_batch_size=micro_batches[0].ids.size(0),
+            # of the whole sequence: Megatron divides it over context-parallel ranks
+            seq_length=length * config.context_parallel_size,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
 

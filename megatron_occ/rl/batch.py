@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -37,16 +39,68 @@ class RolloutBatch:
 
     def rows(self, start: int, stop: int) -> RolloutBatch:
         """Sequences ``start .. stop - 1``."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[start:stop] for k, v in parts.items() if v is not None})
+        return self.map(lambda values: values[start:stop])
 
-    def split(self, size: int) -> list[RolloutBatch]:
-        """Cut into batches of ``size`` sequences (the last may be smaller)."""
-        return [self.rows(start, start + size) for start in range(0, len(self), size)]
+    def trimmed(self, length: int) -> RolloutBatch:
+        """The first ``length`` tokens of every sequence."""
+        return self.map(lambda values: values[:, :length] if values.dim() == 2 else values)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RolloutBatch:
+        """``change`` applied to every tensor that is there."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in parts.items() if v is not None})
+
+    def lengths(self) -> Tensor:
+        """[n] tokens up to the last response token; what follows is padding."""
+        ends = torch.arange(1, self.ids.size(1) + 1, device=self.ids.device)
+        return torch.where(self.response_mask > 0, ends, 1).amax(1)
 
     def with_logprobs(self, old: Tensor, reference: Tensor | None) -> RolloutBatch:
         """The same batch with the log-probs of the old and of the reference policy."""
         return replace(self, old_logprobs=old, ref_logprobs=reference)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One data-parallel rank's sequences of an update, cut into micro-batches.
+
+    Args:
+        rows: in the order of the micro-batches.
+        sizes: sequences of each micro-batch.
+        lengths: tokens of each sequence where micro-batches are packed; None: they are padded.
+    """
+
+    rows: RolloutBatch
+    sizes: list[int]
+    lengths: list[int] | None = None
+
+    @classmethod
+    def padded(cls, rows: RolloutBatch, size: int) -> MiniBatch:
+        """In padded micro-batches of ``size`` sequences (the last may be smaller)."""
+        starts = range(0, len(rows), size)
+        return cls(rows, [min(size, len(rows) - start) for start in starts])
+
+    def micro_batches(self) -> list[tuple[RolloutBatch, list[int] | None]]:
+        """Sequences and lengths of each; packed ones as wide as their longest sequence."""
+        parts = []
+        for part in consecutive(self.sizes):
+            rows = self.rows.rows(part.start, part.stop)
+            if self.lengths is None:
+                parts.append((rows, None))
+            else:
+                lengths = self.lengths[part.start : part.stop]
+                parts.append((rows.trimmed(max(lengths)), lengths))
+        return parts
+
+    def with_logprobs(self, old: Tensor, reference: Tensor | None) -> MiniBatch:
+        """The same mini-batch with the log-probs of the old and of the reference policy."""
+        return replace(self, rows=self.rows.with_logprobs(old, reference))
+
+
+def consecutive(sizes: Iterable[int]) -> list[range]:
+    """Ranges of the given sizes, one after the other from 0."""
+    ends = list(accumulate(sizes, initial=0))
+    return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 def pad_sequences(
@@ -55,11 +109,22 @@ def pad_sequences(
     logprobs: list[list[float]],
     advantages: Tensor,
     pad_id: int,
+    width: int,
     device: torch.device,
 ) -> RolloutBatch:
-    """Build a batch from token lists; see :class:`RolloutBatch` for shapes."""
+    """Build a batch from token lists; see :class:`RolloutBatch` for shapes.
+
+    Args:
+        prompts: token ids of n prompts.
+        responses: token ids of their responses.
+        logprobs: of each response token.
+        advantages: [n].
+        pad_id: fills the rest of a row.
+        width: s, at least the tokens of the longest row.
+        device: of the result.
+    """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    shape = (len(prompts), max(lengths))
+    shape = (len(prompts), width)
     ids = torch.full(shape, pad_id, dtype=torch.long)
     mask, sampled = torch.zeros(shape), torch.zeros(shape)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

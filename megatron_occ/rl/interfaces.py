@@ -31,46 +31,95 @@ class StepReportLike(Protocol):
 
 
 class Collectives(Protocol):
-    """This rank among the data-parallel ranks."""
+    """This rank among the data-parallel ranks.
+
+    The ranks of one data-parallel share (tensor, context, pipeline) hold the same sequences.
+    """
 
     data_parallel_rank: int
     data_parallel_size: int
-    tensor_parallel_rank: int
     device: Any
-    is_main: bool
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes."""
+        ...
+
+    @property
+    def is_model_parallel_main(self) -> bool:
+        """True on one of the ranks of each data-parallel share."""
+        ...
 
     def all_reduce_data_parallel(self, values: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over data-parallel ranks, in place."""
         ...
 
-    def broadcast_tensor_parallel(self, values: Tensor) -> Tensor:
-        """Values of tensor-parallel rank 0 on all ranks of its group, in place."""
+    def gather_data_parallel(self, values: Tensor) -> Tensor:
+        """Values of all data-parallel ranks, equal shapes, on dimension 0 in rank order."""
+        ...
+
+    def broadcast_model_parallel(self, values: Tensor) -> Tensor:
+        """Values of the share's main rank on all ranks of the share, in place."""
         ...
 
 
 class Actor(Protocol):
-    """A policy that can be sampled, scored and updated; ``mcore.actor.MegatronGPTActor`` is one."""
+    """A policy that can be sampled, scored and updated; ``mcore.actor.MegatronGPTActor`` is one.
+
+    ``lengths``, tokens of each row, asks for packed micro-batches, None for padded ones. What the
+    losses see is the same: [b, s] in the source frame. Padding may hold anything.
+
+    Attributes:
+        layout: this rank's place.
+        num_depths: MTP depths K.
+        sequence_multiple: a packed sequence is padded to a multiple of this.
+        micro_batch_multiple: the number of micro-batches is a multiple of this.
+    """
 
     layout: Collectives
     num_depths: int
+    sequence_multiple: int
+    micro_batch_multiple: int
 
     def infer(
         self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
     ) -> GenerationLike: ...
 
     def get_inference_log_probs(
-        self, ids: Tensor, *, micro_batch_size: int, temperature: float
-    ) -> Tensor: ...
+        self,
+        ids: Tensor,
+        *,
+        parts: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None,
+        temperature: float,
+    ) -> Tensor:
+        """Log-probs [n, s], source frame, under the current weights.
+
+        Args:
+            ids: [n, s].
+            parts: rows of each micro-batch, each row once.
+            lengths: n of them, or None.
+            temperature: divides the logits.
+        """
+        ...
 
     def get_init_policy_logprobs(
-        self, ids: Tensor, *, micro_batch_size: int, temperature: float
-    ) -> Tensor: ...
+        self,
+        ids: Tensor,
+        *,
+        parts: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None,
+        temperature: float,
+    ) -> Tensor:
+        """As :meth:`get_inference_log_probs`, under the reference policy."""
+        ...
 
     def micro_batch(
         self,
         ids: Tensor,
         payload: Any,
         *,
+        lengths: Sequence[int] | None = None,
         passes: tuple[tuple[bool, bool], ...],
         temperature: float = 1.0,
         entropy: bool = False,

@@ -19,9 +19,18 @@ from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A step's batch on this rank, metrics over all ranks, samples to read, and warnings."""
+    """Responses of a step, the same on any layout but for which rank holds them.
+
+    Args:
+        batch: the rows that this rank holds, in global order, as wide on all ranks.
+        owners: the data-parallel rank that holds each row of the step, in global order.
+        metrics: over all ranks.
+        samples: of this rank, to read.
+        events: warnings.
+    """
 
     batch: RolloutBatch
+    owners: list[int]
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     events: list[str]
@@ -43,26 +52,28 @@ class RolloutSource:
         self.position = 0
 
     def generate(self, timers: Timers) -> Rollouts:
-        """Rollouts of one step."""
-        size = self.config.samples_per_prompt
-        wanted = self.config.prompts_per_step // self.actor.layout.data_parallel_size * size
+        """Rollouts of one step.
+
+        Groups count in the order of their prompts, whichever rank drew them: the first useful ones
+        are taken, then the first of the others.
+        """
+        wanted = self.config.prompts_per_step
         drawn, useful = Samples(), []
         rounds = self.config.dynamic_sampling.max_rounds if self._is_dynamic else 1
         for _ in range(rounds):
             samples = self._round(timers)
-            useful += [len(drawn) + row for row in self._useful_rows(samples)]
             drawn.extend(samples)
-            if self._all_ranks_have(len(useful) >= wanted):
+            useful += self._useful_groups(samples)
+            if sum(useful) >= wanted:
                 break
         events = []
-        short = self._sum([max(0, wanted - len(useful)) // size])[0]
-        if short:
+        short = wanted - sum(useful)
+        if short > 0:
             events.append(
-                f"dynamic sampling: {short:.0f} groups without spread kept after {rounds} rounds"
+                f"dynamic sampling: {short} groups without spread kept after {rounds} rounds"
             )
-        chosen = set(useful)
-        rest = [row for row in range(len(drawn)) if row not in chosen]
-        return self._assemble(drawn, (useful + rest)[:wanted], events)
+        order = sorted(range(len(useful)), key=lambda group: not useful[group])
+        return self._assemble(drawn, order[:wanted], len(useful) - wanted, events)
 
     @property
     def _is_dynamic(self) -> bool:
@@ -84,27 +95,39 @@ class RolloutSource:
             timers=timers,
         )
 
-    def _useful_rows(self, samples: Samples) -> list[int]:
+    def _useful_groups(self, samples: Samples) -> list[bool]:
+        """Whether each group of a round is of use, over all ranks, in the order of the prompts."""
         if not self._is_dynamic:
-            return list(range(len(samples)))
-        size = self.config.samples_per_prompt
-        spread = group_has_spread(torch.tensor(samples.scores), size)
-        return [i for i in range(len(samples)) if bool(spread[i // size])]
-
-    def _all_ranks_have(self, enough: bool) -> bool:
-        return self._sum([0.0 if enough else 1.0])[0] == 0
+            return [True] * self.config.prompts_per_step
+        layout = self.actor.layout
+        spread = group_has_spread(torch.tensor(samples.scores), self.config.samples_per_prompt)
+        by_rank = layout.gather_data_parallel(spread.long().to(layout.device))
+        # rank r of R drew prompts r, r + R, ...
+        return by_rank.view(layout.data_parallel_size, -1).t().flatten().bool().tolist()
 
     def _sum(self, values: list[float]) -> list[float]:
         layout = self.actor.layout
         total = torch.tensor(values, dtype=torch.float64, device=layout.device)
         return layout.all_reduce_data_parallel(total).tolist()
 
-    def _assemble(self, drawn: Samples, rows: list[int], events: list[str]) -> Rollouts:
-        """Batch from the chosen rows; metrics over all responses that were drawn."""
+    def _maximum(self, value: int) -> float:
+        layout = self.actor.layout
+        largest = torch.tensor(value, dtype=torch.float64, device=layout.device)
+        return float(layout.all_reduce_data_parallel(largest, maximum=True))
+
+    def _assemble(
+        self, drawn: Samples, groups: list[int], dropped: int, events: list[str]
+    ) -> Rollouts:
+        """Batch from the chosen groups of all ranks; metrics over all responses that were drawn."""
+        layout, size = self.actor.layout, self.config.samples_per_prompt
+        # group g was drawn by rank g % R, as its group g // R
+        own = [g for g in groups if g % layout.data_parallel_size == layout.data_parallel_rank]
+        firsts = [g // layout.data_parallel_size * size for g in own]
+        rows = [first + copy for first in firsts for copy in range(size)]
         samples, rewards = drawn.take(rows), self._rewards(drawn)
         advantages = group_advantages(
             rewards[rows],
-            self.config.samples_per_prompt,
+            size,
             baseline=self.config.advantage.baseline,
             normalize=self.config.advantage.normalize,
         )
@@ -114,11 +137,22 @@ class RolloutSource:
             samples.logprobs,
             advantages,
             self.sampler.tokenizer.pad_id,
-            self.actor.layout.device,
+            self._width(samples),
+            layout.device,
         )
-        dropped = (len(drawn) - len(rows)) // self.config.samples_per_prompt
-        metrics = self._metrics(drawn, rewards, dropped)
-        return Rollouts(batch, metrics, self._readable(samples, rewards[rows], advantages), events)
+        return Rollouts(
+            batch,
+            [g % layout.data_parallel_size for g in groups for _ in range(size)],
+            self._metrics(drawn, rewards, dropped),
+            self._readable(samples, rewards[rows], advantages),
+            events,
+        )
+
+    def _width(self, samples: Samples) -> int:
+        """Tokens of the longest sequence on any rank."""
+        pairs = zip(samples.prompts, samples.tokens, strict=True)
+        longest = max((len(prompt) + len(tokens) for prompt, tokens in pairs), default=0)
+        return int(self._maximum(longest))
 
     def _rewards(self, samples: Samples) -> Tensor:
         rewards = torch.tensor(samples.scores)
@@ -139,21 +173,18 @@ class RolloutSource:
                 float(sum(samples.scores)),
                 float(sum(lengths)),
                 float(len(samples) - sum(samples.finished)),
-                float(dropped),
             ]
         )
-        count, total, squares, accuracy, tokens, truncated, dropped_groups = sums
-        longest = torch.tensor(max(lengths), device=self.actor.layout.device)
-        self.actor.layout.all_reduce_data_parallel(longest, maximum=True)
+        count, total, squares, accuracy, tokens, truncated = sums
         mean = total / count
         return {
             "reward/mean": mean,
             "reward/std": max(0.0, squares / count - mean**2) ** 0.5,
             "rollout/accuracy": accuracy / count,
             "rollout/length_mean": tokens / count,
-            "rollout/length_max": float(longest),
+            "rollout/length_max": self._maximum(max(lengths)),
             "rollout/truncated": truncated / count,
-            "rollout/dropped_groups": dropped_groups,
+            "rollout/dropped_groups": float(dropped),
             "rollout/tokens": tokens,
         }
 

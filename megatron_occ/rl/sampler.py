@@ -85,18 +85,18 @@ class Sampler:
         )
 
     def _score(self, records: list[PromptRecord], texts: list[str]) -> list[float]:
-        """Scores of this data-parallel rank's responses, the same on its tensor-parallel ranks.
+        """Scores of this data-parallel share's responses, the same on all ranks of the share.
 
         One of them asks the verifiers: under time limits two processes may get two answers, and
         would then train on different advantages.
         """
         layout = self.actor.layout
         scores = torch.zeros(len(texts), dtype=torch.float64, device=layout.device)
-        if layout.tensor_parallel_rank == 0:
+        if layout.is_model_parallel_main:
             items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
             results = self.verifiers.score(items)
             scores += torch.tensor([result.score for result in results]).to(scores)
-        return layout.broadcast_tensor_parallel(scores).tolist()
+        return layout.broadcast_model_parallel(scores).tolist()
 
     def _encode(self, record: PromptRecord) -> list[int]:
         prompt = self.tokenizer.encode(record.prompt)

@@ -47,12 +47,16 @@ def pretrained(tmp_path_factory):
 
 def metrics(folder: Path, phase: str) -> list[dict]:
     """Lines of one phase without clocks."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if not k.startswith("time") and "per_second" not in k}
-        for line in lines
+        for line in read_lines(folder / "metrics.jsonl")
         if line["phase"] == phase
     ]
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Objects of a jsonl file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 class Killed(BaseException):

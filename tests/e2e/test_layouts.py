@@ -1,4 +1,4 @@
-"""Two processes give the run of one, also from its middle: same rollouts, losses and lambda."""
+"""Any layout gives the run of one process, also from its middle: rollouts, losses, lambda."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import sys
 import pytest
 
 from megatron_occ.rl.trainer import GRPOTrainer
-from tests.e2e.conftest import ROOT, TINY, Killed, kill_after, metrics
+from tests.e2e.conftest import ROOT, TINY, Killed, Runner, kill_after, metrics, read_lines
 
 ARGUMENTS = ("rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2")
 
 
-def launch(folder, *overrides):
-    """The same command under torchrun with two processes."""
+PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")
+
+
+def launch(folder, ranks, *overrides):
+    """The same command under torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(TINY)]
     command += [f"run_dir={folder}", *ARGUMENTS, *overrides]
@@ -26,35 +29,61 @@ def launch(folder, *overrides):
     return folder
 
 
-LAYOUTS = pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)], ids=["data", "tensor"])
+LAYOUTS = {
+    "data": (2, ()),
+    "tensor": (2, ("parallel.tensor=2",)),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "context": (2, ("parallel.context=2",)),
+    "tensor and pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "context, packed": (2, ("parallel.context=2", *PACKED)),
+    "sequence, packed": (2, ("parallel.tensor=2", "parallel.sequence=true", *PACKED)),
+}
 
 
-@LAYOUTS
-def test_two_processes_equal_one(run, pretrained, tmp_path, overrides):
-    start = f"rl.init_from={pretrained(2)}"
-    one = run("rl", "one", start, *ARGUMENTS)
-    two = launch(tmp_path / "two", start, *overrides)
+@pytest.fixture(scope="module")
+def one(pretrained, tmp_path_factory):
+    """The run of a single process."""
+    run = Runner(tmp_path_factory.mktemp("one"))
+    return run("rl", "one", f"rl.init_from={pretrained(2)}", *ARGUMENTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_equal_one(one, pretrained, tmp_path, layout):
+    ranks, overrides = LAYOUTS[layout]
+    several = launch(tmp_path / "run", ranks, f"rl.init_from={pretrained(2)}", *overrides)
     assert (one / "rollouts.jsonl").read_text().count("\n") == 4
     assert any(line["grad_norm/trunk"] > 0 for line in metrics(one, "rl"))
-    assert_same_numbers(two, one)
+    assert_same_numbers(several, one)
+    sampled = [read_lines(folder / "rollouts.jsonl") for folder in (several, one)]
+    assert [line["response"] for line in sampled[0]] == [line["response"] for line in sampled[1]]
 
 
-@LAYOUTS
-def test_two_processes_go_on_with_the_run_of_one(run, pretrained, tmp_path, monkeypatch, overrides):
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
+def test_processes_go_on_with_the_run_of_one(run, one, pretrained, tmp_path, monkeypatch, layout):
     start = f"rl.init_from={pretrained(2)}"
-    one = run("rl", "one", start, *ARGUMENTS)
     with monkeypatch.context() as patched:
         kill_after(patched, GRPOTrainer, 1)
         with pytest.raises(Killed):
-            run("rl", "two", start, *ARGUMENTS)
-    two = launch(tmp_path / "two", start, *overrides, "--resume")
-    assert [line["step"] for line in metrics(two, "rl")] == [1, 2]
-    assert_same_numbers(two, one)
+            run("rl", "several", start, *ARGUMENTS)
+    ranks, overrides = LAYOUTS[layout]
+    several = launch(tmp_path / "several", ranks, start, *overrides, "--resume")
+    assert [line["step"] for line in metrics(several, "rl")] == [1, 2]
+    assert_same_numbers(several, one)
 
 
-def assert_same_numbers(folder, other):
-    """Metrics of RL and validation are equal up to rounding."""
-    for phase in ("rl", "validation"):
+def test_one_process_goes_on_with_the_run_of_four(run, one, pretrained, tmp_path):
+    """A checkpoint of two by two ranks, optimizer included, continues on one."""
+    start = f"rl.init_from={pretrained(2)}"
+    ranks, overrides = LAYOUTS["tensor and pipeline"]
+    folder = launch(tmp_path / "several", ranks, start, *overrides, "rl.steps=1")
+    run("rl", "several", start, *ARGUMENTS, "--resume")
+    assert [line["step"] for line in metrics(folder, "rl")] == [1, 2]
+    assert_same_numbers(folder, one, phases=("rl",))
+
+
+def assert_same_numbers(folder, other, phases=("rl", "validation")):
+    """Metrics are equal up to rounding."""
+    for phase in phases:
         pairs = list(zip(metrics(folder, phase), metrics(other, phase), strict=True))
         assert pairs
         for line, expected in pairs:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_occ import pretraining
-from megatron_occ.mcore.checkpoint import list_checkpoints
-from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.mcore.checkpoint import list_checkpoints, read_plain
 from megatron_occ.rl import trainer
 from tests.e2e.conftest import Killed, kill_after, metrics
 
 
 def contents(folder, phase):
     """Everything in the newest checkpoint by key, read without a model."""
-    initialize()
-    path = str(list_checkpoints(folder / "checkpoints" / phase)[-1][1])
-    state = dist_checkpointing.load_plain_tensors(path)
-    shutdown()
-    return dict(flatten(state))
+    _, path = list_checkpoints(folder / "checkpoints" / phase)[-1]
+    return dict(flatten(read_plain(path)))
 
 
 def flatten(value, prefix=""):
@@ -58,7 +53,7 @@ def test_resumed_run_equals_undisturbed_run(
         assert metrics(cut, name) == metrics(whole, name)
     state, expected = contents(cut, phase), contents(whole, phase)
     assert state.keys() == expected.keys()
-    for part in ("exp_avg_sq", "trainer", "common_step", "decoder", "mtp"):
+    for part in ("exp_avg_sq", "trainer", "updates", "decoder", "mtp"):
         assert any(part in key for key in expected), part
     for key, value in expected.items():
         same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b

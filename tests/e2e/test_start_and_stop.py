@@ -126,7 +126,7 @@ def test_the_pretraining_model_is_gone_when_rl_builds_its_own(run, monkeypatch):
     def watched(*args, **kwargs):
         alive.append([ref() is not None for ref in refs])
         actor = build(*args, **kwargs)
-        refs.extend(weakref.ref(part) for part in (actor, actor.model, actor.optimizer))
+        refs.extend(weakref.ref(part) for part in (actor, actor.chunks[0], actor.optimizer))
         return actor
 
     refs = []

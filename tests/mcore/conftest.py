@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import Layout, initialize, shutdown
 
 VOCABULARY = 23
@@ -13,7 +15,7 @@ VOCABULARY = 23
 
 @pytest.fixture
 def layout():
-    layout = initialize(seed=0)
+    layout = initialize(Config())
     yield layout
     shutdown()
 
@@ -36,6 +38,12 @@ def small_config(depths: int = 2) -> Config:
     return config
 
 
+def build_model(config: Config, vocab_size: int, device: torch.device) -> OCCGPTModel:
+    """The only chunk of a model on one process."""
+    (model,) = build_chunks(config, vocab_size, device)
+    return model
+
+
 def random_ids(rows: int = 4, length: int = 12, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (rows, length), generator=generator)
@@ -50,4 +58,12 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: g.clone() for name, g in grads.items() if g is not None}
 
 
-__all__ = ["VOCABULARY", "Layout", "gradients", "positions", "random_ids", "small_config"]
+__all__ = [
+    "VOCABULARY",
+    "Layout",
+    "build_model",
+    "gradients",
+    "positions",
+    "random_ids",
+    "small_config",
+]

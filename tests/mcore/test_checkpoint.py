@@ -28,7 +28,7 @@ def make_actor(layout, depths=1):
     actor = MegatronGPTActor(
         config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=10
     )
-    actor.finish_training_step()  # Adam has no state before its first update
+    actor.finish_training_step()
     return actor
 
 
@@ -44,13 +44,13 @@ def save(folder, step, actor, keep=2):
 
 def test_weights_trainer_and_random_state_come_back(actor, tmp_path):
     path = save(tmp_path, 3, actor)
-    expected = {n: p.clone() for n, p in actor.model.named_parameters()}
+    expected = {n: p.clone() for n, p in actor.chunks[0].named_parameters()}
     drawn = torch.rand(4)
     with torch.no_grad():
-        for parameter in actor.model.parameters():
+        for parameter in actor.chunks[0].parameters():
             parameter.zero_()
     assert load_checkpoint(path, actor, meta()) == {"step": 3}
-    for name, parameter in actor.model.named_parameters():
+    for name, parameter in actor.chunks[0].named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert torch.equal(torch.rand(4), drawn)
 
@@ -59,11 +59,12 @@ def test_another_layout_gets_everything_but_the_random_state(actor, tmp_path, ca
     path = save(tmp_path, 3, actor)
     file = path / "meta.json"
     stored = json.loads(file.read_text())
-    assert stored["layout"] == {"world_size": 1, "tensor": 1}
-    stored["layout"] = {"world_size": 2, "tensor": 2}
+    sizes = ("world_size", "tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    assert stored["layout"] == dict.fromkeys(sizes, 1)
+    stored["layout"] |= {"world_size": 2, "tensor": 2}
     file.write_text(json.dumps(stored))
     torch.manual_seed(5)
-    expected, weights = torch.rand(4), actor.model.decoder.final_layernorm.weight
+    expected, weights = torch.rand(4), actor.chunks[0].decoder.final_layernorm.weight
     with torch.no_grad():
         weights.zero_()
     torch.manual_seed(5)
@@ -74,6 +75,20 @@ def test_another_layout_gets_everything_but_the_random_state(actor, tmp_path, ca
     (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("megatron_occ")]
     assert "random state" in line
     assert "'world_size': 2" in line
+
+
+def test_a_checkpoint_from_before_the_first_update_can_be_loaded(layout, tmp_path):
+    config = small_config(1)
+    actor, other = (
+        MegatronGPTActor(
+            config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=10
+        )
+        for _ in range(2)
+    )
+    assert load_checkpoint(save(tmp_path, 0, actor), other, meta()) == {"step": 0}
+    pairs = zip(actor.chunks[0].parameters(), other.chunks[0].parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    assert not other.finish_training_step().skipped
 
 
 def test_only_the_newest_stay_and_unfinished_ones_are_not_seen(actor, tmp_path):

@@ -9,10 +9,16 @@ import torch
 
 from megatron_occ.mcore.generation import generate
 from megatron_occ.mcore.model import HeadRequest
-from megatron_occ.mcore.provider import build_model
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import SamplingSettings
-from tests.mcore.conftest import VOCABULARY, gradients, positions, random_ids, small_config
+from tests.mcore.conftest import (
+    VOCABULARY,
+    build_model,
+    gradients,
+    positions,
+    random_ids,
+    small_config,
+)
 
 LENGTHS = (5, 1, 9, 3, 5, 7)
 LIMIT = 10
@@ -31,7 +37,7 @@ def prompts():
 def respond(model, prompts, seeds=None, **changes):
     sampling = SamplingSettings(1.0, LIMIT, stop_ids=(0, 1, 2), batch_size=len(prompts))
     seeds = [100 + i for i in range(len(prompts))] if seeds is None else seeds
-    return generate(model, prompts, replace(sampling, **changes), seeds)
+    return generate([model], prompts, replace(sampling, **changes), seeds)
 
 
 def training_logprobs(model, ids, targets, temperature=1.0):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.mcore import logprobs
 from megatron_occ.mcore.logprobs import VocabShard, draft_distance, token_statistics
+from megatron_occ.mcore.vocab_tiles import Tiles
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 19
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -145,7 +146,7 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, chunk):
         return got.logprobs, got.entropy, got.top_ids, tv, soft, hidden.grad, weight.grad
 
     expected = run()
-    sizes, original = [], logprobs._logits
+    sizes, original = [], Tiles.logits
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
 
     def recorded(*arguments):
@@ -153,10 +154,10 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, chunk):
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(logprobs, "_logits", recorded)
+    monkeypatch.setattr(Tiles, "logits", recorded)
     for value, reference in zip(run(), expected, strict=True):
         torch.testing.assert_close(value, reference, **EXACT)
-    # one token is the least a chunk can hold
+    # distances: one token is the least
     assert max(sizes) <= max(chunk, VOCABULARY)
 
 
@@ -290,6 +291,8 @@ def run_rank(rank, store):
     across_shards = best[:, :12].any(-1) & best[:, 12:].any(-1)
     assert across_shards.sum() >= 3
 
+    # several tiles a rank, so that ties cross them too
+    logprobs.CHUNK_LOGITS = 2**5
     rows = slice(12 * rank, 12 * rank + 12)
     # unequal sizes: 12 ids on rank 0; 11 and one row of padding on rank 1
     shard = VocabShard(12 * rank, 12 - rank, torch.distributed.group.WORLD)
@@ -300,6 +303,18 @@ def run_rank(rank, store):
         torch.distributed.all_reduce(gradient)  # each shard has its part
         torch.testing.assert_close(gradient, reference, **EXACT)
     torch.testing.assert_close(part[3], weight_grad[rows], **EXACT)
+    # rank 1 has padding alone
+    padded = torch.cat((weight, torch.full((24, WIDTH), 50.0, dtype=torch.float64)))
+    rows = slice(24 * rank, 24 * rank + 24)
+    shard = VocabShard(24 * rank, 23 * (1 - rank), torch.distributed.group.WORLD)
+    alone = joint_run(hidden, padded[rows], targets, upstream, shard)
+    torch.testing.assert_close(alone[0], values, **EXACT)
+    assert torch.equal(alone[1], top)
+    for gradient, reference in zip(alone[2], grads, strict=True):
+        expected = torch.zeros_like(reference) if rank else reference
+        torch.testing.assert_close(gradient, expected, **EXACT)
+    expected = torch.zeros_like(weight_grad) if rank else weight_grad
+    torch.testing.assert_close(alone[3], expected, **EXACT)
     torch.distributed.destroy_process_group()
 
 

@@ -11,11 +11,18 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from megatron_occ.losses.heads import JointTargets, Normalizers
 from megatron_occ.losses.joint import JointLoss, PolicySettings, Regime
 from megatron_occ.losses.pretraining import PretrainLoss
-from megatron_occ.mcore.cpu_modules import CPUSpecProvider, cpu_layer_spec
+from megatron_occ.mcore.cpu_specs import CPUSpecProvider, cpu_layer_spec
 from megatron_occ.mcore.model import HeadRequest
-from megatron_occ.mcore.provider import build_model, transformer_config
+from megatron_occ.mcore.transformer_config import transformer_config
 from megatron_occ.rl.batch import head_masks, head_targets
-from tests.mcore.conftest import VOCABULARY, gradients, positions, random_ids, small_config
+from tests.mcore.conftest import (
+    VOCABULARY,
+    build_model,
+    gradients,
+    positions,
+    random_ids,
+    small_config,
+)
 
 REGIMES = {
     "none": Regime(trunk="none", head="none"),

@@ -6,9 +6,15 @@ import torch
 
 from benchmarks.plain_model import PlainGPT, from_megatron
 from megatron_occ.mcore.model import HeadRequest
-from megatron_occ.mcore.provider import build_model
 from megatron_occ.rl.batch import head_targets
-from tests.mcore.conftest import VOCABULARY, gradients, positions, random_ids, small_config
+from tests.mcore.conftest import (
+    VOCABULARY,
+    build_model,
+    gradients,
+    positions,
+    random_ids,
+    small_config,
+)
 
 DEPTHS = 2
 

@@ -5,15 +5,51 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.mcore.provider import build_model
-from tests.mcore.conftest import VOCABULARY, positions, random_ids, small_config
+from megatron_occ.mcore.capabilities import check_machine
+from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.rl.batch import head_targets
+from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 
 
-def test_bf16_without_a_cuda_device_is_refused(layout):
+def test_bf16_on_the_cpu_has_bf16_weights_and_nearly_the_logprobs_of_fp32(layout):
     config = small_config()
+    reference = build_model(config, VOCABULARY, layout.device)
     config.precision = "bf16"
-    with pytest.raises(ValueError, match=r"precision=bf16.*use precision=fp32"):
+    model = build_model(config, VOCABULARY, layout.device)
+    model.load_state_dict(reference.state_dict())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    ids = random_ids()
+    request = HeadRequest(head_targets(ids, 2))
+    with torch.no_grad():
+        sides = [m(ids, positions(ids), None, request=request) for m in (model, reference)]
+    pairs = zip(*((side.logprobs, side.passes[0]) for side in sides), strict=True)
+    for values, wanted in pairs:
+        assert values.dtype == torch.float32
+        assert 1e-4 < (values - wanted).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_fp8_without_transformer_engine_is_refused(layout, precision):
+    config = small_config()
+    config.precision, config.fp8.format = precision, "hybrid"
+    with pytest.raises(ValueError, match=r"fp8\.format=hybrid.*no CUDA device.*fp8\.format=none"):
         build_model(config, VOCABULARY, torch.device("cpu"))
+
+
+def test_experts_on_a_gpu_without_transformer_engine_are_refused():
+    config = small_config()
+    check_machine(config, torch.device("cuda"))
+    config.model.moe.num_experts = 4
+    check_machine(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"num_experts=4.*not installed: pip install"):
+        check_machine(config, torch.device("cuda"))
+
+
+def test_nothing_is_refused_where_nothing_is_computed():
+    config = small_config()
+    config.precision, config.fp8.format = "bf16", "hybrid"
+    config.model.moe.num_experts = 4
+    check_machine(config, torch.device("meta"))
 
 
 def test_a_tensor_parallel_rank_without_token_ids_is_refused(layout):

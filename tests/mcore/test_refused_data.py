@@ -73,7 +73,6 @@ def checkpoint(layout, tmp_path):
         config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
     )
     meta = describe(config, DIGITS.state(), {})
-    actor.finish_training_step()  # Adam has no state before its first update
     path = save_checkpoint(tmp_path, 1, actor, trainer_state={}, meta=meta, keep=1)
     return path, actor, meta
 
@@ -88,10 +87,10 @@ def checkpoint(layout, tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused_and_the_weights_stay(checkpoint, change, named):
     path, actor, meta = checkpoint
-    before = [parameter.clone() for parameter in actor.model.parameters()]
+    before = [parameter.clone() for parameter in actor.chunks[0].parameters()]
     with pytest.raises(ValueError, match=rf"{path}/meta\.json: {named}.*: give the checkpoint's"):
         load_weights(path, actor, {**meta, **change})
-    pairs = zip(actor.model.parameters(), before, strict=True)
+    pairs = zip(actor.chunks[0].parameters(), before, strict=True)
     assert all(torch.equal(parameter, old) for parameter, old in pairs)
 
 

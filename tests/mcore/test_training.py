@@ -10,9 +10,9 @@ import torch
 from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.cpu_backend import apply_cpu_backend
-from megatron_occ.rl.batch import RolloutBatch
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.update import PolicyUpdater
 from tests.mcore.conftest import VOCABULARY, random_ids, small_config
 
 PRESETS = ["none", "detach", "ce", "policy", "occ", "occ_decoupled"]
@@ -29,7 +29,7 @@ def rl_config(preset, micro_batch_size, *more):
     return config
 
 
-def actor_and_trainer(layout, config):
+def actor_and_updater(layout, config):
     torch.manual_seed(0)
     actor = MegatronGPTActor(
         config,
@@ -39,26 +39,30 @@ def actor_and_trainer(layout, config):
         total_updates=10,
         train_head=regime_from(config.mtp).trains_head,
     )
-    trainer = GRPOTrainer(
-        config, actor, None, validate=None, logger=None, rollout_log=None, save=None
-    )
-    return actor, trainer
+    return actor, PolicyUpdater(config, actor)
 
 
-def rollout_batch(actor, config, rows=8):
+def rollout_batch(rows=8):
     ids = random_ids(rows, 14)
     mask = torch.zeros(ids.shape)
     for row in range(rows):
         mask[row, 3 : 14 - row % 5] = 1.0
     advantages = torch.linspace(-1.5, 1.0, rows)
-    batch = RolloutBatch(ids, mask, torch.zeros(ids.shape), advantages)
-    old = actor.get_inference_log_probs(ids, micro_batch_size=rows, temperature=1.0)
-    return batch.with_logprobs(old, None)
+    return RolloutBatch(ids, mask, torch.zeros(ids.shape), advantages)
+
+
+def mini_batch(updater):
+    """Four sequences, cut as the configuration says, with log-probs of the current policy."""
+    batch = rollout_batch().rows(0, 4)
+    size = updater.config.rl.micro_batch_size
+    return updater.compute_logprobs([MiniBatch.padded(batch, size)])[0]
 
 
 def gradients_of(actor):
     return {
-        name: p.main_grad.clone() for name, p in actor.model.named_parameters() if p.requires_grad
+        name: p.main_grad.clone()
+        for name, p in actor.chunks[0].named_parameters()
+        if p.requires_grad
     }
 
 
@@ -66,21 +70,22 @@ def gradients_of(actor):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_gradients_and_lambda_do_not_depend_on_the_cut(layout, preset, statistics):
     overrides = ("mtp.trunk.clamp=[null,null]", f"mtp.trunk.statistics={statistics}")
-    whole = rl_config(preset, 4, *overrides)
-    actor, trainer = actor_and_trainer(layout, whole)
-    batch = rollout_batch(actor, whole)
+    actor, updater = actor_and_updater(layout, rl_config(preset, 4, *overrides))
+    batch = rollout_batch()
+    halves = [MiniBatch.padded(batch.rows(start, start + 4), 4) for start in (0, 4)]
+    halves = updater.compute_logprobs(halves)
     expected = []
-    for mini_batch in batch.split(4) * 2:
-        weights = copy.deepcopy(actor.model.state_dict())
-        metrics = trainer.run_update(mini_batch)
-        expected.append((mini_batch, weights, metrics, gradients_of(actor)))
+    for mini in halves * 2:
+        weights = copy.deepcopy(actor.chunks[0].state_dict())
+        metrics = updater.run_update(mini).metrics
+        expected.append((mini.rows, weights, metrics, gradients_of(actor)))
 
     for micro_batch_size in (2, 1):
-        actor, trainer = actor_and_trainer(layout, rl_config(preset, micro_batch_size, *overrides))
-        for mini_batch, weights, whole_metrics, whole_gradients in expected:
+        actor, updater = actor_and_updater(layout, rl_config(preset, micro_batch_size, *overrides))
+        for rows, weights, whole_metrics, whole_gradients in expected:
             # Adam amplifies rounding: every update starts from the same weights
-            actor.model.load_state_dict(weights)
-            metrics = trainer.run_update(mini_batch)
+            actor.chunks[0].load_state_dict(weights)
+            metrics = updater.run_update(MiniBatch.padded(rows, micro_batch_size)).metrics
             assert metrics.keys() == whole_metrics.keys()
             for name, value in whole_metrics.items():
                 assert metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-6), name
@@ -93,19 +98,45 @@ def test_loss_gradients_and_lambda_do_not_depend_on_the_cut(layout, preset, stat
         assert any(value != 0.0 for value in used)
 
 
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
+@pytest.mark.parametrize("preset", ["ce", "occ_decoupled"])
+def test_packed_micro_batches_update_as_padded_ones(layout, preset, sizes):
+    results = []
+    for packed in (False, True):
+        actor, updater = actor_and_updater(layout, rl_config(preset, 4))
+        rows = rollout_batch().rows(0, 4)
+        lengths = rows.lengths().tolist()
+        assert len(set(lengths)) == 4
+        mini = MiniBatch(rows, sizes if packed else [4], lengths if packed else None)
+        # old log-probs of a policy that was elsewhere, or the ratios would all be 1
+        (mini,) = updater.compute_logprobs([mini])
+        inside = torch.arange(rows.ids.size(1)) < torch.tensor(lengths).unsqueeze(1)
+        old = torch.where(inside, mini.rows.old_logprobs, 0.0)
+        moved = mini.with_logprobs(old + 0.1 * rows.ids.cos(), None)
+        metrics = updater.run_update(moved).metrics
+        results.append((old * rows.response_mask.roll(-1, 1), metrics, gradients_of(actor)))
+    (old, metrics, gradients), (packed_old, packed_metrics, packed_gradients) = results
+    torch.testing.assert_close(packed_old, old, atol=1e-6, rtol=0)
+    for name, value in metrics.items():
+        assert packed_metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-5), name
+    for name, gradient in gradients.items():
+        difference = (packed_gradients[name] - gradient).abs().max()
+        assert difference <= 1e-5 * gradient.abs().max(), name
+
+
 def test_the_second_update_uses_its_own_gradients_alone(layout):
     """p.grad aliases the buffer after an update; left there, the next backward counts twice."""
     config = rl_config("ce", 2)
-    actor, trainer = actor_and_trainer(layout, config)
-    batch = rollout_batch(actor, config).rows(0, 4)
-    trainer.run_update(batch)
-    weights = copy.deepcopy(actor.model.state_dict())
-    trainer.run_update(batch)
+    actor, updater = actor_and_updater(layout, config)
+    mini = mini_batch(updater)
+    updater.run_update(mini)
+    weights = copy.deepcopy(actor.chunks[0].state_dict())
+    updater.run_update(mini)
     second = gradients_of(actor)
 
-    fresh, fresh_trainer = actor_and_trainer(layout, config)
-    fresh.model.load_state_dict(weights)
-    fresh_trainer.run_update(batch)
+    fresh, fresh_updater = actor_and_updater(layout, config)
+    fresh.chunks[0].load_state_dict(weights)
+    fresh_updater.run_update(mini)
     for name, gradient in gradients_of(fresh).items():
         torch.testing.assert_close(second[name], gradient, atol=1e-7, rtol=1e-6)
 
@@ -116,16 +147,15 @@ def test_the_head_is_clipped_on_its_own(layout):
     for head_weight in (0.1, 1e4):
         config = rl_config("detach", 4, f"mtp.head.weight={head_weight}")
         config.rl.loss.clip_high = 0.28
-        actor, trainer = actor_and_trainer(layout, config)
+        actor, updater = actor_and_updater(layout, config)
         # SGD shows the size of a gradient, which Adam would hide
         inner = actor.optimizer.megatron
-        batch = rollout_batch(actor, config).rows(0, 4)
-        seen = {}
+        mini, seen = mini_batch(updater), {}
         inner.step_with_ready_grads = lambda inner=inner, seen=seen: seen.update(
             {id(p): p.grad.clone() for p in inner.get_parameters()}
         )
-        metrics = trainer.run_update(batch)
-        names = {id(p): name for name, p in actor.model.named_parameters()}
+        metrics = updater.run_update(mini).metrics
+        names = {id(p): name for name, p in actor.chunks[0].named_parameters()}
         updates[head_weight] = {names[key]: grad for key, grad in seen.items()}, metrics
     small, large = updates[0.1], updates[1e4]
     assert large[1]["grad_norm/head"] > 1.0 > small[1]["grad_norm/head"]
@@ -139,14 +169,13 @@ def test_the_head_is_clipped_on_its_own(layout):
 
 def test_the_reference_policy_stays_while_the_policy_moves(layout):
     config = rl_config("ce", 4, "rl.loss.kl_coefficient=0.5")
-    actor, trainer = actor_and_trainer(layout, config)
+    actor, updater = actor_and_updater(layout, config)
     actor.keep_reference()
     ids = random_ids(4, 14)
-    arguments = {"micro_batch_size": 4, "temperature": 1.0}
+    arguments = {"parts": [range(4)], "lengths": None, "temperature": 1.0}
     before = actor.get_inference_log_probs(ids, **arguments)
-    batch = rollout_batch(actor, config).rows(0, 4)
-    first = trainer.run_update(trainer.compute_logprobs(batch))
-    second = trainer.run_update(trainer.compute_logprobs(batch))
+    first = updater.run_update(mini_batch(updater)).metrics
+    second = updater.run_update(mini_batch(updater)).metrics
     assert first["loss/kl"] == pytest.approx(0.0, abs=1e-9)
     assert second["loss/kl"] > 1e-6
     assert torch.equal(actor.get_init_policy_logprobs(ids, **arguments), before)
@@ -158,20 +187,20 @@ def test_a_frozen_head_gets_no_update_and_no_weight_decay(layout, trunk):
     config = rl_config("none", 4)
     config.mtp.trunk.signal = trunk
     config.rl.optimizer.weight_decay = 0.5
-    actor, trainer = actor_and_trainer(layout, config)
-    head = {n: p.clone() for n, p in actor.model.mtp.named_parameters()}
-    trainer.run_update(rollout_batch(actor, config).rows(0, 4))
-    for name, parameter in actor.model.mtp.named_parameters():
+    actor, updater = actor_and_updater(layout, config)
+    head = {n: p.clone() for n, p in actor.chunks[0].mtp.named_parameters()}
+    updater.run_update(mini_batch(updater))
+    for name, parameter in actor.chunks[0].mtp.named_parameters():
         assert torch.equal(parameter, head[name]), name
 
 
 def test_non_finite_gradients_skip_the_update(layout):
     config = rl_config("ce", 4)
-    actor, _ = actor_and_trainer(layout, config)
-    before = {n: p.clone() for n, p in actor.model.named_parameters()}
-    next(iter(actor.model.parameters())).main_grad.fill_(float("nan"))
+    actor, _ = actor_and_updater(layout, config)
+    before = {n: p.clone() for n, p in actor.chunks[0].named_parameters()}
+    next(iter(actor.chunks[0].parameters())).main_grad.fill_(float("nan"))
     assert actor.finish_training_step().skipped
-    for name, parameter in actor.model.named_parameters():
+    for name, parameter in actor.chunks[0].named_parameters():
         assert torch.equal(parameter, before[name]), name
 
 

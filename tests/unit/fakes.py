@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,72 +14,13 @@ from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import sample_from_uniform, uniforms
+from tests.unit.fake_layouts import FakeLayout
 
 ALPHABET = "abcdefgh."
 TOKENIZER = CharTokenizer(ALPHABET)  # pad 0, eos 1, a 2, ..., "." 10
 STOP_IDS = (TOKENIZER.eos_id, *TOKENIZER.encode("."))
 WIDTH = 5
 DISTANCES = {"soft_ce": soft_cross_entropy, "tv": total_variation}
-
-
-@dataclass
-class FakeLayout:
-    """One data-parallel rank on its own: reductions leave its values as they are."""
-
-    data_parallel_rank: int = 0
-    data_parallel_size: int = 1
-
-    tensor_parallel_rank = 0
-    device = torch.device("cpu")
-
-    @property
-    def is_main(self):
-        return self.data_parallel_rank == 0
-
-    def all_reduce_data_parallel(self, values, *, maximum=False):
-        return values
-
-    def broadcast_tensor_parallel(self, values):
-        return values
-
-
-class ThreadedLayout(FakeLayout):
-    """Data-parallel ranks as threads of this process, with real reductions between them."""
-
-    def __init__(self, rank, size, barrier, slots):
-        super().__init__(rank, size)
-        self._barrier, self._slots = barrier, slots
-
-    def all_reduce_data_parallel(self, values, *, maximum=False):
-        self._slots[self.data_parallel_rank] = values.clone()
-        self._barrier.wait(timeout=20)
-        stacked = torch.stack(self._slots)
-        self._barrier.wait(timeout=20)
-        return values.copy_(stacked.amax(0) if maximum else stacked.sum(0))
-
-
-def run_ranks(size, work):
-    """``work(layout)`` on each of ``size`` data-parallel ranks; returns the results by rank."""
-    barrier, slots = threading.Barrier(size), [None] * size
-    results, errors = [None] * size, []
-
-    def run(rank):
-        try:
-            results[rank] = work(ThreadedLayout(rank, size, barrier, slots))
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise next(
-            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
-        )
-    return results
 
 
 class Bigram(torch.nn.Module):
@@ -132,6 +73,7 @@ class FakeStep:
 class FakeMicroBatch:
     ids: torch.Tensor
     payload: Any
+    lengths: Any
     passes: tuple
     temperature: float
     distance: str | None
@@ -141,15 +83,19 @@ class FakeActor:
     """Implements ``megatron_occ.rl.interfaces.Actor``; keeps what the tests want to look at.
 
     ``losses`` and ``gradients`` hold one entry for each mini-batch with a backward pass, ``calls``
-    the arguments of ``infer``. ``spoil(outputs, payload, forward_only)`` may replace the outputs of
-    the model.
+    the arguments of ``infer``, ``cuts`` the lengths of the rows of every packed micro-batch.
+    ``spoil(outputs, payload, forward_only)`` may replace the outputs of the model. In packed
+    micro-batches whatever is behind the end of a sequence is not a number.
     """
+
+    sequence_multiple = micro_batch_multiple = 1
 
     def __init__(self, depths=2, *, layout=None, lr=0.5, seed=0):
         self.layout = layout or FakeLayout()
         self.num_depths, self.lr = depths, lr
         self.model, self.reference = Bigram(depths, seed), Bigram(depths, seed)
         self.losses, self.gradients, self.reports, self.calls = [], [], [], []
+        self.cuts = []
         self.spoil = lambda outputs, payload, forward_only: outputs
 
     def infer(self, prompts, sampling, seeds):
@@ -177,24 +123,47 @@ class FakeActor:
         chain = torch.stack(tokens, dim=1)
         return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 
-    @torch.no_grad()
-    def get_inference_log_probs(self, ids, *, micro_batch_size, temperature):
-        parts = ids.split(micro_batch_size)
-        return torch.cat([_main(self.model, part, temperature)[0] for part in parts])
+    def get_inference_log_probs(self, ids, *, parts, lengths, temperature):
+        return self._log_probs(self.model, ids, parts, lengths, temperature)
+
+    def get_init_policy_logprobs(self, ids, *, parts, lengths, temperature):
+        return self._log_probs(self.reference, ids, parts, lengths, temperature)
 
     @torch.no_grad()
-    def get_init_policy_logprobs(self, ids, *, micro_batch_size, temperature):
-        parts = ids.split(micro_batch_size)
-        return torch.cat([_main(self.reference, part, temperature)[0] for part in parts])
+    def _log_probs(self, model, ids, parts, lengths, temperature):
+        assert sorted(row for part in parts for row in part) == list(range(len(ids)))
+        logprobs = torch.empty(ids.shape, dtype=torch.float64)
+        for part in map(list, parts):
+            own = None if lengths is None else [lengths[row] for row in part]
+            self._record(own)
+            logprobs[part] = _spoil_padding(_main(model, ids[part], temperature)[0], own)
+        return logprobs
 
-    def micro_batch(self, ids, payload, *, passes, temperature=1.0, entropy=False, distance=None):
-        return FakeMicroBatch(ids, payload, passes, temperature, distance)
+    def _record(self, lengths):
+        if lengths is not None:
+            self.cuts.append(list(lengths))
+
+    def micro_batch(
+        self,
+        ids,
+        payload,
+        *,
+        lengths=None,
+        passes,
+        temperature=1.0,
+        entropy=False,
+        distance=None,
+    ):
+        assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
+        return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance)
 
     def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
         if not forward_only:
             self.model.zero_grad()
+        assert len(micro_batches) % self.micro_batch_multiple == 0
         total, reports = 0.0, []
         for batch in micro_batches:
+            self._record(batch.lengths)
             with torch.no_grad() if forward_only else nullcontext():
                 outputs = self.spoil(self.outputs(batch), batch.payload, forward_only)
                 value, report = loss(outputs, batch.payload)
@@ -212,7 +181,9 @@ class FakeActor:
         """What the model returns for one micro-batch."""
         ids, model = batch.ids, self.model
         logprobs, log_probs, hidden = _main(model, ids, batch.temperature)
-        outputs = {"logprobs": logprobs, "entropy": -(log_probs.exp() * log_probs).sum(-1)}
+        cut = functools.partial(_spoil_padding, lengths=batch.lengths)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        outputs = {"logprobs": cut(logprobs), "entropy": cut(entropy)}
         if not batch.passes:
             return HeadOutputs(**outputs)
         targets, passes = head_targets(ids, self.num_depths)[1:], []
@@ -220,13 +191,13 @@ class FakeActor:
             logits = model.mtp_logits(ids, hidden, to_trunk, to_head)
             scaled = torch.stack(logits) / batch.temperature
             picked = scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-            passes.append(picked.squeeze(-1))
+            passes.append(cut(picked.squeeze(-1)))
         depths = range(1, self.num_depths + 1)
         ahead = torch.stack([log_probs.detach().roll(-depth, dims=1) for depth in depths])
         agreement = (scaled.argmax(-1) == ahead.argmax(-1)).float()
         if batch.distance is not None:
-            outputs["distance"] = DISTANCES[batch.distance](scaled, ahead)
-        return HeadOutputs(**outputs, passes=tuple(passes), agreement=agreement)
+            outputs["distance"] = cut(DISTANCES[batch.distance](scaled, ahead))
+        return HeadOutputs(**outputs, passes=tuple(passes), agreement=cut(agreement))
 
     def finish_training_step(self):
         trunk = [self.model.embedding, self.model.trunk, self.model.output]
@@ -265,6 +236,14 @@ def _main(model, ids, temperature):
     log_probs = (hidden @ model.output.t() / temperature).log_softmax(-1)
     targets = head_targets(ids, 0)[0]
     return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_probs, hidden
+
+
+def _spoil_padding(values, lengths):
+    """[..., b, s] with NaN behind the end of every packed sequence."""
+    if lengths is None:
+        return values
+    inside = torch.arange(values.size(-1)) < torch.tensor(lengths).unsqueeze(1)
+    return torch.where(inside, values, torch.nan)
 
 
 def _norm(parameters):

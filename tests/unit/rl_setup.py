@@ -6,16 +6,19 @@ from megatron_occ.config import load_config
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Problem
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.rewards import VerifierResult
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import ALPHABET, STOP_IDS, TOKENIZER, FakeActor
 
 PRESETS = ("none", "detach", "ce", "policy", "occ", "occ_decoupled")
 # lambda may be negative then: a clamp at 0 would hide differences
 OPEN = "mtp.trunk.clamp=[null,null]"
+DYNAMIC = ("rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
 
 
 class LetterTask:
@@ -29,6 +32,10 @@ class LetterTask:
 
     def params(self):
         return {}
+
+
+def prompt_names(first, count):
+    return [LetterTask().problem("train", index).prompt for index in range(first, first + count)]
 
 
 class FakeVerifiers:
@@ -54,6 +61,10 @@ def in_turn(script):
         return texts[counts[prompt] % len(texts)]
 
     return respond
+
+
+def spread_only_in(names):
+    return in_turn(lambda prompt: ["a.", "b."] if prompt in names else ["a."])
 
 
 def has_an_a(response, answer):
@@ -115,7 +126,7 @@ def make_trainer(config, actor, score=has_an_a, **callbacks):
     recorder, source = Recorder(), make_source(config, actor, score)
     trainer = GRPOTrainer(
         config,
-        actor,
+        PolicyUpdater(config, actor),
         source,
         validate=callbacks.get("validate", lambda: {"avg@1": 0.0}),
         logger=recorder,
@@ -134,10 +145,16 @@ def four_updates(*overrides, micro=2, layout=None, **callbacks):
 
 
 def mini_batches(trainer, change=lambda batch: batch):
-    """The next step's rollouts, with old log-probs, cut into mini-batches."""
-    batch = change(trainer.rollouts.generate(Timers()).batch)
-    size = len(batch) // trainer.config.rl.mini_batches
-    return trainer.compute_logprobs(batch).split(size)
+    """This rank's part of the next step's mini-batches, with old log-probs."""
+    rollouts, updater = trainer.rollouts.generate(Timers()), trainer.updater
+    batch = change(rollouts.batch)
+    parts = distribute(batch, rollouts.owners, trainer.config.rl, updater.actor)
+    return updater.compute_logprobs(parts)
+
+
+def run_updates(trainer, change=lambda batch: batch):
+    """Metrics of each update of the next step."""
+    return [trainer.updater.run_update(mini).metrics for mini in mini_batches(trainer, change)]
 
 
 def weights(actor):

@@ -9,18 +9,35 @@ from megatron_occ.config import ConfigError, check_resumed, load_config
 
 @pytest.mark.parametrize(
     "override",
-    ["rl.steps=7", "rl.validation.every=3", "pretrain.micro_batch_size=1", "parallel.tensor=2"],
+    [
+        "rl.steps=7",
+        "rl.validation.every=3",
+        "pretrain.micro_batch_size=1",
+        "rl.micro_batch_tokens=64",
+        "parallel.tensor=2",
+        "parallel.pipeline_layout=Et|tL",
+        "recompute=full",
+    ],
 )
 def test_length_and_speed_may_change_and_are_told(override):
     (change,) = check_resumed(load_config([], []), load_config([], [override]))
     key, value = override.split("=")
     assert change.startswith(f"{key} was ")
-    assert change.endswith(f"is {value}")
+    assert change.replace("'", "").endswith(f"is {value}")
 
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "model.hidden_size=64", "rl.optimizer.lr=1.0", "rl.mini_batches=2", "mtp.preset=ce"],
+    [
+        "seed=1",
+        "precision=bf16",
+        "fp8.format=e4m3",
+        "model.hidden_size=64",
+        "model.moe.num_experts=4",
+        "rl.optimizer.lr=1.0",
+        "rl.mini_batches=2",
+        "mtp.preset=ce",
+    ],
 )
 def test_what_a_step_computes_may_not_change(override):
     with pytest.raises(ConfigError, match=rf"--resume .*{override.split('=')[0]}"):
@@ -50,6 +67,10 @@ def test_micro_batches_stay_where_lambda_is_taken_from_each():
     with pytest.raises(ConfigError, match=r"rl\.micro_batch_size was .*estimator=released"):
         check_resumed(
             load_config([], released), load_config([], [*released, "rl.micro_batch_size=1"])
+        )
+    with pytest.raises(ConfigError, match=r"rl\.micro_batch_tokens was .*estimator=released"):
+        check_resumed(
+            load_config([], released), load_config([], [*released, "rl.micro_batch_tokens=64"])
         )
     assert check_resumed(
         load_config([], released), load_config([], [*released, "pretrain.micro_batch_size=1"])

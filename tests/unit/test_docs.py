@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # a figure of measured numbers: may be missing
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PROCESSES = re.compile(r"--(?:nproc-per-node|ntasks)[ =](\d+)|WORLD_SIZE=(\d+)")
+PROCESSES = re.compile(r"--(?:nproc-per-node|ntasks|world-size)[ =](\d+)|WORLD_SIZE=(\d+)")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_occ.rl.batch import (
+    MiniBatch,
     RolloutBatch,
     head_masks,
     head_targets,
@@ -20,7 +21,7 @@ LOGPROBS = [[-0.3, -0.4, -0.5], [-0.2]]
 
 def small_batch():
     advantages = torch.tensor([1.5, -0.5])
-    return pad_sequences(PROMPTS, RESPONSES, LOGPROBS, advantages, 9, torch.device("cpu"))
+    return pad_sequences(PROMPTS, RESPONSES, LOGPROBS, advantages, 9, 5, torch.device("cpu"))
 
 
 def scored_batch(**changes):
@@ -43,20 +44,50 @@ def test_padding():
 
 def test_padding_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError, match="zip"):
-        pad_sequences(PROMPTS, RESPONSES[:1], LOGPROBS, torch.zeros(2), 0, torch.device("cpu"))
+        pad_sequences(PROMPTS, RESPONSES[:1], LOGPROBS, torch.zeros(2), 0, 5, torch.device("cpu"))
 
 
-def test_splitting_keeps_every_row_and_what_belongs_to_it():
-    rows = 5
-    numbers = torch.arange(rows * 3).view(rows, 3).float()
-    batch = RolloutBatch(numbers.long(), numbers + 1, numbers + 2, numbers[:, 0], numbers + 3)
-    parts = batch.split(2)
+def numbered_batch(rows=5, width=3):
+    numbers = torch.arange(rows * width).view(rows, width).float()
+    return RolloutBatch(numbers.long(), numbers + 1, numbers + 2, numbers[:, 0], numbers + 3)
+
+
+def test_a_wider_batch_has_more_padding_and_one_without_rows_is_possible():
+    cpu = torch.device("cpu")
+    wide = pad_sequences(PROMPTS, RESPONSES, LOGPROBS, torch.zeros(2), 9, 7, cpu)
+    assert wide.ids[:, 5:].tolist() == [[9, 9], [9, 9]]
+    assert torch.equal(wide.trimmed(5).ids, small_batch().ids)
+    empty = pad_sequences([], [], [], torch.zeros(0), 9, 7, cpu)
+    assert empty.ids.shape == (0, 7)
+
+
+def test_lengths_end_with_the_last_response_token():
+    assert small_batch().lengths().tolist() == [5, 2]
+    mask = torch.tensor([[0.0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
+    batch = RolloutBatch(torch.zeros(2, 5).long(), mask, torch.zeros(2, 5), torch.zeros(2))
+    assert batch.lengths().tolist() == [4, 1]  # a sequence is never empty
+
+
+def test_padded_micro_batches_hold_every_row_and_what_belongs_to_it():
+    batch = numbered_batch()
+    mini = MiniBatch.padded(batch, 2)
+    assert mini.sizes == [2, 2, 1]
+    parts = [rows for rows, lengths in mini.micro_batches() if lengths is None]
     assert [len(part) for part in parts] == [2, 2, 1]
     for name in ("ids", "response_mask", "rollout_logprobs", "advantages", "old_logprobs"):
         together = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(together, getattr(batch, name)), name
     assert all(part.ref_logprobs is None for part in parts)
-    assert torch.equal(batch.rows(1, 3).old_logprobs, numbers[1:3] + 3)
+    assert torch.equal(batch.rows(1, 3).old_logprobs, batch.old_logprobs[1:3])
+
+
+def test_packed_micro_batches_are_as_wide_as_their_longest_sequence():
+    batch = numbered_batch(rows=3, width=4)
+    first, second = MiniBatch(batch, [1, 2], [3, 1, 2]).micro_batches()
+    assert (first[1], second[1]) == ([3], [1, 2])
+    assert torch.equal(first[0].ids, batch.ids[:1, :3])
+    assert torch.equal(second[0].old_logprobs, batch.old_logprobs[1:, :2])
+    assert torch.equal(second[0].advantages, batch.advantages[1:])
 
 
 def test_targets_of_every_head():

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from megatron_occ.rl.calibration import CoefficientTracker, regime_from
-from tests.unit.rl_setup import OPEN, PRESETS, four_updates, mini_batches, rl_config
+from tests.unit.rl_setup import (
+    OPEN,
+    PRESETS,
+    four_updates,
+    mini_batches,
+    rl_config,
+    run_updates,
+)
 
 OCC = ("mtp.preset=occ", OPEN)
 RELEASED = (*OCC, "mtp.trunk.estimator=released")
@@ -88,8 +95,8 @@ def test_the_loss_of_every_preset_in_plain_python(preset, temperature):
     overrides = (f"mtp.preset={preset}", OPEN, f"rl.rollout.temperature={temperature}")
     trainer, actor = four_updates(*overrides)
     for mini in mini_batches(trainer):
-        main, *depths = per_token(actor, mini, temperature)
-        metrics = trainer.run_update(mini)
+        main, *depths = per_token(actor, mini.rows, temperature)
+        metrics = trainer.updater.run_update(mini).metrics
         lambdas = [metrics[f"lambda/mtp_{k}"] for k in (1, 2)]
         policy = mean(w * clipped(d) for w, d in zip(lambdas, depths, strict=True))
         ce = mean(map(cross_entropy, depths))
@@ -117,14 +124,14 @@ def test_lambda_over_two_steps_equals_the_formula(statistics, lambda_plus):
     used = []
     for _ in range(2):
         for position, mini in enumerate(mini_batches(trainer)):
-            now = [formula(d, lambda_plus) for d in per_token(actor, mini)[1:]]
+            now = [formula(d, lambda_plus) for d in per_token(actor, mini.rows)[1:]]
             before = current
             if position > 0:  # the first one of a step has d_RL = 0 and tells nothing
                 current = now
             else:
                 assert now == pytest.approx([0.0, 0.0], abs=1e-6)
             expected.append(current if statistics == "current" else before)
-            metrics = trainer.run_update(mini)
+            metrics = trainer.updater.run_update(mini).metrics
             used.append([metrics[f"lambda/mtp_{k}"] for k in (1, 2)])
     for got, reference in zip(used, expected, strict=True):
         assert got == pytest.approx(reference, abs=1e-7)
@@ -143,14 +150,14 @@ def test_the_average_takes_in_each_mini_batch_once(statistics):
     seen, expected, used = [], [0.0], []
     for position, mini in enumerate(mini_batches(trainer)):
         if position > 0:
-            seen.append(inner_products(per_token(actor, mini)[1]))
+            seen.append(inner_products(per_token(actor, mini.rows)[1]))
             cross, norm = (
                 sum(0.7**age * products[i] for age, products in enumerate(reversed(seen)))
                 / sum(0.7**age for age in range(len(seen)))
                 for i in (0, 1)
             )
             expected.append(cross / (norm + 1e-8))
-        used.append(trainer.run_update(mini)["lambda/mtp_1"])
+        used.append(trainer.updater.run_update(mini).metrics["lambda/mtp_1"])
     if statistics == "previous":
         expected = [0.0, *expected[:-1]]
     assert used == pytest.approx(expected, abs=1e-7)
@@ -167,8 +174,8 @@ def test_importance_weights_follow_their_token_to_every_depth():
         return replace(batch, rollout_logprobs=batch.rollout_logprobs + noise * batch.response_mask)
 
     for mini in mini_batches(trainer, disturb):
-        main, *depths = per_token(actor, mini)
-        trainer.run_update(mini)
+        main, *depths = per_token(actor, mini.rows)
+        trainer.updater.run_update(mini)
         weighted = clipped(main, cap) + mean(clipped(d, cap) for d in depths)
         assert actor.losses[-1] == pytest.approx(weighted, abs=1e-6)
         assert abs(weighted - clipped(main) - mean(map(clipped, depths))) > 1e-3
@@ -177,8 +184,7 @@ def test_importance_weights_follow_their_token_to_every_depth():
 def test_lambda_of_current_statistics_costs_one_forward_pass():
     for statistics, forward_only in (("previous", 0), ("current", 4)):
         trainer, actor = four_updates(*OCC, f"mtp.trunk.statistics={statistics}")
-        for mini in mini_batches(trainer):
-            trainer.run_update(mini)
+        run_updates(trainer)
         assert len(actor.losses) == 4
         assert len(actor.reports) - len(actor.losses) == forward_only
 
@@ -186,8 +192,8 @@ def test_lambda_of_current_statistics_costs_one_forward_pass():
 def test_the_inner_products_are_logged_and_are_those_of_the_mini_batch():
     trainer, actor = four_updates(*OCC, micro=1)
     for mini in mini_batches(trainer):
-        depths = per_token(actor, mini)[1:]
-        metrics = trainer.run_update(mini)
+        depths = per_token(actor, mini.rows)[1:]
+        metrics = trainer.updater.run_update(mini).metrics
         for k, tokens in enumerate(depths, start=1):
             cross, norm = inner_products(tokens)
             assert metrics[f"calibration/cross_{k}"] == pytest.approx(cross, abs=1e-6)
@@ -196,10 +202,10 @@ def test_the_inner_products_are_logged_and_are_those_of_the_mini_batch():
 
 def test_clamp_bounds_the_lambda_that_is_used():
     free, _ = four_updates(*OCC)
-    values = [free.run_update(mini)["lambda/mtp_1"] for mini in mini_batches(free)][2:]
+    values = [metrics["lambda/mtp_1"] for metrics in run_updates(free)][2:]
     low, high = sorted((0.0, values[0] / 2))
     trainer, _ = four_updates("mtp.preset=occ", f"mtp.trunk.clamp=[{low},{high}]")
-    bounded = [trainer.run_update(mini) for mini in mini_batches(trainer)]
+    bounded = run_updates(trainer)
     assert bounded[2]["lambda/mtp_1"] == pytest.approx(values[0] / 2, abs=1e-9)
     assert all(low <= update["lambda/mtp_1"] <= high for update in bounded)
 
@@ -207,7 +213,7 @@ def test_clamp_bounds_the_lambda_that_is_used():
 @pytest.mark.parametrize(("preset", "fixed"), [("none", 0.0), ("ce", 0.1), ("policy", 1.0)])
 def test_fixed_weights_are_logged_as_lambda(preset, fixed):
     trainer, _ = four_updates(f"mtp.preset={preset}")
-    metrics = trainer.run_update(mini_batches(trainer)[0])
+    metrics = run_updates(trainer)[0]
     assert (metrics["lambda/mtp_1"], metrics["lambda/mtp_2"]) == (fixed, fixed)
 
 
@@ -236,15 +242,15 @@ def test_the_released_lambda_in_plain_python():
     trainer, actor = four_updates(*RELEASED, "mtp.trunk.lambda_plus=0.3", micro=4)
     for mini in mini_batches(trainer):
         # padding counts, but not the first tokens, which depth 2 can't predict
-        everywhere = torch.ones_like(mini.response_mask)
+        everywhere = torch.ones_like(mini.rows.response_mask)
         everywhere[:, :3] = 0.0
         expected = []
-        for tokens in per_token(actor, replace(mini, response_mask=everywhere))[1:]:
+        for tokens in per_token(actor, replace(mini.rows, response_mask=everywhere))[1:]:
             ratios = [
                 (t.now - t.old) * (t.mine - t.old) / ((t.mine - t.old) ** 2 + 1e-8) for t in tokens
             ]
             # logged without the formula's 1/K, as lambda is everywhere else
             expected.append(0.3 * sum(ratios) / len(ratios))
-        metrics = trainer.run_update(mini)
+        metrics = trainer.updater.run_update(mini).metrics
         got = [metrics[f"lambda/mtp_{k}"] for k in (1, 2)]
         assert got == pytest.approx(expected, abs=1e-6)

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.rl.evaluation import evaluate
-from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor, run_ranks
+from tests.unit.fake_layouts import run_ranks
+from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
 from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
 
 

@@ -11,10 +11,6 @@ from tests.unit.fakes import FakeActor
 from tests.unit.rl_setup import OPEN, four_updates, make_trainer, mini_batches, rl_config, weights
 
 
-def messages(trainer):
-    return [message for _, message in trainer.recorder.events]
-
-
 def broken_depth_1(outputs, target, forward_only):
     """NaN log-probs and gradients of MTP depth 1."""
     passes = tuple(torch.cat((p[:1] * torch.nan, p[1:])) for p in outputs.passes)
@@ -36,42 +32,38 @@ def untouched(outputs, target, forward_only):
 
 def test_a_lambda_that_is_not_finite_is_an_event_and_the_next_update_uses_zero():
     trainer, actor = four_updates("mtp.preset=occ", OPEN)
-    minis = mini_batches(trainer)
-    for mini in minis[:2]:
-        trainer.run_update(mini)
-    assert trainer.recorder.events == []
+    minis, updater = mini_batches(trainer), trainer.updater
+    assert [updater.run_update(mini).events for mini in minis[:2]] == [[], []]
     before = weights(actor)
     actor.spoil = broken_depth_1
-    trainer.run_update(minis[2])
-    calibration, update = messages(trainer)
+    calibration, update = updater.run_update(minis[2]).events
     assert calibration.startswith("lambda[1] not finite")
     assert calibration.endswith("using 0")
     assert update == "gradient not finite: update skipped"
-    assert [step for step, _ in trainer.recorder.events] == [1, 1]
     for name, value in weights(actor).items():
         assert torch.equal(value, before[name]), name
 
     actor.spoil = untouched
-    metrics = trainer.run_update(minis[3])
-    assert metrics["lambda/mtp_1"] == 0.0
-    assert metrics["lambda/mtp_2"] != 0.0  # the other depth keeps its own
-    assert len(messages(trainer)) == 2, "nothing new"
+    update = updater.run_update(minis[3])
+    assert update.metrics["lambda/mtp_1"] == 0.0
+    assert update.metrics["lambda/mtp_2"] != 0.0  # the other depth keeps its own
+    assert update.events == []
     assert any(not torch.equal(value, before[name]) for name, value in weights(actor).items())
-    assert trainer.coefficients.before_update(None)[0] != 0  # and comes back
+    assert updater.coefficients.before_update(None)[0] != 0  # and comes back
 
 
 def test_current_statistics_that_are_not_finite_give_an_update_with_lambda_zero():
     trainer, actor = four_updates("mtp.preset=occ", "mtp.trunk.statistics=current", OPEN)
     plain, reference = four_updates("mtp.preset=none")
-    for mini in mini_batches(plain)[:2]:
-        plain.run_update(mini)
+    plain.updater.run_update(mini_batches(plain)[0])
     minis = mini_batches(trainer)
     actor.spoil = broken_depth_1_in_forward_passes
-    metrics = [trainer.run_update(mini) for mini in minis[:2]]
-    assert [m["lambda/mtp_1"] for m in metrics] == [0.0, 0.0]
-    assert [m["lambda/mtp_2"] for m in metrics] != [0.0, 0.0]
-    assert len(messages(trainer)) == 2
-    assert all("lambda[1] not finite" in message for message in messages(trainer))
+    updates = [trainer.updater.run_update(mini) for mini in minis[:2]]
+    assert [update.metrics["lambda/mtp_1"] for update in updates] == [0.0, 0.0]
+    assert [update.metrics["lambda/mtp_2"] for update in updates] != [0.0, 0.0]
+    for update in updates:
+        (event,) = update.events
+        assert "lambda[1] not finite" in event
     # nothing of depth 1, the first update has nothing of depth 2 either
     assert actor.losses[0] == pytest.approx(reference.losses[0], abs=1e-7)
 
@@ -82,8 +74,9 @@ def test_numbers_outside_the_responses_do_not_reach_lambda_or_loss():
     dirty, actor = four_updates("mtp.preset=occ_decoupled", OPEN)
     actor.spoil = not_a_number_outside_the_responses
     for mini, same in zip(mini_batches(clean), mini_batches(dirty), strict=True):
-        assert dirty.run_update(same) == clean.run_update(mini)
-    assert dirty.recorder.events == []
+        update = dirty.updater.run_update(same)
+        assert update == clean.updater.run_update(mini)
+        assert update.events == []
     assert actor.losses == expected.losses
 
 
@@ -92,17 +85,16 @@ def test_a_released_lambda_that_is_not_finite_is_an_event_and_acts_as_zero():
     trainer, actor = four_updates("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN)
     plain, reference = four_updates("mtp.preset=none")
     minis, same = mini_batches(trainer), mini_batches(plain)
-    trainer.run_update(minis[0])
-    plain.run_update(same[0])
-    assert trainer.recorder.events == []
+    assert trainer.updater.run_update(minis[0]).events == []
+    plain.updater.run_update(same[0])
 
     actor.model.load_state_dict(weights(reference))
     actor.spoil = not_a_number_outside_the_responses
-    metrics = trainer.run_update(minis[1])
-    plain.run_update(same[1])
-    assert messages(trainer) == ["released lambda not finite in a micro-batch: using 0"]
-    assert (metrics["lambda/mtp_1"], metrics["lambda/mtp_2"]) == (0.0, 0.0)
-    assert "calibration/non_finite" not in metrics
+    update = trainer.updater.run_update(minis[1])
+    plain.updater.run_update(same[1])
+    assert update.events == ["released lambda not finite in a micro-batch: using 0"]
+    assert (update.metrics["lambda/mtp_1"], update.metrics["lambda/mtp_2"]) == (0.0, 0.0)
+    assert "calibration/non_finite" not in update.metrics
     assert actor.losses[1] == pytest.approx(reference.losses[1], abs=1e-12)
     for name, value in weights(reference).items():
         torch.testing.assert_close(weights(actor)[name], value, atol=1e-12, rtol=0)

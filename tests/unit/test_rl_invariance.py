@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_occ.rl.batch import RolloutBatch
-from tests.unit.fakes import run_ranks
-from tests.unit.rl_setup import OPEN, PRESETS, four_updates, mini_batches
+from tests.unit.fake_layouts import run_ranks
+from tests.unit.rl_setup import OPEN, PRESETS, four_updates, run_updates
 
 RELEASED = ("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN)
 VARIANTS = {
@@ -32,10 +32,10 @@ VARIANTS = {
 MINI = 4  # sequences a mini-batch: 16 in 4 updates
 
 
-def run(overrides, micro=MINI, change=lambda batch: batch):
+def run(overrides, micro=MINI, change=lambda batch: batch, layout=None):
     """All updates of a step: metrics of each, and the actor with its losses and gradients."""
-    trainer, actor = four_updates(*overrides, micro=micro)
-    return [trainer.run_update(mini) for mini in mini_batches(trainer, change)], actor
+    trainer, actor = four_updates(*overrides, micro=micro, layout=layout)
+    return run_updates(trainer, change), actor
 
 
 @functools.cache
@@ -84,18 +84,9 @@ def test_padding_changes_nothing(variant):
     assert_same_run(run(VARIANTS[variant], change=widen), whole_run(variant))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_data_parallel_ranks_update_as_one(variant):
-    """Each rank has half of every mini-batch; gradients, lambda and metrics are those of one."""
-    whole_metrics, whole = whole_run(variant)
-
-    def work(layout):
-        trainer, actor = four_updates(*VARIANTS[variant], micro=1, layout=layout)
-        minis = mini_batches(four_updates(*VARIANTS[variant])[0])
-        halves = [mini.split(2)[layout.data_parallel_rank] for mini in minis]
-        return [trainer.run_update(half) for half in halves], actor
-
-    ranks = run_ranks(2, work)
+def assert_same_ranks(ranks, expected):
+    """Gradients, lambda and metrics of each rank are those of one; their losses add up."""
+    whole_metrics, whole = expected
     for metrics, actor in ranks:
         assert_same_gradients(actor, whole)
         for update, other in zip(metrics, whole_metrics, strict=True):
@@ -104,6 +95,35 @@ def test_two_data_parallel_ranks_update_as_one(variant):
     assert [sum(losses) for losses in zip(*parts, strict=True)] == pytest.approx(
         whole.losses, abs=1e-6
     )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_data_parallel_ranks_update_as_one(variant):
+    """Each of the four mini-batches is one prompt's group: the ranks exchange rows."""
+    ranks = run_ranks(2, lambda layout: run(VARIANTS[variant], 1, layout=layout))
+    assert_same_ranks(ranks, whole_run(variant))
+
+
+def packed(variant, budget, layout=None):
+    tokens = f"rl.micro_batch_tokens={budget}"
+    metrics, actor = run((*VARIANTS[variant], tokens), layout=layout)
+    assert max(map(sum, actor.cuts)) <= budget
+    return metrics, actor
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packing_changes_nothing(variant):
+    """NaN stands behind every packed sequence; see the fake actor."""
+    for budget in (8, 15, 1000):
+        assert_same_run(packed(variant, budget), whole_run(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_data_parallel_ranks_update_as_one_when_packed(variant):
+    ranks = run_ranks(2, lambda layout: packed(variant, 15, layout))
+    assert_same_ranks(ranks, whole_run(variant))
+    first, second = (actor.cuts for _, actor in ranks)
+    assert len(first) == len(second)
 
 
 def test_the_released_lambda_does_change_with_the_cut():

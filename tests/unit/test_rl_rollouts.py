@@ -1,4 +1,4 @@
-"""From prompts to a batch, dynamic sampling, and data parallelism, with scripted responses."""
+"""From prompts to a batch, and dynamic sampling, with scripted responses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from megatron_occ.data.prompts import PromptStream
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.sampler import sample_seed
 from megatron_occ.rollout import SamplingSettings
-from tests.unit.fakes import STOP_IDS, TOKENIZER, FakeActor, FakeLayout, ScriptedActor, run_ranks
-from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
-
-DYNAMIC = ("rl.dynamic_sampling.enabled=true", "rl.dynamic_sampling.max_rounds=3")
-
-
-def prompt_names(first, count):
-    return [LetterTask().problem("train", index).prompt for index in range(first, first + count)]
+from tests.unit.fakes import STOP_IDS, TOKENIZER, FakeActor, ScriptedActor
+from tests.unit.rl_setup import (
+    DYNAMIC,
+    LetterTask,
+    in_turn,
+    make_source,
+    prompt_names,
+    rl_config,
+    spread_only_in,
+)
 
 
 def rows_as_text(batch):
@@ -138,10 +140,6 @@ def test_sample_seeds_fit_torch_and_do_not_collide():
 # --- dynamic sampling -------------------------------------------------------------------------
 
 
-def spread_only_in(names):
-    return in_turn(lambda prompt: ["a.", "b."] if prompt in names else ["a."])
-
-
 def test_dynamic_sampling_replaces_groups_without_spread():
     """Prompts 1 and 3 of the first four, then 4, 6 and 7 of the next four have spread."""
     names = prompt_names(0, 12)
@@ -196,57 +194,6 @@ def test_without_dynamic_sampling_groups_without_spread_stay():
     assert source.position == 1
 
 
-# --- data parallelism -------------------------------------------------------------------------
-
-
-def test_two_ranks_draw_together_what_one_draws():
-    config = rl_config()
-    whole = FakeActor()
-    make_source(config, whole).generate(Timers())
-    halves = []
-    for rank in (0, 1):
-        actor = FakeActor(layout=FakeLayout(rank, 2))
-        batch = make_source(config, actor).generate(Timers()).batch
-        assert len(batch) == 8
-        halves.append(actor.calls[0])
-
-    def pairs(call):
-        return list(zip(map(tuple, call["prompts"]), call["seeds"], strict=True))
-
-    assert sorted(pairs(halves[0]) + pairs(halves[1])) == sorted(pairs(whole.calls[0]))
-    assert not set(pairs(halves[0])) & set(pairs(halves[1]))
-
-
-def test_metrics_of_two_ranks_are_those_of_one():
-    config = rl_config()
-    alone = make_source(config, FakeActor()).generate(Timers())
-    ranks = run_ranks(
-        2, lambda layout: make_source(config, FakeActor(layout=layout)).generate(Timers())
-    )
-    for rank in ranks:
-        assert rank.metrics == pytest.approx(alone.metrics, rel=1e-12)
-
-
-def test_dynamic_sampling_goes_on_until_every_rank_has_enough():
-    """Rank 1 has its two groups at once; rank 0 (prompts 0, 2, 4, 6, ...) needs a third round."""
-    names = prompt_names(0, 12)
-    useful = [names[i] for i in (1, 3, 6, 8)]
-
-    def work(layout):
-        actor = ScriptedActor(spread_only_in(useful), layout=layout)
-        source = make_source(rl_config(*DYNAMIC), actor)
-        return source.generate(Timers()), source.position
-
-    (first, position), (second, other) = run_ranks(2, work)
-    assert position == other == 3
-    assert len(first.batch) == len(second.batch) == 8
-    for rollouts in (first, second):
-        assert rollouts.batch.advantages.abs().min() > 0
-        assert rollouts.events == []
-        # rank 0 drops 0, 2, 4, 10, rank 1 drops 5, 7, 9, 11
-        assert rollouts.metrics["rollout/dropped_groups"] == 8
-
-
 # --- prompts ----------------------------------------------------------------------------------
 
 
@@ -270,21 +217,3 @@ def test_the_sampler_hands_settings_and_texts_through():
     source.generate(Timers())
     assert used == [SamplingSettings(1.0, 6, STOP_IDS, 3)]
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
-
-
-def test_tensor_parallel_ranks_take_the_scores_of_their_first():
-    """Verifiers run under time limits: two processes may get two answers."""
-
-    class SecondOfTwo(FakeLayout):
-        tensor_parallel_rank = 1
-
-        def broadcast_tensor_parallel(self, values):
-            return values.copy_(torch.arange(len(values)) % 2)
-
-    def forbidden(*_):
-        raise AssertionError("only one rank asks the verifiers")
-
-    source = make_source(rl_config(), FakeActor(layout=SecondOfTwo()), score=forbidden)
-    rollouts = source.generate(Timers())
-    assert rollouts.metrics["reward/mean"] == 0.5
-    assert rollouts.batch.advantages.abs().min() > 0

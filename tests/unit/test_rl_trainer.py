@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.rewards import VerifierPool, pool
-from tests.unit.fakes import FakeActor, run_ranks
+from tests.unit.fake_layouts import FakeLayout, run_ranks
+from tests.unit.fakes import FakeActor
 from tests.unit.rl_setup import (
     OPEN,
     PRESETS,
@@ -18,6 +16,7 @@ from tests.unit.rl_setup import (
     make_trainer,
     mini_batches,
     rl_config,
+    run_updates,
     weights,
 )
 
@@ -84,10 +83,11 @@ def test_without_mtp_layers_nothing_of_mtp_is_logged():
 
 def test_step_metrics_are_means_over_the_updates():
     trainer, _ = four_updates("mtp.preset=policy")
-    update, updates = trainer.run_update, []
-    trainer.run_update = lambda mini: updates.append(update(mini)) or updates[-1]
+    update, made = trainer.updater.run_update, []
+    trainer.updater.run_update = lambda mini: made.append(update(mini)) or made[-1]
     metrics = trainer.run_step()
-    assert len(updates) == 4
+    assert len(made) == 4
+    updates = [update.metrics for update in made]
     for name in ("loss/policy", "entropy", "lambda/mtp_1", "grad_norm/trunk", "approx_kl"):
         assert metrics[name] == pytest.approx(sum(u[name] for u in updates) / 4), name
     assert len({u["loss/policy"] for u in updates}) == 4
@@ -97,20 +97,21 @@ def test_rollout_and_training_forward_agree_at_any_temperature():
     trainer, _ = four_updates("rl.rollout.temperature=0.7")
     metrics = trainer.run_step()
     assert 0 < metrics["logprob_gap/max"] < 1e-6  # rollout log-probs are kept in fp32
-    update = trainer.run_update(mini_batches(trainer)[0])
+    update = run_updates(trainer)[0]
     assert update["ratio/mean"] == pytest.approx(1.0, abs=1e-12)
     assert update["approx_kl"] == pytest.approx(0.0, abs=1e-12)
-    batch = trainer.compute_logprobs(trainer.rollouts.generate(Timers()).batch)
-    wrong = replace(batch, old_logprobs=batch.old_logprobs + 0.25)
-    assert trainer._logprob_gap(wrong)["logprob_gap/mean"] == pytest.approx(0.25, abs=1e-6)
+    minis = mini_batches(trainer)
+    wrong = [mini.with_logprobs(mini.rows.old_logprobs + 0.25, None) for mini in minis]
+    gap = trainer.updater.logprob_gap(wrong)
+    assert gap["logprob_gap/mean"] == pytest.approx(0.25, abs=1e-6)
 
 
 def test_the_reference_policy_is_asked_only_if_it_is_used():
     trainer, actor = four_updates("rl.loss.kl_coefficient=0.1")
     metrics = trainer.run_step()
     assert metrics["loss/kl"] > 0
-    batch = trainer.compute_logprobs(trainer.rollouts.generate(Timers()).batch)
-    assert not torch.equal(batch.ref_logprobs, batch.old_logprobs)
+    for mini in mini_batches(trainer):
+        assert not torch.equal(mini.rows.ref_logprobs, mini.rows.old_logprobs)
 
     trainer, actor = four_updates()
     actor.get_init_policy_logprobs = None  # calling it would raise
@@ -161,6 +162,20 @@ def test_failures_of_verifiers_are_counted_over_all_ranks():
     for lines in run_ranks(2, work):
         ((_, _, metrics),) = (line for line in lines if line[0] == "rl")
         assert (metrics["verifier/errors"], metrics["verifier/timeouts"]) == (5.0, 0.0)
+
+
+def test_failures_are_those_of_the_rank_that_asked():
+    """Another rank of the share asked the verifiers, and says what it counted."""
+
+    class SecondOfTwo(FakeLayout):
+        is_model_parallel_main = False
+
+        def broadcast_model_parallel(self, values):
+            return values.fill_(1.0)
+
+    trainer = make_trainer(rl_config("rl.steps=1"), FakeActor(layout=SecondOfTwo()))
+    metrics = trainer.run_step()
+    assert (metrics["verifier/errors"], metrics["verifier/timeouts"]) == (1.0, 1.0)
 
 
 def test_a_failing_verifier_does_not_stop_the_run(monkeypatch):
@@ -221,10 +236,10 @@ def test_the_calibration_state_matters():
     """Without it the first mini-batch after a restart would use another lambda."""
     trainer, _ = four_updates("mtp.preset=occ", OPEN, "rl.steps=1")
     trainer.fit()
-    held = trainer.coefficients.before_update(None).tolist()
+    held = trainer.updater.coefficients.before_update(None).tolist()
     assert all(value != 0 for value in held)
     other, _ = four_updates("mtp.preset=occ", OPEN)
-    assert other.coefficients.before_update(None).tolist() == [0.0, 0.0]
+    assert other.updater.coefficients.before_update(None).tolist() == [0.0, 0.0]
     other.load_state_dict(trainer.state_dict())
-    assert other.coefficients.before_update(None).tolist() == held
+    assert other.updater.coefficients.before_update(None).tolist() == held
     assert (other.step, other.rollouts.position) == (1, 1)

@@ -1,0 +1,40 @@
+"""A key of the configuration as a dataclass field: default, range and one line of help."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and allowed range.
+
+    Args:
+        default: the default value; a dict or list is copied for each instance.
+        text: one line for ``--help``.
+        choices: the allowed strings.
+        minimum, maximum: inclusive bounds.
+        above, below: exclusive bounds.
+    """
+    limits = {"choices": choices, "min": minimum, "max": maximum, "above": above, "below": below}
+    metadata = {
+        "help": text,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+    }
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type, text: str) -> Any:
+    """A nested section of the configuration."""
+    return field(default_factory=cls, metadata={"help": text})

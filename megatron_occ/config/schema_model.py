@@ -1,0 +1,107 @@
+"""The sections of the configuration that say what is built where: architecture, layout, FP8."""
+# ruff: noqa: RUF009  (option() makes a dataclass field)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_occ.config.options import option, section
+
+
+@dataclass
+class MoEConfig:
+    num_experts: int | None = option(None, "routed experts (null: a dense model)", minimum=2)
+    top_k: int = option(2, "experts a token goes to", minimum=1)
+    ffn_hidden_size: int | None = option(
+        None, "width of an expert (null: model.ffn_hidden_size)", minimum=1
+    )
+    shared_ffn_hidden_size: int | None = option(
+        None, "width of the shared experts together (null: none)", minimum=1
+    )
+    first_dense_layers: int = option(0, "layers before the first MoE layer", minimum=0)
+    score_function: str = option("softmax", "scores of the router", choices=("softmax", "sigmoid"))
+    expert_bias: bool = option(
+        False, "bias in the choice of experts, with sigmoid scores (DeepSeek-V3)"
+    )
+    bias_update_rate: float = option(
+        0.0, "step of the bias towards a balanced load, an update (0: it stays)", minimum=0
+    )
+    scaling_factor: float | None = option(None, "factor of the routed experts' output", above=0)
+    groups: int | None = option(None, "groups of experts (null: no groups)", minimum=1)
+    top_groups: int | None = option(None, "groups a token may go to", minimum=1)
+
+
+@dataclass
+class MLAConfig:
+    enabled: bool = option(False, "multi-head latent attention (DeepSeek-V2)")
+    q_lora_rank: int | None = option(
+        None, "rank of the query projection (null: full rank)", minimum=1
+    )
+    kv_lora_rank: int = option(512, "rank of the key/value projection", minimum=1)
+    qk_head_dim: int = option(128, "width of a query/key head without position", minimum=1)
+    qk_rope_head_dim: int = option(64, "width of a query/key head with position", minimum=2)
+    v_head_dim: int = option(128, "width of a value head", minimum=1)
+
+
+@dataclass
+class ModelConfig:
+    num_layers: int = option(3, "transformer layers of the trunk", minimum=1)
+    hidden_size: int = option(96, "width of the residual stream", minimum=1)
+    ffn_hidden_size: int = option(384, "width of the gated MLP", minimum=1)
+    num_attention_heads: int = option(4, "attention heads", minimum=1)
+    num_query_groups: int | None = option(
+        None, "key/value heads (null: as many as heads)", minimum=1
+    )
+    kv_channels: int | None = option(None, "width of a head (null: hidden_size / heads)", minimum=1)
+    max_position_embeddings: int = option(64, "longest sequence, prompt and response", minimum=2)
+    rotary_base: int = option(10000, "base period of the rotary embedding", above=0)
+    rotary_percent: float = option(
+        1.0, "part of a head that the rotary embedding turns", above=0, maximum=1
+    )
+    vocab_size: int | None = option(
+        None, "rows of embedding and output layer (null: as many as token ids)", minimum=2
+    )
+    norm_epsilon: float = option(1e-5, "epsilon of RMSNorm", above=0)
+    qk_layernorm: bool = option(False, "RMSNorm on queries and keys")
+    qkv_bias: bool = option(False, "bias in the query/key/value projection")
+    tie_embeddings: bool = option(True, "output layer shares the embedding's weight")
+    init_std: float = option(0.02, "standard deviation of the initial weights", above=0)
+    moe: MoEConfig = section(MoEConfig, "mixture of experts")
+    mla: MLAConfig = section(MLAConfig, "multi-head latent attention")
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = option(1, "ranks that share a layer", minimum=1)
+    sequence: bool = option(
+        False, "split norms and residual stream over the tensor-parallel ranks too"
+    )
+    pipeline: int = option(1, "pipeline stages", minimum=1)
+    virtual_pipeline: int = option(
+        1, "model chunks a stage holds in turn (interleaved schedule)", minimum=1
+    )
+    pipeline_layout: str | None = option(
+        None,
+        "layers of each stage: E embedding, t layer, m MTP layer, L loss, e.g. Et*3|t*3|t*2m|L",
+    )
+    context: int = option(1, "ranks that share a sequence", minimum=1)
+    expert: int = option(1, "ranks that share the experts", minimum=1)
+    expert_tensor: int | None = option(
+        None, "ranks that share one expert (null: as parallel.tensor)", minimum=1
+    )
+    overlap_grad_reduce: bool = option(
+        False, "reduce gradients over data-parallel ranks during the backward pass"
+    )
+    distributed_optimizer: bool = option(False, "split optimizer state over data-parallel ranks")
+
+
+@dataclass
+class FP8Config:
+    format: str = option(
+        "none", "hybrid: E4M3 forward, E5M2 backward", choices=("none", "hybrid", "e4m3")
+    )
+    scaling: str = option(
+        "delayed",
+        "scales from past steps, from the tensor, or of each block",
+        choices=("delayed", "current", "block"),
+    )

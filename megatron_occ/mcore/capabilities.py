@@ -1,0 +1,39 @@
+"""What this machine can do, and refusals of what it can't."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from megatron_occ.config.schema import Config
+
+
+def uses_transformer_engine() -> bool:
+    """Whether layers are TransformerEngine's: it is installed, and there is a CUDA device."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what this machine can't do.
+
+    Args:
+        config: of the run.
+        device: of the parameters; on "meta" nothing is computed, and nothing is refused.
+
+    Raises:
+        ValueError: key, value, reason and remedy.
+    """
+    if device.type == "meta" or uses_transformer_engine():
+        return
+    where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
+    if config.fp8.format != "none":
+        raise ValueError(
+            f"fp8.format={config.fp8.format}: is done by TransformerEngine, and {where} here: use "
+            "fp8.format=none, or pip install 'megatron-occ[gpu]' on a GPU machine"
+        )
+    if config.model.moe.num_experts is not None and device.type == "cuda":
+        raise ValueError(
+            f"model.moe.num_experts={config.model.moe.num_experts}: Megatron-Core's router needs "
+            f"TransformerEngine on a GPU, and {where}: pip install 'megatron-occ[gpu]'"
+        )

@@ -1,0 +1,264 @@
+"""Bytes that a rank needs, by use, from what it holds.
+
+Activations follow the method of Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models" (arXiv 2205.05198, section 4): every tensor that the backward pass reads counts
+once. Their layer needs sbh(34 + 5 a s / h) bytes; here it has no dropout (no masks), attention that
+keeps no score matrix, a gated MLP, grouped key/value heads, and possibly experts. A mixture of
+experts is taken as balanced.
+
+Not counted: the CUDA context, buffers of NCCL and of kernels, and fragmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import derive, sequence_multiple
+from megatron_occ.losses.joint import Regime
+from megatron_occ.mcore.logprobs import CHUNK_LOGITS
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds, as counted on its model.
+
+    Args:
+        parameters: counts by part.
+        dense_layers: decoder layers with a dense MLP.
+        moe_layers: decoder layers with experts.
+        has_mtp: the MTP layers are here.
+        has_output: the output layer is here.
+        vocabulary: rows of the output layer on a tensor-parallel rank.
+        stage: pipeline stage.
+        replicas: ranks with the same part of the model, data and context parallel.
+        expert_replicas: ranks with the same experts.
+    """
+
+    parameters: dict[str, int]
+    dense_layers: int
+    moe_layers: int
+    has_mtp: bool
+    has_output: bool
+    vocabulary: int
+    stage: int
+    replicas: int
+    expert_replicas: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes by use. Training and generation take turns: the peak has the larger of the two.
+
+    Args:
+        resident: always there: weights, gradients, optimizer.
+        training: in an update, besides.
+        generation: in a rollout, besides.
+        activations: what the backward pass reads of one micro-batch, without and with recompute.
+        micro_batch_tokens: tokens of that micro-batch, over all context-parallel ranks.
+        in_flight: micro-batches of this stage whose backward pass is due, in the 1F1B schedule.
+    """
+
+    resident: dict[str, int]
+    training: dict[str, int]
+    generation: dict[str, int]
+    activations: tuple[int, int]
+    micro_batch_tokens: int
+    in_flight: float
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once."""
+        turns = (self.training, self.generation)
+        return sum(self.resident.values()) + max(sum(turn.values()) for turn in turns)
+
+
+def memory_use(config: Config, held: Held, world_size: int, command: str) -> MemoryUse:
+    """Memory of a rank.
+
+    Args:
+        config: a configuration that ``validate`` accepts.
+        held: what the rank holds.
+        world_size: ranks in all.
+        command: ``pretrain``, ``rl``, ``demo`` or ``eval``.
+    """
+    tokens = _micro_batch_tokens(config, command)
+    plain, recomputed = (_activations(config, held, tokens, full) for full in (False, True))
+    flight = _in_flight(config, held.stage, _micro_batches(config, world_size, command))
+    kept = recomputed if config.recompute == "full" else plain
+    training, generation = {}, {}
+    if command != "eval":
+        training["activations"] = int(kept.each * flight + kept.once)
+        if held.has_output:
+            training |= _output(config, held, tokens)
+    if command != "pretrain" or config.pretrain.validate_every:
+        generation["KV cache"] = _kv_cache(config, held, world_size)
+    return MemoryUse(
+        resident=_resident(config, held, command),
+        training=training,
+        generation=generation,
+        activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
+        micro_batch_tokens=tokens,
+        in_flight=flight,
+    )
+
+
+def _width(config: Config) -> int:
+    """Bytes of a parameter or activation."""
+    return _FP32 if config.precision == "fp32" else 2
+
+
+def _resident(config: Config, held: Held, command: str) -> dict[str, int]:
+    experts = sum(count for name, count in held.parameters.items() if name.endswith("experts"))
+    everything = sum(held.parameters.values())
+    # what an optimizer updates here: all, or this rank's share
+    updated = float(everything)
+    if config.parallel.distributed_optimizer:
+        updated = (everything - experts) / held.replicas + experts / held.expert_replicas
+    resident = {"weights": everything * _width(config)}
+    if config.fp8.format != "none":
+        matrices = everything - sum(
+            held.parameters.get(name, 0) for name in ("embedding", "output layer")
+        )
+        resident["FP8 weights and transposes"] = 2 * matrices
+    resident["gradients, fp32"] = everything * _FP32
+    if config.precision == "bf16":
+        resident["main weights, fp32"] = int(updated * _FP32)
+    resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
+    if command in ("rl", "demo") and config.rl.loss.kl_coefficient > 0:
+        resident["reference policy"] = resident["weights"]
+    return resident
+
+
+def _micro_batch_tokens(config: Config, command: str) -> int:
+    """Most tokens of a micro-batch, padding included, over all context-parallel ranks."""
+    rl, multiple = config.rl, sequence_multiple(config)
+    length, rows = config.model.max_position_embeddings, rl.micro_batch_size
+    if command == "pretrain":
+        length, rows = config.pretrain.sequence_length, config.pretrain.micro_batch_size
+    elif rl.micro_batch_tokens is not None:
+        return rl.micro_batch_tokens
+    return rows * -(-length // multiple) * multiple
+
+
+def _micro_batches(config: Config, world_size: int, command: str) -> float:
+    """Micro-batches of an update on a rank; without bound where they are packed."""
+    sizes = derive(config, world_size)
+    if command == "pretrain":
+        return sizes.pretrain_micro_batches
+    return sizes.micro_batches if config.rl.micro_batch_tokens is None else math.inf
+
+
+def _in_flight(config: Config, stage: int, micro_batches: float) -> float:
+    """Micro-batches whose backward pass is due, counted on all layers of the rank.
+
+    1F1B: one for each stage from here on. Interleaved: Megatron-Core's warm-up and one, in chunks;
+    on the first stage this is the paper's p + (p - 1) / m.
+    """
+    stages, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    flight = stages - stage
+    if virtual > 1:
+        flight = ((stages - stage - 1) * 2 + (virtual - 1) * stages + 1) / virtual
+    return min(flight, micro_batches)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes kept for each micro-batch in flight, and once."""
+
+    each: float
+    once: float
+
+
+def _activations(config: Config, held: Held, tokens: int, recompute: bool) -> _Kept:
+    local = tokens / config.parallel.context * _width(config)
+    dense, moe = _layer(config, moe=False), _layer(config, moe=True)
+    mtp_layer = moe if config.model.moe.num_experts is not None else dense
+    mtp = 0.0
+    split = config.model.hidden_size / _sequence_ranks(config)
+    if held.has_mtp:
+        # two norms, their concatenation, the layer, the final norm
+        passes = len(Regime(config.mtp.trunk.signal, config.mtp.head.signal).passes)
+        mtp = config.mtp.num_layers * passes * (5 * split + mtp_layer)
+    if not recompute:
+        return _Kept(local * (held.dense_layers * dense + held.moe_layers * moe + mtp), 0)
+    inputs = (held.dense_layers + held.moe_layers) * split
+    if held.has_mtp:
+        inputs += config.mtp.num_layers * passes * 2 * split
+    largest = max(
+        dense * bool(held.dense_layers), moe * bool(held.moe_layers), mtp_layer * held.has_mtp
+    )
+    return _Kept(local * inputs, local * largest)
+
+
+def _sequence_ranks(config: Config) -> int:
+    return config.parallel.tensor if config.parallel.sequence else 1
+
+
+def _layer(config: Config, *, moe: bool) -> float:
+    """Elements that the backward pass of a layer reads, for each token of a context rank."""
+    model, tensor = config.model, config.parallel.tensor
+    split = model.hidden_size / _sequence_ranks(config)
+    # two norms and the query/key/value projection read the residual stream
+    common = 3 * split + _attention(config)
+    if not moe:
+        # the first MLP projection, gate and up, their product
+        return common + split + 3 * model.ffn_hidden_size / tensor
+    experts = model.moe
+    width = experts.ffn_hidden_size or model.ffn_hidden_size
+    ranks = config.parallel.expert_tensor or tensor
+    # each token is copied to top_k experts, and to the ranks that share one
+    copies = experts.top_k * ranks / _sequence_ranks(config)
+    routed = copies * (model.hidden_size + 3 * width / ranks)
+    shared = 3 * (experts.shared_ffn_hidden_size or 0) / tensor
+    return common + split + routed + shared
+
+
+def _attention(config: Config) -> float:
+    """Elements of queries, keys, values and of what the output projection reads."""
+    query, key, value = _head_widths(config)
+    heads = config.model.num_attention_heads
+    groups = config.model.num_query_groups or heads
+    latent = 0.0
+    if config.model.mla.enabled:
+        mla = config.model.mla
+        latent = (mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim
+    return latent + (heads * (query + value) + groups * (key + value)) / config.parallel.tensor
+
+
+def _head_widths(config: Config) -> tuple[int, int, int]:
+    """Widths of a query, key and value head."""
+    model, mla = config.model, config.model.mla
+    if mla.enabled:
+        width = mla.qk_head_dim + mla.qk_rope_head_dim
+        return width, width, mla.v_head_dim
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return width, width, width
+
+
+def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
+    """Hidden states of all heads, and the tile of logits, in fp32 and as it is multiplied."""
+    local = tokens // config.parallel.context
+    heads = 1
+    if config.mtp.num_layers:
+        passes = len(Regime(config.mtp.trunk.signal, config.mtp.head.signal).passes)
+        heads += config.mtp.num_layers * passes
+    # with their gradients
+    states = 2 * heads * local * config.model.hidden_size * _width(config)
+    tile = min(CHUNK_LOGITS, local * held.vocabulary)
+    narrow = 0 if config.precision == "fp32" else tile * 2
+    return {"hidden states of the heads": states, "tile of logits": 2 * tile * _FP32 + narrow}
+
+
+def _kv_cache(config: Config, held: Held, world_size: int) -> int:
+    """Keys and values of a batch of rollouts, each as long as may be."""
+    _, key, value = _head_widths(config)
+    model, sizes = config.model, derive(config, world_size)
+    groups = model.num_query_groups or model.num_attention_heads
+    rows = min(config.rl.rollout.batch_size, sizes.rank_step_sequences)
+    layers = held.dense_layers + held.moe_layers
+    elements = rows * model.max_position_embeddings * groups * (key + value) * layers
+    return elements * _width(config) // config.parallel.tensor

@@ -1,0 +1,157 @@
+"""Forward and backward pass of heads over tiles of logits, see ``logprobs.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_occ.mcore.vocab_tiles import SoftmaxSums, Tiles, VocabShard, add_product, blocks
+
+
+def local_sums(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    shard: VocabShard,
+    tiles: Tiles,
+    wanted: tuple[bool, bool],
+) -> SoftmaxSums:
+    """Softmax sums of one head's tokens over this rank's columns.
+
+    Args:
+        hidden: [n, h].
+        targets: [n].
+        weight: [size of the shard, h].
+        shard: this rank's part of the vocabulary.
+        tiles: two copies of a tile if entropies are wanted.
+        wanted: whether entropies and whether top ids are.
+    """
+    if not (weight.size(0) and hidden.size(0)):
+        return SoftmaxSums.none(hidden, *wanted)
+    parts = []
+    for rows in blocks(hidden.size(0), tiles.rows):
+        sums = None
+        for columns in blocks(weight.size(0), tiles.columns):
+            logits = tiles.logits(hidden[rows], weight[columns])
+            position = shard.locate(targets[rows], columns)
+            found = _tile_sums(logits, position, shard.start + columns.start, tiles, wanted)
+            sums = found if sums is None else sums.merge(found)
+        parts.append(sums)
+    return SoftmaxSums.concatenate(parts)
+
+
+def _tile_sums(
+    logits: Tensor,
+    position: tuple[Tensor, Tensor],
+    first_id: int,
+    tiles: Tiles,
+    wanted: tuple[bool, bool],
+) -> SoftmaxSums:
+    want_entropy, want_top = wanted
+    maximum, top = logits.max(-1) if want_top else (logits.amax(-1), None)
+    top_ids = top + first_id if want_top else None
+    column, owned = position
+    picked = torch.where(owned, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
+    centred = logits.sub_(maximum[:, None])
+    if not want_entropy:
+        return SoftmaxSums(maximum, centred.exp_().sum(-1), picked, None, top_ids)
+    exps = torch.exp(centred, out=tiles.memory(logits.shape, 1))
+    total = exps.sum(-1)
+    return SoftmaxSums(maximum, total, picked, exps.mul_(centred).sum(-1), top_ids)
+
+
+@dataclass
+class HeadGradient:
+    """One head in the backward pass: upstream gradients, and the sum for its hidden states.
+
+    ``scale`` and ``slope`` are the gradients of log-prob and entropy, divided by the temperature.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    log_z: Tensor
+    scale: Tensor
+    slope: Tensor | None
+    # slope * entropy + scale
+    offset: Tensor | None
+    total: Tensor | None = None
+
+    @staticmethod
+    def start(
+        saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None], temperature: float
+    ) -> HeadGradient | None:
+        """None if nothing flows back into this head."""
+        hidden, targets, log_z, entropy = saved
+        grad_logprobs, grad_entropy = upstream
+        if grad_logprobs is None and grad_entropy is None:
+            return None
+        scale = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs / temperature
+        if grad_entropy is None:
+            return HeadGradient(hidden, targets, log_z, scale, None, None)
+        slope = grad_entropy / temperature
+        return HeadGradient(hidden, targets, log_z, scale, slope, slope * entropy + scale)
+
+    def allocate(self, one_block: bool, size: int) -> None:
+        """Make room for the gradient of the hidden states: in fp32 if it is a sum over blocks."""
+        new = torch.empty_like if size else torch.zeros_like
+        self.total = new(self.hidden, dtype=self.hidden.dtype if one_block else self.log_z.dtype)
+
+    def of_logits(
+        self, logits: Tensor, rows: slice, position: tuple[Tensor, Tensor], tiles: Tiles
+    ) -> Tensor:
+        """Gradient of undivided logits in the precision of matrix products; uses up the tile."""
+        log_probs = logits.sub_(self.log_z[rows, None])
+        scale = self.scale[rows, None]
+        if self.slope is None:
+            grad = log_probs.exp_().mul_(-scale)
+        else:
+            # d H / d logit = -p (log p + H)
+            grad = torch.exp(log_probs, out=tiles.memory(logits.shape, 1))
+            slope, offset = self.slope[rows, None], self.offset[rows, None]
+            grad.mul_(log_probs.mul_(-slope).sub_(offset))
+        # d log p_y / d logit = onehot(y) - p
+        column, owned = position
+        grad.scatter_add_(-1, column[:, None], scale * owned[:, None])
+        return tiles.narrowed(grad)
+
+    def finish(self) -> Tensor | None:
+        """Gradient of the hidden states; gives up the sum."""
+        total, self.total = self.total, None
+        return None if total is None else total.to(self.hidden.dtype)
+
+
+def run_backward(
+    heads: list[HeadGradient],
+    weight: Tensor,
+    shard: VocabShard,
+    tiles: Tiles,
+    need_weight: bool,
+) -> Tensor | None:
+    """Fill the heads' totals; returns the gradient of the weight if needed, [v_local, h]."""
+    pieces = [(head, rows) for head in heads for rows in blocks(head.hidden.size(0), tiles.rows)]
+    if not pieces:
+        return None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    sums = None
+    if need_weight:
+        grad_weight[shard.size :] = 0
+        if len(pieces) > 1 and heads[0].log_z.dtype != weight.dtype:
+            sums = heads[0].log_z.new_empty(tiles.columns, weight.size(1))
+    for columns in blocks(shard.size, tiles.columns):
+        block, total = weight[columns], None
+        if need_weight:
+            total = grad_weight[columns] if sums is None else sums[: block.size(0)]
+        for i, (head, rows) in enumerate(pieces):
+            hidden = head.hidden[rows]
+            position = shard.locate(head.targets[rows], columns)
+            grad = head.of_logits(tiles.logits(hidden, block), rows, position, tiles)
+            if head.total is not None:
+                add_product(head.total[rows], grad, block, first=columns.start == 0)
+            if need_weight:
+                add_product(total, grad.t(), hidden, first=i == 0)
+        if sums is not None:
+            grad_weight[columns] = total
+    return grad_weight

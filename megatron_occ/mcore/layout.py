@@ -1,0 +1,126 @@
+"""This process's place in the parallel layout, and sums and broadcasts over parts of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rank's coordinates. Tensor, pipeline and context ranks share the same sequences."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
+    device: torch.device
+
+    @classmethod
+    def of_this_rank(cls, device: torch.device) -> Layout:
+        """Read it from Megatron's parallel state."""
+        return cls(
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            device=device,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes to the terminal and to the run folder."""
+        return self.rank == 0
+
+    @property
+    def is_model_parallel_main(self) -> bool:
+        """True on one of the ranks that share the same sequences."""
+        ranks = (self.tensor_parallel_rank, self.pipeline_rank, self.context_parallel_rank)
+        return not any(ranks)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where log-probs and losses are computed."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def all_reduce_data_parallel(self, values: Tensor, *, maximum: bool = False) -> Tensor:
+        """Sum (or maximum) of ``values`` over data-parallel ranks, in place; returns it.
+
+        Context-parallel ranks hold the same values: they take no part.
+        """
+        if self.data_parallel_size > 1:
+            operation = ReduceOp.MAX if maximum else ReduceOp.SUM
+            group = parallel_state.get_data_parallel_group()
+            torch.distributed.all_reduce(values, op=operation, group=group)
+        return values
+
+    def gather_data_parallel(self, values: Tensor) -> Tensor:
+        """``values`` of all data-parallel ranks, equal shapes, concatenated on dim 0."""
+        if self.data_parallel_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.data_parallel_size)]
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather(parts, values.contiguous(), group=group)
+        return torch.cat(parts)
+
+    def broadcast_model_parallel(self, values: Tensor) -> Tensor:
+        """Values of the first of the ranks that share sequences, on all of them, in place."""
+        groups = (
+            (self.pipeline_size, parallel_state.get_pipeline_model_parallel_group),
+            (self.context_parallel_size, parallel_state.get_context_parallel_group),
+            (self.tensor_parallel_size, parallel_state.get_tensor_model_parallel_group),
+        )
+        for size, group in groups:
+            if size > 1:
+                torch.distributed.broadcast(values, group=group(), group_src=0)
+        return values
+
+    def broadcast_last_stage(self, values: Tensor) -> Tensor:
+        """Values of the last pipeline stage on all stages, in place; returns it."""
+        if self.pipeline_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(values, group=group, group_src=self.pipeline_size - 1)
+        return values
+
+    def share_last_stage(self, value: Any) -> Any:
+        """A small Python object of the last pipeline stage on all stages."""
+        if self.pipeline_size == 1:
+            return value
+        box = [value]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        source = self.pipeline_size - 1
+        torch.distributed.broadcast_object_list(box, group=group, group_src=source)
+        return box[0]
+
+    def largest_among_expert_ranks(self, value: int) -> int:
+        """Maximum over the ranks that share experts; the host waits for it."""
+        values = torch.tensor([value], device=self.device)
+        group = parallel_state.get_expert_model_parallel_group()
+        torch.distributed.all_reduce(values, op=ReduceOp.MAX, group=group)
+        return int(values)
+
+    def gather_context_parallel(self, value: Any) -> list[Any]:
+        """Python objects of the context-parallel ranks, in rank order."""
+        if self.context_parallel_size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.context_parallel_size
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.all_gather_object(parts, value, group=group)
+        return parts

@@ -1,0 +1,182 @@
+"""The optimizer's state in a checkpoint, by the names of parameters: any layout can read it.
+
+Megatron's own form holds what belongs to a layout: parameter groups, and a second optimizer with a
+prefix of its own where experts are split over ranks. For the distributed optimizer it offers one
+form that other layouts can read, and that one shifts parameters if a gradient buffer has padding
+between its buckets (0.16.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# these count updates for each parameter, TransformerEngine's Adam for each group
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAIN = "fp32_param"
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """State of one parameter on this rank.
+
+    Args:
+        parameter: of the model.
+        tensors: moments and, of a 16-bit parameter, the fp32 copy; empty where ``span`` is.
+        span: entries of the flat parameter that the tensors are of, if it is split.
+        group: the ranks that it is split over, or None.
+    """
+
+    parameter: Tensor
+    tensors: dict[str, Tensor]
+    span: slice | None = None
+    group: ProcessGroup | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, _MAIN)
+
+    @property
+    def is_written(self) -> bool:
+        """One of the ranks that share a parameter takes all of it to and from the checkpoint."""
+        return self.group is None or self.group.rank() == 0
+
+
+@torch.no_grad()
+def sharded_state(
+    optimizer: ChainedOptimizer, model_state: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    """Sharded tensors of the state; called on all ranks.
+
+    Args:
+        optimizer: allocated here if it has made no update yet.
+        model_state: the model's sharded state.
+        loading: no values are needed.
+    """
+    sharded, _ = extract_sharded_tensors_and_factories(model_state)
+    places = {id(place.data): place for place in nested_values(sharded)}
+    state = {}
+    for number, slot in enumerate(_slots(optimizer)):
+        found = {}
+        for name in slot.names:
+            value = slot.tensors[name] if slot.group is None else _whole(slot, name, loading)
+            if slot.is_written:
+                place = places[id(slot.parameter)]
+                found[name] = make_sharded_optimizer_tensor(place, value, f"optimizer.state.{name}")
+        if found:
+            state[f"parameter_{number}"] = found
+    return state
+
+
+@torch.no_grad()
+def load_state(optimizer: ChainedOptimizer, state: dict[str, Any], updates: int) -> None:
+    """Take over loaded tensors of :func:`sharded_state`.
+
+    Args:
+        optimizer: of this rank.
+        state: as loaded.
+        updates: how many the optimizer has made.
+    """
+    for number, slot in enumerate(_slots(optimizer)):
+        found = state.get(f"parameter_{number}", {})
+        for name in slot.names:
+            if slot.group is None:
+                slot.tensors[name].copy_(found[name])
+            else:
+                _scatter(slot, name, found.get(name))
+    for part in optimizer.chained_optimizers:
+        _set_updates(part, updates)
+
+
+def _slots(optimizer: ChainedOptimizer) -> Iterator[_Slot]:
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # no parameter on this rank
+            continue
+        _allocate(part)
+        if isinstance(part, DistributedOptimizer):
+            yield from _split_slots(part)
+            continue
+        for parameter, main in _pairs(part):
+            state = part.optimizer.state[main]
+            tensors = {name: state[name] for name in _MOMENTS}
+            yield _Slot(parameter, tensors | {_MAIN: main})
+
+
+def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters of the model and what the optimizer updates in their place."""
+    if not isinstance(part, Float16OptimizerWithFloat16Params):
+        yield from ((parameter, parameter) for parameter in part.get_parameters())
+        return
+    groups = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+    for parameters, mains in groups:
+        yield from zip(parameters, mains, strict=True)
+    for parameters in part.fp32_from_fp32_groups:
+        yield from zip(parameters, parameters, strict=True)
+
+
+def _split_slots(part: DistributedOptimizer) -> Iterator[_Slot]:
+    """Of all parameters in the gradient buffers, in one order on the ranks that share them."""
+    group = part.data_parallel_group
+    for parameter in (p for buffer in part.buffers for p in buffer.param_index_map):
+        place = part.model_param_group_index_map.get(parameter)
+        if place is None:
+            yield _Slot(parameter, {}, None, group)
+            continue
+        main = part.optimizer.param_groups[place[0]]["params"][place[1]]
+        buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
+        span = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+        tensors = {name: part.optimizer.state[main][name] for name in _MOMENTS}
+        yield _Slot(parameter, tensors | {_MAIN: main}, slice(span.start, span.end), group)
+
+
+def _whole(slot: _Slot, name: str, loading: bool) -> Tensor | None:
+    """A split tensor in the parameter's shape on the CPU, on the rank that writes it."""
+    if loading:
+        return torch.empty(slot.parameter.shape) if slot.is_written else None
+    flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
+    if slot.span is not None:
+        flat[slot.span] = slot.tensors[name].flatten()
+    torch.distributed.reduce(flat, group=slot.group, group_dst=0)
+    return flat.view(slot.parameter.shape).cpu() if slot.is_written else None
+
+
+def _scatter(slot: _Slot, name: str, whole: Tensor | None) -> None:
+    flat = torch.empty(slot.parameter.numel(), device=slot.parameter.device)
+    if slot.is_written:
+        flat.copy_(whole.flatten())
+    torch.distributed.broadcast(flat, group=slot.group, group_src=0)
+    if slot.span is not None:
+        slot.tensors[name].copy_(flat[slot.span].view_as(slot.tensors[name]))
+
+
+def _allocate(part: MegatronOptimizer) -> None:
+    """Zeros as the state of an optimizer that has made no update yet."""
+    inner = part.optimizer
+    if inner.state:
+        return
+    part.init_state_fn(inner, part.config)
+    _set_updates(part, 0)
+
+
+def _set_updates(part: MegatronOptimizer, updates: int) -> None:
+    inner = part.optimizer
+    if inner is None:
+        return
+    if isinstance(inner, _TORCH_ADAM):
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(updates))
+    else:
+        for group in inner.param_groups:
+            group["step"] = updates

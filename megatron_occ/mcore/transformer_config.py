@@ -1,0 +1,139 @@
+"""From our configuration to Megatron-Core's transformer configuration."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from torch.nn import functional
+
+from megatron_occ.config.pipeline import parse_layout
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.capabilities import uses_transformer_engine
+
+_FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's configuration of model, layout and precision."""
+    settings = {
+        **_architecture(config),
+        **_experts(config),
+        **_layout(config),
+        **_precision(config),
+        **_no_fusions(),
+    }
+    kind = MLATransformerConfig if config.model.mla.enabled else TransformerConfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return kind(**settings)
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    model = config.model
+    settings = dict(
+        num_layers=model.num_layers,
+        mtp_num_layers=config.mtp.num_layers or None,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        add_qkv_bias=model.qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        init_method_std=model.init_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+    )
+    if not model.mla.enabled:
+        return settings
+    return settings | dict(
+        multi_latent_attention=True,
+        q_lora_rank=model.mla.q_lora_rank,
+        kv_lora_rank=model.mla.kv_lora_rank,
+        qk_head_dim=model.mla.qk_head_dim,
+        qk_pos_emb_head_dim=model.mla.qk_rope_head_dim,
+        v_head_dim=model.mla.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rotary_base,
+    )
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    moe, model = config.model.moe, config.model
+    if moe.num_experts is None:
+        return {}
+    dense = moe.first_dense_layers
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn_hidden_size or model.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
+        moe_layer_freq=[0] * dense + [1] * (model.num_layers - dense),
+        moe_router_score_function=moe.score_function,
+        moe_router_enable_expert_bias=moe.expert_bias,
+        moe_router_bias_update_rate=moe.bias_update_rate,
+        moe_router_topk_scaling_factor=moe.scaling_factor,
+        moe_router_num_groups=moe.groups,
+        moe_router_group_topk=moe.top_groups,
+        # Megatron's balancing loss is a mean over a micro-batch and a rank: it would depend on the
+        # layout
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall" if torch.cuda.is_available() else "allgather",
+        moe_grouped_gemm=uses_transformer_engine(),
+    )
+
+
+def _layout(config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    virtual, layout = parallel.virtual_pipeline, parallel.pipeline_layout
+    recomputes = config.recompute == "full"
+    return dict(
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_model_parallel_layout="|".join(parse_layout(layout)) if layout else None,
+        # batched messages of the interleaved schedule are taken for each other between two stages,
+        # which are each other's next and previous one
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        recompute_granularity="full" if recomputes else None,
+        recompute_method="uniform" if recomputes else None,
+        recompute_num_layers=1 if recomputes else None,
+        # our losses are normalised by global counts: no division anywhere else
+        calculate_per_token_loss=True,
+    )
+
+
+def _precision(config: Config) -> dict[str, Any]:
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    fp8 = config.fp8
+    settings = dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16)
+    if fp8.format != "none":
+        settings |= dict(fp8=fp8.format, fp8_recipe=_FP8_RECIPES[fp8.scaling])
+    return settings
+
+
+def _no_fusions() -> dict[str, bool]:
+    """Kernels that need apex or TransformerEngine, or that add noise between layouts."""
+    return {
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+    }

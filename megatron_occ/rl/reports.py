@@ -1,0 +1,29 @@
+"""From an update's report to metrics, with one transfer from the device."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_occ.losses.calibration import CalibrationSums
+from megatron_occ.losses.heads import LossReport
+from megatron_occ.rl.interfaces import StepReportLike
+
+SKIPPED = "gradient not finite: update skipped"
+
+
+def on_host(report: LossReport) -> LossReport:
+    """The same report in float64 on the CPU: the host waits for the device once, here."""
+    values = [value.detach().double().reshape(1) for value in report.metrics.values()]
+    if report.calibration is not None:
+        values.append(report.calibration.to_tensor().double())
+    numbers = torch.cat(values).cpu()
+    metrics = dict(zip(report.metrics, numbers, strict=False))
+    rest = numbers[len(metrics) :]
+    return LossReport(metrics, CalibrationSums.from_tensor(rest) if len(rest) else None)
+
+
+def update_metrics(report: LossReport, step: StepReportLike) -> dict[str, float]:
+    """Metrics of a report that is :func:`on_host`, gradient norms and learning rate."""
+    metrics = {name: float(value) for name, value in report.metrics.items()}
+    norms = {"grad_norm/trunk": step.trunk_norm, "grad_norm/head": step.head_norm}
+    return {**metrics, **norms, "lr": step.lr}

@@ -1,0 +1,171 @@
+"""One optimizer update of the policy: constants, normalisers, lambda, loss, step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_occ.config.schema import Config
+from megatron_occ.losses import shift_to_source
+from megatron_occ.losses.calibration import CalibrationSums
+from megatron_occ.losses.heads import JointTargets, Normalizers
+from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
+from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
+from megatron_occ.rl.calibration import CoefficientTracker, to_device
+from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
+
+
+@dataclass(frozen=True)
+class Update:
+    """Metrics of an update over all ranks, and what went wrong in it, one line each."""
+
+    metrics: dict[str, float]
+    events: list[str]
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Token ids [b, s], constants of the loss, and lengths where it is packed."""
+
+    ids: torch.Tensor
+    targets: JointTargets
+    lengths: list[int] | None
+
+
+class PolicyUpdater:
+    """Updates a policy on mini-batches; lambda is its only state.
+
+    Args:
+        config: the run's configuration.
+        actor: the policy.
+    """
+
+    def __init__(self, config: Config, actor: Actor) -> None:
+        self.config, self.actor = config, actor
+        self.coefficients = CoefficientTracker(config.mtp)
+        self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
+
+    def compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """Add old log-probs, and those of the reference policy if it is used.
+
+        The forward passes have the micro-batches that the updates will have.
+        """
+        rl = self.config.rl
+        ids = torch.cat([mini.rows.ids for mini in mini_batches])
+        packed = mini_batches[0].lengths is not None
+        arguments = {
+            "parts": consecutive(size for mini in mini_batches for size in mini.sizes),
+            "lengths": [n for mini in mini_batches for n in mini.lengths or ()] if packed else None,
+            "temperature": rl.rollout.temperature,
+        }
+        old = self.actor.get_inference_log_probs(ids, **arguments)
+        reference = None
+        if rl.loss.kl_coefficient > 0:
+            reference = self.actor.get_init_policy_logprobs(ids, **arguments)
+        spans = consecutive(len(mini.rows) for mini in mini_batches)
+        return [
+            mini.with_logprobs(
+                old[span.start : span.stop],
+                None if reference is None else reference[span.start : span.stop],
+            )
+            for mini, span in zip(mini_batches, spans, strict=True)
+        ]
+
+    def logprob_gap(self, mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
+        """Difference between the log-probs of the rollout and of the training forward pass."""
+        gaps, count = [], 0
+        for mini in mini_batches:
+            mask = shift_to_source(mini.rows.response_mask, 0) > 0
+            sampled = shift_to_source(mini.rows.rollout_logprobs, 0)
+            difference = (mini.rows.old_logprobs - sampled).abs()
+            gaps.append(torch.where(mask, difference, 0.0).double())
+            count = count + mask.sum().double()
+        gap, layout = torch.cat(gaps), self.actor.layout
+        total = layout.all_reduce_data_parallel(torch.stack((gap.sum(), count)))
+        largest = layout.all_reduce_data_parallel(gap.max(), maximum=True)
+        return {
+            "logprob_gap/mean": float(total[0] / total[1].clamp(min=1)),
+            "logprob_gap/max": float(largest),
+        }
+
+    def run_update(self, mini_batch: MiniBatch) -> Update:
+        """One optimizer update, on a mini-batch with log-probs."""
+        parts = self._with_constants(mini_batch)
+        normalizers = self._normalizers(parts)
+        used = self.coefficients.before_update(lambda: self._forward_sums(parts))
+        weights = to_device(used, self.actor.layout.device)
+        report = self.actor.get_loss_and_metrics(
+            self._for_training(parts),
+            lambda outputs, targets: self.loss(outputs, targets, normalizers, weights),
+        )
+        step = self.actor.finish_training_step()
+        report = on_host(report)
+        metrics = update_metrics(report, step)
+        metrics.update(self.coefficients.after_update(report.calibration, used))
+        events = self.coefficients.pop_events()
+        if metrics.pop("calibration/non_finite", 0.0):
+            events.append("released lambda not finite in a micro-batch: using 0")
+        if step.skipped:
+            events.append(SKIPPED)
+        return Update(metrics, events)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the calibration."""
+        return self.coefficients.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.coefficients.load_state_dict(state)
+
+    def _with_constants(self, mini_batch: MiniBatch) -> list[_MicroBatch]:
+        depths, cap = self.actor.num_depths, self.config.rl.loss.importance_cap
+        return [
+            _MicroBatch(rows.ids, joint_targets(rows, depths, cap), lengths)
+            for rows, lengths in mini_batch.micro_batches()
+        ]
+
+    def _normalizers(self, parts: list[_MicroBatch]) -> Normalizers:
+        counts = torch.stack([Normalizers.count(part.targets.mask) for part in parts]).sum(0)
+        return Normalizers.from_counts(self.actor.layout.all_reduce_data_parallel(counts))
+
+    def _forward_sums(self, parts: list[_MicroBatch]) -> CalibrationSums:
+        """Calibration sums of the mini-batch by a forward pass of its own."""
+        batches = self._micro_batches(parts, passes=((False, False),))
+        report = self.actor.get_loss_and_metrics(batches, calibration_report, forward_only=True)
+        assert report.calibration is not None
+        return report.calibration
+
+    def _for_training(self, parts: list[_MicroBatch]) -> list[Any]:
+        regime = self.loss.regime
+        return self._micro_batches(
+            parts,
+            passes=regime.passes if self.actor.num_depths else (),
+            entropy=True,
+            distance=regime.head if regime.head in ("soft_ce", "tv") else None,
+        )
+
+    def _micro_batches(self, parts: list[_MicroBatch], **wanted: Any) -> list[Any]:
+        temperature = self.config.rl.rollout.temperature
+        return [
+            self.actor.micro_batch(
+                part.ids, part.targets, lengths=part.lengths, temperature=temperature, **wanted
+            )
+            for part in parts
+        ]
+
+
+def _policy_settings(config: Config) -> PolicySettings:
+    loss = config.rl.loss
+    return PolicySettings(
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        aggregation=loss.aggregation,
+        entropy_coefficient=loss.entropy_coefficient,
+        kl_coefficient=loss.kl_coefficient,
+        kl_kind=loss.kl_kind,
+    )

@@ -1,0 +1,146 @@
+# What the .sbatch files share. `launch COMMAND ARGUMENTS...` runs megatron-occ on all nodes of the job.
+# shellcheck shell=bash
+
+# shellcheck source=slurm/site.sh
+source "${OCC_SITE:-slurm/site.sh}"
+
+launch() {
+    local command=$1 plan run_dir logs
+    shift
+    trap : USR1 # interrupts `wait` in train, two minutes before the time limit: see --signal
+    set_rendezvous
+
+    # Before all nodes start: one process checks the configuration and says what will run. It also
+    # knows run_dir, which may stand in a configuration file.
+    plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh "$command" "$@" --dry-run)
+    echo "$plan"
+    run_dir=$(sed -n "s/^run_dir: *['\"]\{0,1\}\([^'\"]*\).*/\1/p" <<<"$plan")
+    [[ -n $run_dir ]] || fail "no run_dir in the configuration above"
+
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        [[ " $*" != *" seed="* ]] || fail "an array gives seed=: leave it out, or leave out --array"
+        run_dir=$run_dir/seed_$SLURM_ARRAY_TASK_ID
+        set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "run_dir=$run_dir"
+    fi
+    claim "$run_dir"
+    # requeued, or submitted again after a failure
+    if [[ -n $(ls -A "$run_dir" 2>/dev/null) ]]; then
+        set -- "$@" --resume
+    fi
+
+    # beside the run folder: megatron-occ starts a run in an empty one only
+    logs=$run_dir.logs/$SLURM_JOB_ID
+    mkdir -p "$logs"
+    say "megatron-occ $command $*"
+    say "$WORLD_SIZE processes on $SLURM_JOB_NUM_NODES nodes, a log of each in $logs"
+    train "$run_dir" --output="$logs/rank_%4t.log" --open-mode=append \
+        bash slurm/rank.sh "$command" "$@"
+}
+
+# Environment of torch's rendezvous but for the ranks, which rank.sh sets.
+set_rendezvous() {
+    local hosts
+    # as asked for; an exclusive job may hold more than its steps get. "a100:8" is 8
+    GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    GPUS=${GPUS##*:}
+    if [[ -n ${SBATCH_GPUS_PER_NODE:-} && -z $GPUS ]]; then
+        fail "this job has no GPUs: \`source slurm/site.sh\` before sbatch, or delete" \
+            "SBATCH_GPUS_PER_NODE there"
+    fi
+    # a process for each GPU; without GPUs as many as sbatch --ntasks-per-node says
+    TASKS_PER_NODE=${GPUS:-${SLURM_NTASKS_PER_NODE:-1}}
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * TASKS_PER_NODE))
+    export MASTER_ADDR=${hosts[0]}
+    export MASTER_PORT=$((FIRST_PORT + SLURM_JOB_ID % NUMBER_OF_PORTS))
+}
+
+# srun with what all steps need. Every process sees all GPUs of its node and takes its LOCAL_RANK.
+run_step() {
+    # shellcheck disable=SC2153  # CPUS, not GPUS
+    local cpus=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE)) options
+    ((cpus > 0)) || fail "$TASKS_PER_NODE processes on $SLURM_CPUS_ON_NODE CPUs of a node"
+    options=(--cpus-per-task="$cpus")
+    [[ -z $GPUS ]] || options+=(--gpus-per-node="$GPUS" --gpu-bind=none)
+    srun "${options[@]}" "${SRUN_OPTIONS[@]}" "$@"
+}
+
+# Run the step on all nodes: in the background, so that bash can act on signals meanwhile.
+train() {
+    local run_dir=$1 before step status=0
+    shift
+    before=$(checkpoints "$run_dir")
+    run_step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" \
+        --ntasks-per-node="$TASKS_PER_NODE" --kill-on-bad-exit=1 "$@" &
+    step=$!
+    wait "$step" || status=$?
+    if ((status == 128 + $(kill -l USR1))); then
+        requeue_if_progress "$run_dir" "$before"
+        status=0
+        wait "$step" || status=$?
+    fi
+    say "ended with exit status $status"
+    ((status == 0)) || say "what happened: the log of the first task that srun names above"
+    # Slurm requeues a preempted job itself, but not one that ends within the time of grace
+    if ((status)) && was_preempted; then
+        requeue
+    fi
+    return "$status"
+}
+
+# The time limit is near. Start again from the last checkpoint, unless that would be the one this
+# attempt began with: such a job would go round for ever.
+requeue_if_progress() {
+    local run_dir=$1 before=$2
+    if [[ $(checkpoints "$run_dir") == "$before" ]]; then
+        say "time limit near and no checkpoint since the start of this attempt: not requeued." \
+            "Save more often (pretrain.save_every, rl.save_every) or ask for more time."
+        return
+    fi
+    requeue
+}
+
+requeue() {
+    say "requeueing: the next attempt goes on from the last checkpoint"
+    scontrol requeue "$(job_name)" || say "that failed: submit the same command again"
+}
+
+was_preempted() {
+    [[ $(scontrol show job --oneliner "$(job_name)") =~ PreemptTime=[0-9] ]]
+}
+
+# Complete checkpoints of all phases; one that was being written ends in .tmp.
+checkpoints() {
+    find "$1/checkpoints" -maxdepth 2 -name "step_*" ! -name "*.tmp" 2>/dev/null | sort || true
+}
+
+# Refuse a run folder that another job is writing to, or will when its turn comes.
+claim() {
+    local file=$1.logs/job other
+    mkdir -p "$1.logs"
+    if [[ -f $file ]]; then
+        other=$(<"$file")
+        if [[ $other != "$(job_name)" && -n $(squeue --noheader --jobs="$other" 2>/dev/null) ]]; then
+            fail "job $other uses run_dir=$1: cancel it, or give another run_dir="
+        fi
+    fi
+    job_name >"$file"
+}
+
+# An element of an array by its own name: for one of them SLURM_JOB_ID means the whole array.
+job_name() {
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    else
+        echo "$SLURM_JOB_ID"
+    fi
+}
+
+say() {
+    echo "$(date '+%F %T') attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}

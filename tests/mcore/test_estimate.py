@@ -1,0 +1,286 @@
+"""Parameters and memory of a rank of any layout: against hand counts and really built models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core import parallel_state as state
+
+from megatron_occ.config import Config, load_config, validate
+from megatron_occ.mcore.estimate import RankEstimate, estimate, last_stage_rank
+from megatron_occ.mcore.provider import build_chunks
+from megatron_occ.mcore.startup import initialize
+from tests.mcore.distributed import run_ranks
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the dry run hides CUDA from its process; here it is in use"
+)
+
+VOCABULARY = 22
+# h = 32, f = 48, 4 heads and 2 groups of width 8
+DENSE = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+DENSE |= {"num_query_groups": 2, "tie_embeddings": False, "qkv_bias": True}
+MOE = {"num_experts": 4, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 40}
+MOE |= {"first_dense_layers": 1}
+MLA = {"enabled": True, "q_lora_rank": 6, "kv_lora_rank": 10, "qk_head_dim": 8, "v_head_dim": 12}
+MLA |= {"qk_rope_head_dim": 4}
+
+
+def make_config(*overrides: str, moe: bool = False, **model: object) -> Config:
+    config = load_config([], list(overrides))
+    for name, value in {**DENSE, **model}.items():
+        setattr(config.model, name, value)
+    for name, value in (MOE if moe else {}).items():
+        setattr(config.model.moe, name, value)
+    return config
+
+
+# per layer: two norms, qkv [(4 + 2 * 2) * 8, 32] with bias, projection [32, 32]; MLP 3 * 32 * 48
+ATTENTION_SPLIT = 64 * 32 + 64 + 32 * 32
+NORMS = 2 * 32
+MLP_SPLIT = 3 * 32 * 48
+EXPERT = 3 * 32 * 24
+SHARED = 3 * 32 * 40
+ROUTER = 4 * 32
+
+
+def test_parameters_of_a_dense_model_by_hand_under_tensor_and_pipeline_parallelism():
+    config = make_config("parallel={tensor: 2, pipeline: 2}", "mtp.num_layers=2")
+    first, last = (estimate(config, VOCABULARY, 4, rank) for rank in (0, 3))
+    layer = NORMS + (ATTENTION_SPLIT + MLP_SPLIT) // 2
+    # enorm, hnorm, final norm, projection [32, 64] over two ranks
+    mtp_layer = 3 * 32 + 32 * 64 // 2 + layer
+    assert first.parameters == {"embedding": 11 * 32, "trunk": 2 * layer}
+    assert last.parameters == {
+        "embedding": 11 * 32,  # the MTP layers' copy
+        "trunk": 2 * layer + 32,  # and the final norm
+        "MTP": 2 * mtp_layer,
+        "output layer": 11 * 32,
+    }
+    assert first.chunks == ["embedding, layers 1-2"]
+    (contents,) = last.chunks
+    assert contents.startswith("layers 3-4, MTP depths 1-2") and "output layer" in contents
+
+
+def test_parameters_of_a_mixture_of_experts_by_hand_under_expert_and_pipeline_parallelism():
+    config = make_config("parallel={expert: 2, pipeline: 2}", moe=True)
+    first, last = (estimate(config, VOCABULARY, 4, rank) for rank in (0, 3))
+    common = NORMS + ATTENTION_SPLIT
+    assert first.parameters == {
+        "embedding": 22 * 32,
+        "trunk": (common + MLP_SPLIT) + (common + SHARED + ROUTER),  # a dense and a MoE layer
+        "trunk experts": 2 * EXPERT,
+    }
+    assert last.parameters == {
+        "embedding": 22 * 32,
+        "trunk": 2 * (common + SHARED + ROUTER) + 32,
+        "trunk experts": 2 * 2 * EXPERT,
+        "MTP": 3 * 32 + 32 * 64 + common + SHARED + ROUTER,
+        "MTP experts": 2 * EXPERT,
+        "output layer": 22 * 32,
+    }
+    assert last.coordinates["expert"] == 1 and last.groups["expert"] == [2, 3]
+
+
+REAL = {
+    "tensor and pipeline": make_config("parallel={tensor: 2, pipeline: 2}"),
+    "tied": make_config("parallel={tensor: 2, pipeline: 2}", tie_embeddings=True),
+    "interleaved": make_config(
+        "parallel={pipeline: 2, virtual_pipeline: 2, tensor: 2, sequence: true}"
+    ),
+    "stage of MTP layers": make_config(
+        "parallel={pipeline: 4, pipeline_layout: Et*2|t*2|m|L}", "mtp.num_layers=1"
+    ),
+    "experts": make_config(
+        "parallel={tensor: 2, sequence: true, expert: 2, expert_tensor: 1, pipeline: 2}", moe=True
+    ),
+    "shared experts": make_config(
+        "parallel={tensor: 2, sequence: true, expert: 2, context: 2}", moe=True
+    ),
+}
+
+
+def build_all(configs: dict[str, Config]) -> dict[str, tuple[dict[str, int], int]]:
+    """For each layout: entries by name on this rank, and those that no other rank counts."""
+    built = {}
+    for name, config in configs.items():
+        initialize(config)
+        built[name] = built_parameters(config)
+        state.destroy_model_parallel()
+    return built
+
+
+def built_parameters(config: Config) -> tuple[dict[str, int], int]:
+    counts, unique = {}, 0
+    for chunk in build_chunks(config, VOCABULARY, torch.device("cpu")):
+        for name, parameter in chunk.named_parameters():
+            counts[name] = counts.get(name, 0) + parameter.numel()
+            copied = name.startswith("embedding") and not chunk.pre_process
+            tied = name.startswith("output") and config.model.tie_embeddings
+            if is_first_owner(name, parameter) and not (copied or tied):
+                unique += parameter.numel()
+    return counts, unique
+
+
+def is_first_owner(name: str, parameter: torch.Tensor) -> bool:
+    split = getattr(parameter, "tensor_model_parallel", False)
+    if ".experts." in name:
+        shard = state.get_expert_tensor_parallel_rank() == 0 or split
+        return shard and state.get_expert_data_parallel_rank() == 0
+    shard = state.get_tensor_model_parallel_rank() == 0 or split
+    return shard and state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, tuple[dict[str, int], int]]]:
+    return run_ranks(build_all, 4, REAL, timeout=300)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_estimate_counts_what_four_ranks_really_build(name, built):
+    config = REAL[name]
+    validate(config, command="eval", world_size=4)
+    for rank in range(4):
+        found, (counts, _) = estimate(config, VOCABULARY, 4, rank), built[rank][name]
+        assert found.total_parameters == sum(counts.values())
+        heads = [count for key, count in counts.items() if "mtp." in key]
+        experts = [count for key, count in counts.items() if ".experts." in key]
+        assert (by_part(found, "MTP"), by_part(found, "experts")) == (sum(heads), sum(experts))
+    whole = make_config()
+    whole.model = config.model
+    single = estimate(whole, VOCABULARY, 1, 0)
+    assert sum(rank[name][1] for rank in built) == single.total_parameters
+
+
+def by_part(found: RankEstimate, word: str) -> int:
+    return sum(count for part, count in found.parameters.items() if word in part)
+
+
+def test_latent_attention_by_hand():
+    config = make_config(num_query_groups=None, qkv_bias=False)
+    for name, value in MLA.items():
+        setattr(config.model.mla, name, value)
+    found = estimate(config, VOCABULARY, 1, 0)
+    down = 32 * 6 + 32 * (10 + 4)
+    up = 6 * 4 * (8 + 4) + 10 * 4 * (8 + 12)
+    layer = NORMS + down + up + 4 * 12 * 32 + MLP_SPLIT
+    assert found.parameters["trunk"] == 4 * layer + 32
+
+
+def test_a_layout_of_512_ranks_leaves_nothing_behind():
+    config = make_config(
+        "parallel={tensor: 2, pipeline: 4, context: 2, pipeline_layout: Et|t|t|tmL}"
+    )
+    found = estimate(config, VOCABULARY, 512, 131)
+    assert found.coordinates == {"tensor": 1, "context": 1, "data": 0, "pipeline": 1}
+    assert found.groups["pipeline"] == [3, 131, 259, 387] and len(found.groups["data"]) == 32
+    assert last_stage_rank(config, 512, 131) == 387
+    assert not torch.distributed.is_initialized()
+
+
+# arXiv 2205.05198: a layer keeps sbh(34 + 5as/h) bytes. Ours has no dropout masks (2 sbh) and no
+# score matrix; a gated MLP of width 8h/3 keeps what its plain one of width 4h does.
+PAPER = {"hidden_size": 96, "ffn_hidden_size": 256, "num_query_groups": None, "num_layers": 4}
+SBH = 2 * 64 * 96
+
+
+def paper_layout(*overrides: str, world_size: int = 1, rank: int = 0) -> RankEstimate:
+    given = ["precision=bf16", "mtp={num_layers: 0, preset: none}", "rl.micro_batch_size=2"]
+    config = make_config(*given, *overrides, **PAPER)
+    return estimate(config, 96, world_size, rank)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "plain"),
+    [
+        ([], 1, 32.0),
+        (["parallel.tensor=2"], 2, 8 + 24 / 2),  # the paper's 10 + 24 / t, less two masks
+        (["parallel={tensor: 2, sequence: true}"], 2, 32 / 2),
+        (["parallel.context=4"], 4, 32 / 4),
+    ],
+)
+def test_activations_are_those_of_the_papers_formulas(overrides, ranks, plain):
+    use = paper_layout(*overrides, world_size=ranks).memory
+    split = {"parallel.context=4": 4, "parallel={tensor: 2, sequence: true}": 2}
+    inputs = 2 / split.get("".join(overrides), 1)
+    assert use.activations == (4 * plain * SBH, 4 * inputs * SBH + plain * SBH)
+    assert use.training["activations"] == use.activations[0]
+    recomputed = paper_layout(*overrides, "recompute=full", world_size=ranks).memory
+    assert recomputed.training["activations"] == use.activations[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "flights"),
+    [
+        ("{pipeline: 4}", [4, 3, 2, 1]),
+        # the paper's p + (p - 1) / m on the first stage
+        ("{pipeline: 2, virtual_pipeline: 2}", [2.5, 1.5]),
+    ],
+)
+def test_micro_batches_in_flight(layout, flights):
+    stages = len(flights)
+    uses = [
+        paper_layout(f"parallel={layout}", world_size=stages, rank=rank).memory
+        for rank in range(stages)
+    ]
+    assert [use.in_flight for use in uses] == flights
+    layers = 4 // stages
+    for use in uses:
+        assert use.training["activations"] == use.in_flight * layers * 32 * SBH
+    one = ["rl.prompts_per_step=1", "rl.samples_per_prompt=2", "rl.mini_batches=1"]
+    few = paper_layout(f"parallel={layout}", *one, world_size=stages).memory
+    assert few.in_flight == 1, "there is one micro-batch"
+
+
+def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter_or_6_and_12_over_the_replicas():
+    whole = paper_layout(world_size=4)
+    assert sum(whole.memory.resident.values()) == 18 * whole.total_parameters
+    split = paper_layout("parallel={context: 2, distributed_optimizer: true}", world_size=4)
+    assert sum(split.memory.resident.values()) == (6 + 12 / 4) * whole.total_parameters
+    config = make_config()
+    single = estimate(config, VOCABULARY, 1, 0)
+    assert sum(single.memory.resident.values()) == 16 * single.total_parameters
+    eight = paper_layout("fp8.format=hybrid", "rl.loss.kl_coefficient=0.1").memory.resident
+    assert eight["FP8 weights and transposes"] == 2 * whole.parameters["trunk"]
+    assert eight["reference policy"] == 2 * whole.total_parameters
+
+
+def test_experts_are_split_over_their_own_replicas():
+    config = make_config(
+        "precision=bf16", "parallel={expert: 2, distributed_optimizer: true}", moe=True
+    )
+    found = estimate(config, VOCABULARY, 4, 0)
+    experts = by_part(found, "experts")
+    updated = (found.total_parameters - experts) / 4 + experts / 2
+    assert found.memory.resident["Adam moments, fp32"] == 8 * updated
+
+
+def test_the_kv_cache_holds_keys_and_values_of_a_batch_of_rollouts():
+    config = make_config("rl.rollout.batch_size=12", "parallel={tensor: 2, pipeline: 2}")
+    use = estimate(config, VOCABULARY, 4, 0).memory
+    # rows, tokens, groups, keys and values, layers of the stage, bytes; two ranks share the groups
+    assert use.generation == {"KV cache": 12 * 64 * 2 * (8 + 8) * 2 * 4 // 2}
+    assert use.peak == sum(use.resident.values()) + max(
+        sum(use.training.values()), use.generation["KV cache"]
+    )
+    assert estimate(config, VOCABULARY, 4, 0, command="eval").memory.training == {}
+    pretraining = estimate(config, VOCABULARY, 4, 0, command="pretrain").memory
+    assert pretraining.generation == {} and pretraining.micro_batch_tokens == 128 * 48
+
+
+def test_balanced_experts_keep_top_k_copies_of_each_token():
+    given = ["precision=bf16", "mtp={num_layers: 0, preset: none}", "rl.micro_batch_tokens=64"]
+    layers = {"num_layers": 1, "num_query_groups": None}
+    config = make_config(*given, moe=True, **layers)
+    config.model.moe.first_dense_layers = 0
+    # three inputs of 32, queries, keys, values and output of 32, then MLP input, two copies of a
+    # token with 3 * 24 each, and the shared expert
+    elements = 3 * 32 + 4 * 32 + 32 + 2 * (32 + 3 * 24) + 3 * 40
+    use = estimate(config, VOCABULARY, 1, 0).memory
+    assert use.activations[0] == 64 * elements * 2
+
+
+def test_ranks_left_without_token_ids_are_refused_in_the_dry_run_too():
+    with pytest.raises(ValueError, match=r"parallel\.tensor=4 leaves a rank without any of the 5"):
+        estimate(make_config("parallel.tensor=4"), 5, 4, 0)
+    assert not torch.distributed.is_initialized()

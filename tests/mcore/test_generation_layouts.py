@@ -1,0 +1,180 @@
+"""Generation under every kind of layout: the responses and log-probs of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from benchmarks.layout_cases import (
+    CP2,
+    DENSE,
+    MLA,
+    MOE,
+    PP2,
+    SEQUENCE,
+    TP2,
+    UNTIED,
+    VOCABULARY,
+    read,
+)
+from megatron_occ.config import Config, validate
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import model_state
+from megatron_occ.mcore.generation import Generation
+from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.rollout import SamplingSettings
+from tests.mcore.distributed import run_ranks
+
+LENGTHS = (5, 1, 9, 3, 5, 7, 2)
+TEMPERATURE = 0.8
+SAMPLING = SamplingSettings(TEMPERATURE, 8, stop_ids=(0, 1, 2), batch_size=3)
+ONE_DEPTH, TWO_DEPTHS = ("mtp.num_layers=1",), ("mtp.num_layers=2",)
+MODELS = {
+    "dense": DENSE + TWO_DEPTHS,
+    "untied": DENSE + UNTIED + TWO_DEPTHS,
+    "moe": MOE + ONE_DEPTH,
+    "mla": MLA + ONE_DEPTH,
+}
+EP2 = "parallel.expert=2"
+VPP2 = "parallel.virtual_pipeline=2"
+CASES = {
+    "TP2": ("dense", (TP2,)),
+    "TP2 + SP": ("untied", (TP2, *SEQUENCE)),
+    "TP2 + SP, full recompute": ("dense", (TP2, *SEQUENCE, "recompute=full")),
+    "PP2": ("dense", (PP2,)),
+    "PP2, untied": ("untied", (PP2,)),
+    "PP2 x VPP2": ("dense", (PP2, VPP2)),
+    "CP2": ("dense", (CP2,)),
+    "DP2": ("dense", ()),
+    "MoE, EP2": ("moe", (EP2,)),
+    "MoE, TP2 + SP": ("moe", (TP2, *SEQUENCE)),
+    "MLA, TP2": ("mla", (TP2,)),
+    "MLA, CP2": ("mla", (CP2,)),
+    "MLA, PP2": ("mla", (PP2,)),
+}
+# of the prompts: an odd number, and fewer than there are ranks
+COUNTS = (len(LENGTHS), 1)
+
+
+@dataclass
+class Responses:
+    """What was generated for which prompts, and the training forward's log-probs of it."""
+
+    numbers: list[int]
+    found: Generation
+    training: list[list[float]]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS
+    ]
+
+
+def make_actor(config: Config) -> MegatronGPTActor:
+    layout = initialize(config)
+    return MegatronGPTActor(
+        config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
+    )
+
+
+def respond(actor: MegatronGPTActor, numbers: list[int]) -> Responses:
+    """To the prompts of these numbers; empty lists take part in what ranks do together."""
+    chosen = [prompts()[number] for number in numbers]
+    found = actor.infer(chosen, SAMPLING, [100 + number for number in numbers])
+    return Responses(numbers, found, training_logprobs(actor, chosen, found))
+
+
+def training_logprobs(actor, chosen, found: Generation) -> list[list[float]]:
+    """As many rows on every rank and as wide: ranks that share experts go in step."""
+    width = max(LENGTHS) + SAMPLING.max_response_length
+    ids = torch.zeros(8, width, dtype=torch.long)
+    for row, (prompt, tokens) in enumerate(zip(chosen, found.tokens, strict=True)):
+        ids[row, : len(prompt) + len(tokens)] = torch.tensor(prompt + tokens)
+    parts = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    logprobs = actor.get_inference_log_probs(
+        ids, parts=parts, lengths=None, temperature=TEMPERATURE
+    )
+    spans = zip(logprobs, chosen, found.tokens, strict=False)
+    return [
+        row[len(prompt) - 1 : len(prompt) - 1 + len(tokens)].tolist()
+        for row, prompt, tokens in spans
+    ]
+
+
+def run_cases(folder: Path, cases: list[tuple[str, tuple[str, ...]]]) -> list[list[Responses]]:
+    """[case][count] on this rank."""
+    results = []
+    for model, layout in cases:
+        config = read(MODELS[model], layout)
+        validate(config, command="rl", world_size=torch.distributed.get_world_size())
+        actor = make_actor(config)
+        state = dist_checkpointing.load(model_state(actor), str(folder / model))
+        for index, chunk in enumerate(actor.chunks):
+            chunk.load_state_dict(state[f"model{index}"])
+        rank, size = actor.layout.data_parallel_rank, actor.layout.data_parallel_size
+        results.append([respond(actor, list(range(count))[rank::size]) for count in COUNTS])
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Responses of one process to all prompts, by model, and the folder of the weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    found = {}
+    for name, model in MODELS.items():
+        actor = make_actor(read(model))
+        found[name] = respond(actor, list(range(len(LENGTHS))))
+        (folder / name).mkdir()
+        dist_checkpointing.save(model_state(actor), str(folder / name))
+        shutdown()
+    return found, folder
+
+
+@pytest.fixture(scope="module")
+def split(alone):
+    """Responses by case, [count][rank]."""
+    by_rank = run_ranks(run_cases, 2, alone[1], list(CASES.values()), timeout=300)
+    cases = zip(*by_rank, strict=True)
+    return {name: list(zip(*ranks, strict=True)) for name, ranks in zip(CASES, cases, strict=True)}
+
+
+def test_the_responses_of_one_process_are_worth_comparing(alone):
+    for responses in alone[0].values():
+        assert len(set(map(len, responses.found.tokens))) > 2
+        assert set(responses.found.finished) == {True, False}
+        assert_same_logprobs(responses.found.logprobs, responses.training)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_responses_are_those_of_one_process(alone, split, name):
+    expected = alone[0][CASES[name][0]].found
+    for count, ranks in zip(COUNTS, split[name], strict=True):
+        answered = set()
+        for responses in ranks:
+            for place, number in enumerate(responses.numbers):
+                assert responses.found.tokens[place] == expected.tokens[number]
+                assert responses.found.finished[place] == expected.finished[number]
+            logprobs = [expected.logprobs[number] for number in responses.numbers]
+            assert_same_logprobs(responses.found.logprobs, logprobs)
+            answered |= set(responses.numbers)
+        assert answered == set(range(count))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logprobs_are_those_of_the_training_forward(split, name):
+    for ranks in split[name]:
+        for responses in ranks:
+            assert_same_logprobs(responses.found.logprobs, responses.training)
+
+
+def assert_same_logprobs(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)

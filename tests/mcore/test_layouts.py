@@ -1,0 +1,38 @@
+"""A few layouts of every kind through RL updates, each against one process.
+
+All of them: ``python -m benchmarks.layout_invariance``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.layout_cases import CASES
+from benchmarks.layout_invariance import COLUMNS, LIMIT, compare
+
+NAMES = (
+    "TP2 + SP, packed",
+    "PP2, untied, packed, K=2",
+    "PP2 x VPP2, tied",
+    "CP2, packed, soft CE head",
+    "DP2, overlapped reduction, packed",
+    "MoE, EP2",
+    "MLA, CP2, packed",
+    "PP3, MTP stage of its own",
+    "TP2 x PP2",
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    cases = [case for case in CASES if case.name in NAMES]
+    return compare(cases, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_are_those_of_one_process(measured, name):
+    found = measured[name]
+    for column in COLUMNS:
+        deviation = getattr(found, column)
+        assert deviation is not None, column
+        assert deviation <= LIMIT, (column, found.worst)
