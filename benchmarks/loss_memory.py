@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_occ.mcore import logprobs
-from megatron_occ.mcore.logprobs import HeadTokens, VocabShard, head_statistics
+from megatron_occ.mcore.vocabulary import logprobs
+from megatron_occ.mcore.vocabulary.logprobs import HeadTokens, VocabShard, head_statistics
 
 TOLERANCE = 1e-5
 ENTROPY_WEIGHT = 0.01

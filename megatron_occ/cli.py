@@ -196,8 +196,8 @@ def _dry_run(config: Config, options: argparse.Namespace, world_size: int) -> No
         raise ConfigError(f"--rank {rank}: there are ranks 0 to {world_size - 1}. Give one of them")
     # counted by the local layers, on a machine with GPUs too; before torch looks for them
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from megatron_occ.mcore.estimate import estimate, last_stage_rank
-    from megatron_occ.mcore.estimate_text import grid_text, ranks_text
+    from megatron_occ.mcore.estimate.ranks import estimate, last_stage_rank
+    from megatron_occ.mcore.estimate.text import grid_text, ranks_text
 
     vocabulary = _vocabulary(config)
     ranks = dict.fromkeys((rank, last_stage_rank(config, world_size, rank)))

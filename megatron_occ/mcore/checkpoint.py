@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_occ.config.schema import Config
@@ -28,6 +30,10 @@ from megatron_occ.mcore.versions import check_written_by, installed_version
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{6,})")
+# of the optimizer's state; weights of any format can be read
+_FORMAT = 2
+# settings of the model that its weights do not depend on
+_FREE = ("max_position_embeddings", "init_std")
 
 
 def save_checkpoint(
@@ -64,6 +70,7 @@ def save_checkpoint(
             **meta,
             "layout": _layout(actor.config, actor.layout.world_size),
             "step": step,
+            "format": _FORMAT,
             "megatron_core": installed_version(),
         }
         (temporary / "meta.json").write_text(json.dumps(content, indent=1))
@@ -84,13 +91,13 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
     Raises:
         ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
     """
-    stored = check_meta(path, meta).get("layout")
+    stored = check_meta(path, {"format": _FORMAT, **meta}).get("layout")
     now = _layout(actor.config, actor.layout.world_size)
     wanted = _sharded_state(actor, loading=True)
     if stored != now:
         logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
         del wanted["rng"]
-    state = dist_checkpointing.load(wanted, str(path))
+    state = _load(wanted, path)
     _load_model(actor, state)
     actor.optimizer.load_state_dict(state)
     if "rng" in wanted:
@@ -107,8 +114,17 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
     check_weights(path, meta)
-    _load_model(actor, dist_checkpointing.load(model_state(actor), str(path)))
+    _load_model(actor, _load(model_state(actor), path))
     actor.optimizer.megatron.reload_model_params()
+
+
+def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(path))
+    except (CheckpointException, CheckpointingException) as error:
+        raise ValueError(
+            f"{path}: can't be read, a file is damaged or missing: take another checkpoint ({error})"
+        ) from error
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -151,8 +167,9 @@ def describe(config: Config, tokenizer_state: dict[str, Any], data: dict[str, st
         tokenizer_state: identity of the tokenizer.
         data: fingerprint of each data source by name.
     """
+    model = asdict(config.model)
     return {
-        "model": asdict(config.model),
+        "model": {name: value for name, value in model.items() if name not in _FREE},
         "mtp_layers": config.mtp.num_layers,
         "tokenizer": tokenizer_state,
         "data": data,

@@ -19,15 +19,15 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
-from megatron_occ.mcore.logprobs import (
+from megatron_occ.mcore.placement import Placement, place_padded
+from megatron_occ.mcore.shared_copy import SharedCopy
+from megatron_occ.mcore.vocabulary.logprobs import (
     HeadTokens,
     TokenStatistics,
     VocabShard,
     draft_distance,
     head_statistics,
 )
-from megatron_occ.mcore.placement import Placement, place_padded
-from megatron_occ.mcore.shared_copy import SharedCopy
 
 
 @dataclass(frozen=True)

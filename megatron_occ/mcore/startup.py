@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_occ.config.pipeline import parse_layout
 from megatron_occ.config.schema import Config
-from megatron_occ.mcore.cpu_backend import apply_cpu_backend
+from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import Layout
 
 

@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch.nn import functional
 
-from megatron_occ.mcore.cpu_specs import cpu_block_spec, cpu_mtp_spec
+from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
 
 HIDDEN, HEADS, VOCABULARY, LENGTH = 32, 4, 24, 8
 MOE = {

@@ -120,6 +120,9 @@ def _run_rank(
         torch.save(function(*args), folder / f"result_{rank}.pt")
         # a rank that leaves closes its connections: not before the others are done with them
         torch.distributed.barrier()
+        # Megatron's checkpoint writer leaves one behind, which would hold our output open
+        for child in multiprocessing.active_children():
+            child.terminate()
     except BaseException:
         report = f"rank {rank} of {world_size}:\n{traceback.format_exc()}"
         (folder / f"error_{rank}.txt").write_text(report)

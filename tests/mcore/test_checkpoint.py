@@ -133,3 +133,27 @@ def test_the_meta_file_is_readable_by_a_person(actor, tmp_path):
     found = json.loads((save(tmp_path, 4, actor) / "meta.json").read_text())
     assert found["step"] == 4
     assert found["model"]["hidden_size"] == 32
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_path(actor, tmp_path):
+    path = save(tmp_path, 4, actor)
+    for file in path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step_000004: can't be read, a file is damaged"):
+        load_checkpoint(path, actor, meta())
+
+
+def test_optimizer_state_of_an_older_format_is_refused_and_its_weights_are_read(actor, tmp_path):
+    path = save(tmp_path, 4, actor)
+    content = json.loads((path / "meta.json").read_text())
+    del content["format"]
+    (path / "meta.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="meta.json: format is None, this run has 2"):
+        load_checkpoint(path, actor, meta())
+    load_weights(path, actor, meta())
+
+
+def test_a_longer_position_range_reads_the_same_weights(actor, tmp_path):
+    longer = small_config(1)
+    longer.model.max_position_embeddings *= 2
+    load_weights(save(tmp_path, 4, actor), actor, meta(longer))

@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_occ.mcore.cpu_attention import CoreAttention
+from megatron_occ.mcore.cpu.attention import CoreAttention
 from tests.mcore.distributed import run_ranks
 
 HEADS, WIDTH = 4, 6

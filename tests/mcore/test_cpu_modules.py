@@ -11,8 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.nn import functional
 
-from megatron_occ.mcore.cpu_backend import apply_cpu_backend
-from megatron_occ.mcore.cpu_modules import LatentSelfAttention, NormColumnParallelLinear
+from megatron_occ.mcore.cpu.backend import apply_cpu_backend
+from megatron_occ.mcore.cpu.modules import LatentSelfAttention, NormColumnParallelLinear
 from tests.mcore.cpu_models import (
     HEADS,
     HIDDEN,

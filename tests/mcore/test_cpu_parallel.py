@@ -16,7 +16,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_occ.mcore.cpu_backend import apply_cpu_backend
+from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from tests.mcore.cpu_models import LENGTH, backward, build, token_ids
 from tests.mcore.distributed import run_ranks
 

@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state as state
 
 from megatron_occ.config import Config, load_config, validate
-from megatron_occ.mcore.estimate import RankEstimate, estimate, last_stage_rank
+from megatron_occ.mcore.estimate.ranks import RankEstimate, estimate, last_stage_rank
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize
 from tests.mcore.distributed import run_ranks

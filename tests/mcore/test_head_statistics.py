@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_occ.mcore import logprobs
-from megatron_occ.mcore.logprobs import (
+from megatron_occ.mcore.vocabulary import logprobs
+from megatron_occ.mcore.vocabulary.logprobs import (
     HeadTokens,
     TokenStatistics,
     VocabShard,

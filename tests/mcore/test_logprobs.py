@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_occ.losses import soft_cross_entropy, total_variation
-from megatron_occ.mcore import logprobs
-from megatron_occ.mcore.logprobs import VocabShard, draft_distance, token_statistics
-from megatron_occ.mcore.vocab_tiles import Tiles
+from megatron_occ.mcore.vocabulary import logprobs
+from megatron_occ.mcore.vocabulary.logprobs import VocabShard, draft_distance, token_statistics
+from megatron_occ.mcore.vocabulary.tiles import Tiles
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 19
 EXACT = {"atol": 1e-12, "rtol": 1e-12}

@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from megatron_occ.losses.heads import JointTargets, Normalizers
 from megatron_occ.losses.joint import JointLoss, PolicySettings, Regime
 from megatron_occ.losses.pretraining import PretrainLoss
-from megatron_occ.mcore.cpu_specs import CPUSpecProvider, cpu_layer_spec
+from megatron_occ.mcore.cpu.specs import CPUSpecProvider, cpu_layer_spec
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.transformer_config import transformer_config
 from megatron_occ.rl.batch import head_masks, head_targets

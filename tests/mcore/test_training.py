@@ -9,7 +9,7 @@ import torch
 
 from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.cpu_backend import apply_cpu_backend
+from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.update import PolicyUpdater

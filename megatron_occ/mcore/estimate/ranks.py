@@ -3,7 +3,7 @@
 The rank's model is built on the meta device under a fake process group of the full size: parameter
 counts are those of the model that would run, and nothing of its size is allocated. Without
 TransformerEngine the local layers are counted; they have the same parameters. Bytes follow from the
-counts by the formulas in ``estimate_memory``.
+counts by the formulas in ``estimate.memory``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_occ.config.schema import Config
-from megatron_occ.mcore.cpu_backend import apply_cpu_backend
-from megatron_occ.mcore.estimate_memory import Held, MemoryUse, memory_use
+from megatron_occ.mcore.cpu.backend import apply_cpu_backend
+from megatron_occ.mcore.estimate.memory import Held, MemoryUse, memory_use
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize_groups, shutdown

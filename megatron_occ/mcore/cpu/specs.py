@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_occ.mcore.cpu_attention import CoreAttention
-from megatron_occ.mcore.cpu_modules import LatentSelfAttention, NormColumnParallelLinear, RMSNorm
+from megatron_occ.mcore.cpu.attention import CoreAttention
+from megatron_occ.mcore.cpu.modules import LatentSelfAttention, NormColumnParallelLinear, RMSNorm
 
 
 class CPUSpecProvider(LocalSpecProvider):

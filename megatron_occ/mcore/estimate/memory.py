@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, sequence_multiple
 from megatron_occ.losses.joint import Regime
-from megatron_occ.mcore.logprobs import CHUNK_LOGITS
+from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 
 _FP32 = 4
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from megatron_occ.mcore.head_passes import HeadGradient, local_sums, run_backward
-from megatron_occ.mcore.vocab_tiles import Tiles, VocabShard, blocks, tile_shape
+from megatron_occ.mcore.vocabulary.head_passes import HeadGradient, local_sums, run_backward
+from megatron_occ.mcore.vocabulary.tiles import Tiles, VocabShard, blocks, tile_shape
 
 # logits alive at once, in elements: 64 MiB in fp32
 CHUNK_LOGITS = 2**24

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
-from megatron_occ.mcore.estimate import RankEstimate
+from megatron_occ.mcore.estimate.ranks import RankEstimate
 
 NODE = 8
 GPU_GIB = 80

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_occ.mcore.vocab_tiles import SoftmaxSums, Tiles, VocabShard, add_product, blocks
+from megatron_occ.mcore.vocabulary.tiles import SoftmaxSums, Tiles, VocabShard, add_product, blocks
 
 
 def local_sums(

@@ -1,0 +1,1 @@
+"""What Megatron-Core needs on machines without a CUDA device."""

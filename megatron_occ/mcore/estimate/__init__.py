@@ -1,0 +1,1 @@
+"""Parameters and memory of any rank of any layout, counted without allocating them."""

@@ -1,0 +1,1 @@
+"""Log-probs from hidden states over a large vocabulary, in little memory."""
