@@ -123,7 +123,7 @@ def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, CheckpointingException) as error:
         raise ValueError(
-            f"{path}: can't be read, a file is damaged or missing: take another checkpoint ({error})"
+            f"{path}: can't be read, a file is damaged or missing: take another one ({error})"
         ) from error
 
 

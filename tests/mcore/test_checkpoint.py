@@ -148,7 +148,7 @@ def test_optimizer_state_of_an_older_format_is_refused_and_its_weights_are_read(
     content = json.loads((path / "meta.json").read_text())
     del content["format"]
     (path / "meta.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="meta.json: format is None, this run has 2"):
+    with pytest.raises(ValueError, match="format is None, this run has 2"):
         load_checkpoint(path, actor, meta())
     load_weights(path, actor, meta())
 
