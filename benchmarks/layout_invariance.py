@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from benchmarks.layout_cases import CASES, Case, Measured, measure, reference
+from benchmarks.layout_cases import CASES, Case
+from benchmarks.layout_runs import Measured, measure, reference
 from megatron_occ.mcore.startup import shutdown
 from tests.mcore.distributed import run_ranks
 

@@ -14,8 +14,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
@@ -50,34 +48,6 @@ class HeadRequest:
     entropy: bool = False
     distance: str | None = None
     placement: Placement | None = None
-
-
-class MTPLayer(MultiTokenPredictionLayer):
-    """Megatron's MTP layer on ready-made ids of its depth, [K, b, s], instead of rolled ones.
-
-    Depth k reads the embedding of the token that depth k-1 predicts. These ids are among the
-    targets already; rolling the input again would cost a message between context-parallel ranks,
-    and in a packed batch a host synchronisation for every sequence.
-    """
-
-    def _get_embeddings(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        embedding: Callable[..., Tensor],
-        hidden_states: Tensor,
-        packed_seq_params: Any = None,
-        **newer: Any,
-    ) -> tuple[Tensor, ...]:
-        if input_ids.dim() == 2:
-            return super()._get_embeddings(
-                input_ids, position_ids, embedding, hidden_states, packed_seq_params, **newer
-            )
-        ids = input_ids[self.layer_number - 1]
-        embedded = embedding(input_ids=ids, position_ids=position_ids)
-        hidden = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
-        # from 0.17 on Megatron hands a padding mask along
-        return input_ids, position_ids, *newer.values(), embedded, hidden
 
 
 class OCCGPTModel(GPTModel):

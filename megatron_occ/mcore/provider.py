@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
 from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
-from megatron_occ.mcore.model import MTPLayer, OCCGPTModel
+from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.mcore.mtp_layer import MTPLayer
 from megatron_occ.mcore.shared_copy import SharedCopy
 from megatron_occ.mcore.transformer_config import transformer_config
 

@@ -18,10 +18,9 @@ from benchmarks.layout_cases import (
     SEQUENCE,
     TP2,
     UNTIED,
-    VOCABULARY,
-    mini_batches,
     read,
 )
+from benchmarks.layout_runs import VOCABULARY, mini_batches
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint

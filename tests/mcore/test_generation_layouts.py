@@ -18,9 +18,9 @@ from benchmarks.layout_cases import (
     SEQUENCE,
     TP2,
     UNTIED,
-    VOCABULARY,
     read,
 )
+from benchmarks.layout_runs import VOCABULARY
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import model_state

@@ -1,0 +1,200 @@
+"""How a layout is measured against the single process.
+
+Every rank compares its own shards, replicas included, with those of the single-process run: a
+gradient that is wrong on one copy of a parameter alone is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from benchmarks.layout_cases import Case, read
+from megatron_occ.config import Config, validate
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import model_state
+from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.startup import initialize
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch
+from megatron_occ.rl.exchange import distribute
+from megatron_occ.rl.update import PolicyUpdater
+
+VOCABULARY = 29
+ROWS, LENGTH, PROMPT = 16, 19, 4
+UPDATES = 3
+
+
+@dataclass
+class Measured:
+    """Largest deviations from the single process, relative; ``loss`` etc. over all updates.
+
+    No gradient is compared under the distributed optimizer: a rank has the sum of its part alone.
+    """
+
+    loss: float
+    grad_norm: float
+    coefficient: float
+    gradient: float | None
+    parameter: float
+    worst: str = ""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+
+def reference(model: tuple[str, ...], folder: Path) -> list[dict[str, float]]:
+    """Run one process; leave weights, gradients and updated weights in ``folder``."""
+    config = read(model)
+    initialize(config)
+    actor = _actor(config)
+    _save(actor, folder / "start")
+    updater, metrics = PolicyUpdater(config, actor), []
+    for step in range(UPDATES):
+        result = updater.run_update(mini_batches(config, actor)[step % 2])
+        metrics.append(result.metrics)
+        if step == 0:
+            _save_gradients(actor, folder)
+    _save(actor, folder / "end")
+    _save_scales(actor, folder / "end_scale")
+    return metrics
+
+
+def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measured:
+    """Run a layout from the reference's weights; called on every rank."""
+    config = case.config
+    validate(config, command="rl", world_size=case.ranks)
+    initialize(config)
+    actor = _actor(config)
+    _load(actor, folder / "start")
+    actor.optimizer.megatron.reload_model_params()
+    updater, metrics = PolicyUpdater(config, actor), []
+    gradient: tuple[float | None, str] = (None, "")
+    for step in range(UPDATES):
+        metrics.append(updater.run_update(mini_batches(config, actor)[step % 2]).metrics)
+        if step == 0 and not config.parallel.distributed_optimizer:
+            gradient = _compare_gradients(actor, folder)
+    parameters = _compare(actor, folder / "end", folder / "end_scale")
+    return Measured(
+        loss=_largest(metrics, expected, ("loss/",)),
+        grad_norm=_largest(metrics, expected, ("grad_norm/",)),
+        coefficient=_largest(metrics, expected, ("lambda/",)),
+        gradient=gradient[0],
+        parameter=parameters[0],
+        worst=f"{gradient[1]} {parameters[1]}",
+        metrics=metrics,
+    )
+
+
+def _actor(config: Config) -> MegatronGPTActor:
+    layout = Layout.of_this_rank(torch.device("cpu"))
+    return MegatronGPTActor(
+        config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=UPDATES
+    )
+
+
+def mini_batches(config: Config, actor: MegatronGPTActor) -> list[MiniBatch]:
+    """This rank's part of fixed mini-batches with rows of many lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    mask = torch.zeros(ids.shape)
+    for row in range(ROWS):
+        end = LENGTH - (5 * row) % 11
+        mask[row, PROMPT:end] = 1.0
+        ids[row, end:] = 0
+    sampled = -1.0 - 3.0 * torch.rand(ids.shape, generator=generator)
+    advantages = torch.randn(ROWS, generator=generator)
+    layout = actor.layout
+    owners = [row % layout.data_parallel_size for row in range(ROWS)]
+    mine = [row for row, owner in enumerate(owners) if owner == layout.data_parallel_rank]
+    batch = RolloutBatch(
+        ids=ids,
+        response_mask=mask,
+        rollout_logprobs=sampled * mask,
+        advantages=advantages,
+        old_logprobs=sampled,
+    ).map(lambda values: values[mine])
+    return distribute(batch, owners, config.rl, actor)
+
+
+def _largest(found: list[dict], expected: list[dict], prefixes: tuple[str, ...]) -> float:
+    deviations = [0.0]
+    for line, wanted in zip(found, expected, strict=True):
+        assert line.keys() == wanted.keys(), line.keys() ^ wanted.keys()
+        for name, value in wanted.items():
+            if name.startswith(prefixes):
+                deviations.append(abs(line[name] - value) / max(abs(value), 1e-3))
+    return max(deviations)
+
+
+def _named(actor: MegatronGPTActor) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
+    for index, chunk in enumerate(actor.chunks):
+        for name, parameter in chunk.named_parameters():
+            yield index, name, parameter
+
+
+@contextmanager
+def _holding(actor: MegatronGPTActor, values: list[Tensor]) -> Iterator[None]:
+    """Parameters show other tensors, so that checkpoints of Megatron can carry these."""
+    live = [parameter.data for _, _, parameter in _named(actor)]
+    try:
+        for (_, _, parameter), value in zip(_named(actor), values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for (_, _, parameter), value in zip(_named(actor), live, strict=True):
+            parameter.data = value
+
+
+def _save(actor: MegatronGPTActor, path: Path) -> None:
+    path.mkdir(parents=True)
+    dist_checkpointing.save(model_state(actor), str(path))
+
+
+def _load(actor: MegatronGPTActor, path: Path) -> None:
+    state = dist_checkpointing.load(model_state(actor), str(path))
+    for index, chunk in enumerate(actor.chunks):
+        chunk.load_state_dict(state[f"model{index}"])
+
+
+def _gradients(actor: MegatronGPTActor) -> list[Tensor]:
+    return [parameter.main_grad.clone() for _, _, parameter in _named(actor)]
+
+
+def _save_gradients(actor: MegatronGPTActor, folder: Path) -> None:
+    with _holding(actor, _gradients(actor)):
+        _save(actor, folder / "gradient")
+        _save_scales(actor, folder / "gradient_scale")
+
+
+def _save_scales(actor: MegatronGPTActor, path: Path) -> None:
+    """Each tensor's largest entry, as a tensor of its shape: a shard then finds it in its place."""
+    scales = [torch.full_like(p.data, float(p.data.abs().max())) for _, _, p in _named(actor)]
+    with _holding(actor, scales):
+        _save(actor, path)
+
+
+def _compare_gradients(actor: MegatronGPTActor, folder: Path) -> tuple[float, str]:
+    with _holding(actor, _gradients(actor)):
+        return _compare(actor, folder / "gradient", folder / "gradient_scale")
+
+
+def _compare(actor: MegatronGPTActor, path: Path, scale_path: Path) -> tuple[float, str]:
+    """Largest deviation of this rank's parameters, and whose it is."""
+    own = {(index, name): p.data.clone() for index, name, p in _named(actor)}
+    places = [torch.empty_like(value) for value in own.values()]
+    with _holding(actor, places):
+        expected = dist_checkpointing.load(model_state(actor), str(path))
+    with _holding(actor, [torch.empty_like(value) for value in places]):
+        scales = dist_checkpointing.load(model_state(actor), str(scale_path))
+    worst = (0.0, "")
+    for (index, name), value in own.items():
+        wanted, scale = (state[f"model{index}"].get(name) for state in (expected, scales))
+        if wanted is None:  # a tied copy, saved under the embedding's name
+            continue
+        deviation = float(((value - wanted).abs() / scale.clamp(min=1e-12)).max())
+        worst = max(worst, (deviation, name))
+    return worst
