@@ -18,10 +18,11 @@ from torch import Tensor
 from benchmarks.layout_cases import Case, read
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import model_state
+from megatron_occ.mcore.checkpoint import load_model, model_state
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch
+from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.update import PolicyUpdater
 
@@ -92,7 +93,12 @@ def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measu
 def _actor(config: Config) -> MegatronGPTActor:
     layout = Layout.of_this_rank(torch.device("cpu"))
     return MegatronGPTActor(
-        config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=UPDATES
+        config,
+        VOCABULARY,
+        layout,
+        optimizer=config.rl.optimizer,
+        total_updates=UPDATES,
+        train_head=regime_from(config.mtp).trains_head,
     )
 
 
@@ -155,13 +161,12 @@ def _save(actor: MegatronGPTActor, path: Path) -> None:
 
 
 def _load(actor: MegatronGPTActor, path: Path) -> None:
-    state = dist_checkpointing.load(model_state(actor), str(path))
-    for index, chunk in enumerate(actor.chunks):
-        chunk.load_state_dict(state[f"model{index}"])
+    load_model(actor, dist_checkpointing.load(model_state(actor), str(path)))
 
 
 def _gradients(actor: MegatronGPTActor) -> list[Tensor]:
-    return [parameter.main_grad.clone() for _, _, parameter in _named(actor)]
+    parameters = [parameter for _, _, parameter in _named(actor)]
+    return [p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for p in parameters]
 
 
 def _save_gradients(actor: MegatronGPTActor, folder: Path) -> None:

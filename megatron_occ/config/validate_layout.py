@@ -119,6 +119,12 @@ def _expert_ranks(config: Config, experts: int, world_size: int) -> Iterator[str
     given = moe.ffn_hidden_size is not None
     width = moe.ffn_hidden_size if given else config.model.ffn_hidden_size
     expert_tensor = parallel.expert_tensor or parallel.tensor
+    if parallel.expert == 1 and expert_tensor != parallel.tensor:
+        yield (
+            f"parallel.expert_tensor={expert_tensor}: with parallel.expert=1 Megatron-Core adds up "
+            f"the gradients of experts over the same ranks as those of dense layers, which are "
+            f"split over parallel.tensor={parallel.tensor}. Leave it out, or raise parallel.expert"
+        )
     if width % expert_tensor:
         yield (
             f"model.{'moe.' if given else ''}ffn_hidden_size={width}: is not divisible by the "

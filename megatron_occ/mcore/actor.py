@@ -20,7 +20,7 @@ from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.mcore.generation import Generation, generate_shared
-from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.layout import Layout, expert_sharing_group
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
 from megatron_occ.mcore.placement import (
@@ -109,7 +109,8 @@ class MegatronGPTActor:
                 parallel_state.get_context_parallel_group(),
             )
         # Megatron's dispatcher for CPUs gathers all tokens of these ranks, equally many of each
-        self._gathers_tokens = parallel.expert > 1 and layout.device.type == "cpu"
+        on_cpu = layout.device.type == "cpu"
+        self._gathers_tokens = on_cpu and expert_sharing_group() is not None
         self._reference: list[Tensor] | None = None
         self._inference: list[InferenceChunk] | None = None
 

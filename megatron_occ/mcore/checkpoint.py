@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
         logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
         del wanted["rng"]
     state = _load(wanted, path)
-    _load_model(actor, state)
+    load_model(actor, state)
     actor.optimizer.load_state_dict(state)
     if "rng" in wanted:
         torch.set_rng_state(state["rng"]["cpu"])
@@ -114,7 +114,7 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
     check_weights(path, meta)
-    _load_model(actor, _load(model_state(actor), path))
+    load_model(actor, _load(model_state(actor), path))
     actor.optimizer.megatron.reload_model_params()
 
 
@@ -219,18 +219,23 @@ def _layout(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def model_state(actor: MegatronGPTActor) -> dict[str, Any]:
-    """Sharded state of each chunk; its keys number layers through the model, not the chunk."""
+    """Sharded state of each chunk; its keys number layers through the model, not the chunk.
+
+    A pipeline layout may leave a chunk without any parameter: such a chunk has no entry.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group}
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(actor.chunks)
+        if any(True for _ in chunk.parameters())
     }
 
 
-def _load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
+def load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
+    """Take over what was loaded for :func:`model_state`."""
     for index, chunk in enumerate(actor.chunks):
-        chunk.load_state_dict(state[f"model{index}"])
+        chunk.load_state_dict(state.get(f"model{index}", {}))
 
 
 def _sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.layout import Layout, expert_sharing_group
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import SamplingSettings, sample_from_uniform, uniforms
 
@@ -76,7 +75,7 @@ def generate(
     for chunk in chunks:
         chunk.eval()
     results = Generation([], [], [])
-    lockstep = _Lockstep(chunks[0], next(chunks[0].parameters()).device)
+    lockstep = _Lockstep(next(chunks[0].parameters()).device)
     try:
         for start in range(0, lockstep.largest(len(prompts)), sampling.batch_size):
             rows = slice(start, start + sampling.batch_size)
@@ -97,11 +96,8 @@ def generate(
 class _Lockstep:
     """Agreement with the ranks that share experts: a forward pass is one of all of them."""
 
-    def __init__(self, model: OCCGPTModel, device: torch.device) -> None:
-        self.device = device
-        self.group = None
-        if model.config.expert_model_parallel_size > 1:
-            self.group = parallel_state.get_expert_model_parallel_group()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.group = device, expert_sharing_group()
 
     def largest(self, value: int) -> int:
         """Maximum over the ranks."""

@@ -111,8 +111,10 @@ class Layout:
 
     def largest_among_expert_ranks(self, value: int) -> int:
         """Maximum over the ranks that share experts; the host waits for it."""
+        group = expert_sharing_group()
+        if group is None:
+            return value
         values = torch.tensor([value], device=self.device)
-        group = parallel_state.get_expert_model_parallel_group()
         torch.distributed.all_reduce(values, op=ReduceOp.MAX, group=group)
         return int(values)
 
@@ -124,3 +126,14 @@ class Layout:
         group = parallel_state.get_context_parallel_group()
         torch.distributed.all_gather_object(parts, value, group=group)
         return parts
+
+
+def expert_sharing_group() -> torch.distributed.ProcessGroup | None:
+    """Ranks that hold parts of the same experts, if they reach beyond one tensor-parallel group.
+
+    Such ranks have sequences of their own, and each layer's tokens go to all of them: a forward
+    pass is one of all of them. None where the tensor-parallel ranks share experts alone.
+    """
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return group if group.size() > tensor else None

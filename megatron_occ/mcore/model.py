@@ -112,6 +112,8 @@ class OCCGPTModel(GPTModel):
             depth_ids = placement.as_input(targets[:depths])
             for to_trunk, to_head in request.passes:
                 states += self._mtp_hidden(hidden, depth_ids, args[1], to_trunk, to_head)
+        if self.mtp_process and not any(to_trunk for to_trunk, _ in request.passes):
+            states[0] = self._with_embedding(hidden)
         if not self.post_process:
             return torch.cat(states) if len(states) > 1 else hidden
         if depths and not self.mtp_process:
@@ -194,18 +196,23 @@ class OCCGPTModel(GPTModel):
                 position_ids=positions,
                 attention_mask=None,
                 hidden_states=hidden if to_trunk else self._cut(hidden),
-                embedding=self.embedding if to_trunk else self._cut_embedding,
+                embedding=self.embedding if to_trunk else self._embed_cut,
                 **self._block_arguments,
             )
         return output.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
 
-    def _cut_embedding(self, **kwargs: Any) -> Tensor:
-        embedded = self.embedding(**kwargs)
+    def _embed_cut(self, **kwargs: Any) -> Tensor:
+        return self._cut(self.embedding(**kwargs))
+
+    def _with_embedding(self, hidden: Tensor) -> Tensor:
+        """The same values; the embedding of the MTP layers gets a gradient of zeros.
+
+        On a stage other than the first it may have no other use, and an overlapped reduction would
+        wait for its gradient for ever.
+        """
         if self.pre_process:
-            return self._cut(embedded)
-        # this stage's copy has no other use: without a gradient of zeros an overlapped reduction
-        # would wait for it for ever
-        return self._cut(embedded) + 0.0 * embedded
+            return hidden
+        return hidden + 0.0 * self.embedding.word_embeddings.weight.view(-1)[:1]
 
     def _cut(self, hidden: Tensor) -> Tensor:
         """Detached; recompute runs a block backward only if an input of it wants a gradient."""

@@ -77,11 +77,11 @@ def _build_chunk(
     config: Config, megatron: TransformerConfig, ids: int, vp_stage: int | None
 ) -> OCCGPTModel:
     model, tensor = config.model, config.parallel.tensor
-    block, mtp = _specs(megatron, vp_stage)
+    mtp = _mtp_spec(megatron, vp_stage)
     place = dict(ignore_virtual=False, vp_stage=vp_stage)
     return OCCGPTModel(
         config=megatron,
-        transformer_layer_spec=block,
+        transformer_layer_spec=_block_spec(megatron, vp_stage),
         mtp_block_spec=mtp,
         vocab_size=-(-ids // tensor) * tensor,
         valid_vocab_size=ids,
@@ -103,18 +103,23 @@ def _build_chunk(
     )
 
 
-def _specs(
-    megatron: TransformerConfig, vp_stage: int | None
-) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
+def _block_spec(megatron: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     if uses_transformer_engine():
-        block = get_gpt_decoder_block_spec(megatron, True, vp_stage=vp_stage)
+        return get_gpt_decoder_block_spec(megatron, True, vp_stage=vp_stage)
+    return cpu_block_spec(megatron, vp_stage)
+
+
+def _mtp_spec(
+    megatron: TransformerConfig, vp_stage: int | None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    if uses_transformer_engine():
         layers = get_gpt_decoder_layer_specs(megatron, True, None, False)
         mtp = get_gpt_mtp_block_spec(megatron, layers[-1], True, vp_stage=vp_stage)
     else:
-        block, mtp = cpu_block_spec(megatron, vp_stage), cpu_mtp_spec(megatron, vp_stage)
+        mtp = cpu_mtp_spec(megatron, vp_stage)
     for layer in mtp.layer_specs if mtp is not None else ():
         layer.module = MTPLayer
-    return block, mtp
+    return mtp
 
 
 def _quiet(megatron: TransformerConfig) -> TransformerConfig:
@@ -195,7 +200,8 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
     groups.embd = None
     if config.parallel.context > 1:
         groups.cp = _group_of_one()
-    block, _ = _specs(megatron, chunk.vp_stage)
+    # the number of MTP layers stays: it says on which stage the final norm lies
+    block = _block_spec(megatron, chunk.vp_stage)
     model = config.model
 
     def build() -> OCCGPTModel:
@@ -228,7 +234,6 @@ def _inference_config(megatron: TransformerConfig) -> TransformerConfig:
     inference.context_parallel_size = 1
     inference.sequence_parallel = False
     inference.recompute_granularity = None
-    inference.mtp_num_layers = None
     inference.fp8 = None
     return inference
 

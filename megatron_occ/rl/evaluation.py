@@ -58,17 +58,18 @@ def evaluate(
         for i in mine
         for j in range(samples)
     ]
-    sums = torch.zeros(3, dtype=torch.float64, device=layout.device)
-    if pairs:
-        drawn = sampler(
-            [record for record, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            temperature=config.temperature,
-            timers=Timers(),
-        )
-        scores = torch.tensor(drawn.scores, dtype=torch.float64).view(-1, samples)
-        local = torch.tensor([scores.mean(1).sum(), scores.amax(1).sum(), len(scores)])
-        sums += local.to(sums)
+    # a rank without a problem of its own samples too: generation is the work of all ranks
+    drawn = sampler(
+        [record for record, _ in pairs],
+        seeds=[seed for _, seed in pairs],
+        temperature=config.temperature,
+        timers=Timers(),
+    )
+    scores = torch.tensor(drawn.scores, dtype=torch.float64).view(-1, samples)
+    local = torch.stack(
+        (scores.mean(1).sum(), scores.amax(1).sum(), scores.new_tensor(len(scores)))
+    )
+    sums = local.to(layout.device)
     total, solved, count = layout.all_reduce_data_parallel(sums).tolist()
     mean = total / count
     return {

@@ -42,6 +42,7 @@ TIED = (*DENSE, *OPTIMIZER, "mtp.num_layers=2")
 EXPERTS = (*MOE, *UNTIED, *OPTIMIZER, "mtp.num_layers=1")
 EP2 = "parallel.expert=2"
 VPP2 = "parallel.virtual_pipeline=2"
+HOLLOW = (PP2, VPP2, "parallel.pipeline_layout=Ett|tt||mmL")
 BF16 = ("precision=bf16",)
 # several buckets of gradients, with padding between them
 SPREAD = ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true")
@@ -136,7 +137,8 @@ def start(ranks: int, *jobs: tuple) -> list[list[Curve]]:
 def curves(tmp_path_factory):
     """(going on in the saved layout, going on in another), each by rank, by name."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    tied, moe, moe_ep, spread, plain, short, passed = (folder / name for name in "abcdefg")
+    names = "abcdefgh"
+    tied, moe, moe_ep, spread, plain, short, passed, empty = (folder / name for name in names)
     (saved,) = start(4, (save_and_go_on, TIED, (TP2, PP2), tied))
     one, weights, saved_moe, saved_plain, saved_short = start(
         1,
@@ -158,11 +160,15 @@ def curves(tmp_path_factory):
         (load_and_go_on, TIED, SPREAD, plain),
         (pass_on, EXPERTS, (EP2, *BF16), short, passed),
     )
-    joined, from_spread, from_passed = start(
+    hollow, saved_hollow = start(
+        2, (load_and_go_on, TIED, HOLLOW, tied), (save_and_go_on, TIED, HOLLOW, empty)
+    )
+    joined, from_spread, from_passed, from_hollow = start(
         1,
         (load_and_go_on, EXPERTS, (), moe_ep),
         (load_and_go_on, TIED, (), spread),
         (load_and_go_on, EXPERTS, BF16, passed),
+        (load_and_go_on, TIED, (), empty),
     )
     (spread_parallel,) = start(2, (load_and_go_on, TIED, (TP2, *SPREAD), spread))
     return {
@@ -170,6 +176,8 @@ def curves(tmp_path_factory):
         "DP2": (saved, data),
         "PP2": (saved, pipe),
         "PP2 x VPP2": (saved, virtual),
+        "to a chunk without layers": (saved, hollow),
+        "from a chunk without layers": (saved_hollow, from_hollow),
         "TP2 + SP": (saved, parallel),
         "EP1 to EP2": (saved_moe, experts),
         "EP2 to EP1": (saved_moe_ep, joined),
@@ -187,6 +195,8 @@ NAMES = [
     "DP2",
     "PP2",
     "PP2 x VPP2",
+    "to a chunk without layers",
+    "from a chunk without layers",
     "TP2 + SP",
     "EP1 to EP2",
     "EP2 to EP1",

@@ -23,7 +23,7 @@ from benchmarks.layout_cases import (
 from benchmarks.layout_runs import VOCABULARY
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import model_state
+from megatron_occ.mcore.checkpoint import load_model, model_state
 from megatron_occ.mcore.generation import Generation
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rollout import SamplingSettings
@@ -48,6 +48,14 @@ CASES = {
     "PP2": ("dense", (PP2,)),
     "PP2, untied": ("untied", (PP2,)),
     "PP2 x VPP2": ("dense", (PP2, VPP2)),
+    "PP2, the end of the trunk on an earlier stage": (
+        "dense",
+        (PP2, VPP2, "parallel.pipeline_layout=Ett|tt||mmL"),
+    ),
+    "PP2 x VPP2, no trunk layer on the last stage, untied": (
+        "untied",
+        (PP2, VPP2, "parallel.pipeline_layout=Ett|t|t|mmL"),
+    ),
     "CP2": ("dense", (CP2,)),
     "DP2": ("dense", ()),
     "MoE, EP2": ("moe", (EP2,)),
@@ -114,9 +122,7 @@ def run_cases(folder: Path, cases: list[tuple[str, tuple[str, ...]]]) -> list[li
         config = read(MODELS[model], layout)
         validate(config, command="rl", world_size=torch.distributed.get_world_size())
         actor = make_actor(config)
-        state = dist_checkpointing.load(model_state(actor), str(folder / model))
-        for index, chunk in enumerate(actor.chunks):
-            chunk.load_state_dict(state[f"model{index}"])
+        load_model(actor, dist_checkpointing.load(model_state(actor), str(folder / model)))
         rank, size = actor.layout.data_parallel_rank, actor.layout.data_parallel_size
         results.append([respond(actor, list(range(count))[rank::size]) for count in COUNTS])
         parallel_state.destroy_model_parallel()

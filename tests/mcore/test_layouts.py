@@ -14,6 +14,8 @@ NAMES = (
     "TP2 + SP, packed",
     "PP2, untied, packed, K=2",
     "PP2 x VPP2, tied",
+    "PP2 x VPP2, a chunk without layers",
+    "PP2, no MTP training, overlapped reduction",
     "CP2, packed, soft CE head",
     "DP2, overlapped reduction, packed",
     "MoE, EP2",

@@ -117,7 +117,7 @@ class FakeActor:
         """Tokens and log-probs [n, length]; a token depends on the one before it alone."""
         everything = self.model.hidden(torch.arange(TOKENIZER.vocab_size))
         table = (everything @ self.model.output.t() / temperature).log_softmax(-1)
-        numbers, tokens = uniforms(seeds, length), [torch.tensor(last)]
+        numbers, tokens = uniforms(seeds, length), [torch.tensor(last, dtype=torch.long)]
         for step in range(length):
             tokens.append(sample_from_uniform(table[tokens[-1]], numbers[:, step]))
         chain = torch.stack(tokens, dim=1)
