@@ -9,7 +9,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_occ.mcore.layout import Layout, expert_sharing_group
+from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import SamplingSettings, sample_from_uniform, uniforms
 
@@ -41,7 +41,7 @@ def generate_shared(
     Decoding has no sequence to split, so they work as further data-parallel ranks.
     """
     rank, size = layout.context_parallel_rank, layout.context_parallel_size
-    mine = generate(chunks, prompts[rank::size], sampling, seeds[rank::size])
+    mine = generate(chunks, layout, prompts[rank::size], sampling, seeds[rank::size])
     shares = layout.gather_context_parallel(mine)
     merged = Generation([], [], [])
     for field in fields(Generation):
@@ -55,6 +55,7 @@ def generate_shared(
 @torch.no_grad()
 def generate(
     chunks: Sequence[OCCGPTModel],
+    layout: Layout,
     prompts: list[list[int]],
     sampling: SamplingSettings,
     seeds: list[int],
@@ -67,6 +68,7 @@ def generate(
     Args:
         chunks: this rank's bare model, without sequence and context parallelism; put into
             evaluation mode meanwhile.
+        layout: this rank's place.
         prompts: n non-empty lists of token ids, the same on all ranks that share the model.
         sampling: see ``SamplingSettings``.
         seeds: n seeds.
@@ -75,15 +77,15 @@ def generate(
     for chunk in chunks:
         chunk.eval()
     results = Generation([], [], [])
-    lockstep = _Lockstep(next(chunks[0].parameters()).device)
+    largest = layout.largest_among_expert_ranks
     try:
-        for start in range(0, lockstep.largest(len(prompts)), sampling.batch_size):
+        for start in range(0, largest(len(prompts)), sampling.batch_size):
             rows = slice(start, start + sampling.batch_size)
             wanted, numbers = prompts[rows], seeds[rows]
             # experts are shared with ranks that may have more prompts: keep them company
-            missing = lockstep.largest(len(wanted)) - len(wanted)
+            missing = largest(len(wanted)) - len(wanted)
             filler = [prompts[0] if prompts else [0]] * missing
-            decoder = _BatchDecoder(chunks, wanted + filler, sampling, lockstep)
+            decoder = _BatchDecoder(chunks, layout, wanted + filler, sampling)
             part = decoder.run(uniforms(numbers + [0] * missing, sampling.max_response_length))
             for field in fields(Generation):
                 getattr(results, field.name).extend(getattr(part, field.name)[: len(wanted)])
@@ -93,40 +95,22 @@ def generate(
     return results
 
 
-class _Lockstep:
-    """Agreement with the ranks that share experts: a forward pass is one of all of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.group = device, expert_sharing_group()
-
-    def largest(self, value: int) -> int:
-        """Maximum over the ranks."""
-        if self.group is None:
-            return value
-        values = torch.tensor([value], device=self.device)
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return int(values)
-
-    def smallest(self, value: int) -> int:
-        """Minimum over the ranks."""
-        return -self.largest(-value)
-
-
 class _BatchDecoder:
     """Decodes a batch in step: shorter prompts are sampled while longer ones are still read."""
 
     def __init__(
         self,
         chunks: Sequence[OCCGPTModel],
+        layout: Layout,
         prompts: list[list[int]],
         sampling: SamplingSettings,
-        lockstep: _Lockstep,
     ) -> None:
         limit = sampling.max_response_length
-        self.lockstep, self.device = lockstep, next(chunks[0].parameters()).device
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.shortest = lockstep.smallest(min(map(len, prompts)))
-        self.total = lockstep.largest(max(map(len, prompts))) + limit
+        self.device, self.largest = layout.device, layout.largest_among_expert_ranks
+        lengths = [len(prompt) for prompt in prompts]
+        self.lengths = torch.tensor(lengths, device=self.device)
+        self.shortest = -self.largest(-min(lengths))
+        self.total = self.largest(max(lengths)) + limit
         self.limit, self.temperature = limit, sampling.temperature
         self.stop = torch.tensor(sampling.stop_ids, device=self.device)
         self.ids = torch.zeros(len(prompts), self.total, dtype=torch.long, device=self.device)
@@ -146,7 +130,7 @@ class _BatchDecoder:
             logits = self.pipeline.next_token_logits(self.ids[:, new], positions[:, new])
             cached = position
             self._append(position, logits, uniform)
-            if not self.lockstep.largest(int(bool((self.ends > position + 1).any()))):
+            if not self.largest(int(bool((self.ends > position + 1).any()))):
                 break
         return self._collect()
 

@@ -64,6 +64,17 @@ CASES = {
     "MLA, CP2": ("mla", (CP2,)),
     "MLA, PP2": ("mla", (PP2,)),
 }
+THREE_RANKS = {
+    "PP3, MTP and output layers on a stage without trunk layers": (
+        "dense",
+        ("parallel.pipeline=3", "parallel.pipeline_layout=Ett|tt|mmL"),
+    ),
+    "PP3, MTP stage of its own": (
+        "untied",
+        ("parallel.pipeline=3", "parallel.pipeline_layout=Etttt|mm|L"),
+    ),
+}
+NAMES = (*CASES, *THREE_RANKS)
 # of the prompts: an odd number, and fewer than there are ranks
 COUNTS = (len(LENGTHS), 1)
 
@@ -146,9 +157,12 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def split(alone):
     """Responses by case, [count][rank]."""
-    by_rank = run_ranks(run_cases, 2, alone[1], list(CASES.values()), timeout=300)
-    cases = zip(*by_rank, strict=True)
-    return {name: list(zip(*ranks, strict=True)) for name, ranks in zip(CASES, cases, strict=True)}
+    found = {}
+    for size, chosen in ((2, CASES), (3, THREE_RANKS)):
+        by_rank = run_ranks(run_cases, size, alone[1], list(chosen.values()), timeout=300)
+        for name, ranks in zip(chosen, zip(*by_rank, strict=True), strict=True):
+            found[name] = list(zip(*ranks, strict=True))
+    return found
 
 
 def test_the_responses_of_one_process_are_worth_comparing(alone):
@@ -158,9 +172,9 @@ def test_the_responses_of_one_process_are_worth_comparing(alone):
         assert_same_logprobs(responses.found.logprobs, responses.training)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_responses_are_those_of_one_process(alone, split, name):
-    expected = alone[0][CASES[name][0]].found
+    expected = alone[0][{**CASES, **THREE_RANKS}[name][0]].found
     for count, ranks in zip(COUNTS, split[name], strict=True):
         answered = set()
         for responses in ranks:
@@ -173,7 +187,7 @@ def test_responses_are_those_of_one_process(alone, split, name):
         assert answered == set(range(count))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_logprobs_are_those_of_the_training_forward(split, name):
     for ranks in split[name]:
         for responses in ranks:
