@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_occ.mcore.generation import generate
+from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import SamplingSettings
@@ -37,7 +38,8 @@ def prompts():
 def respond(model, prompts, seeds=None, **changes):
     sampling = SamplingSettings(1.0, LIMIT, stop_ids=(0, 1, 2), batch_size=len(prompts))
     seeds = [100 + i for i in range(len(prompts))] if seeds is None else seeds
-    return generate([model], prompts, replace(sampling, **changes), seeds)
+    layout = Layout.of_this_rank(torch.device("cpu"))
+    return generate([model], layout, prompts, replace(sampling, **changes), seeds)
 
 
 def training_logprobs(model, ids, targets, temperature=1.0):
