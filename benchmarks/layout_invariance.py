@@ -67,19 +67,13 @@ def compare(cases: list[Case], folder: Path) -> dict[str, Measured]:
 
 
 def _worst(measured: tuple[Measured, ...]) -> Measured:
-    largest = {
-        name: max(
-            (getattr(m, name) for m in measured if getattr(m, name) is not None), default=None
-        )
-        for name in COLUMNS
-    }
-    return Measured(**largest, worst=max(measured, key=lambda m: m.gradient or 0.0).worst)
+    largest = {name: max(getattr(m, name) for m in measured) for name in COLUMNS}
+    return Measured(**largest, worst=max(measured, key=lambda m: m.gradient).worst)
 
 
 def largest(measured: Measured) -> float:
     """Largest deviation in a row."""
-    values = [getattr(measured, name) for name in COLUMNS]
-    return max(value for value in values if value is not None)
+    return max(getattr(measured, name) for name in COLUMNS)
 
 
 def table(results: dict[str, Measured]) -> str:
@@ -87,8 +81,7 @@ def table(results: dict[str, Measured]) -> str:
     width = max(map(len, results))
     lines = [f"{'layout':<{width}}" + "".join(f"{title:>12}" for title in TITLES)]
     for name, measured in results.items():
-        values = [getattr(measured, column) for column in COLUMNS]
-        cells = "".join(f"{'-':>12}" if v is None else f"{v:12.1e}" for v in values)
+        cells = "".join(f"{getattr(measured, column):12.1e}" for column in COLUMNS)
         flag = "" if largest(measured) <= LIMIT else f"  above {LIMIT:g}: {measured.worst}"
         lines.append(f"{name:<{width}}{cells}{flag}")
     return "\n".join(lines)

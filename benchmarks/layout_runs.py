@@ -6,6 +6,7 @@ gradient that is wrong on one copy of a parameter alone is found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,15 +34,12 @@ UPDATES = 3
 
 @dataclass
 class Measured:
-    """Largest deviations from the single process, relative; ``loss`` etc. over all updates.
-
-    No gradient is compared under the distributed optimizer: a rank has the sum of its part alone.
-    """
+    """Largest deviations from the single process, relative; ``loss`` etc. over all updates."""
 
     loss: float
     grad_norm: float
     coefficient: float
-    gradient: float | None
+    gradient: float
     parameter: float
     worst: str = ""
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -73,10 +71,10 @@ def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measu
     _load(actor, folder / "start")
     actor.optimizer.megatron.reload_model_params()
     updater, metrics = PolicyUpdater(config, actor), []
-    gradient: tuple[float | None, str] = (None, "")
+    gradient = (0.0, "")
     for step in range(UPDATES):
         metrics.append(updater.run_update(mini_batches(config, actor)[step % 2]).metrics)
-        if step == 0 and not config.parallel.distributed_optimizer:
+        if step == 0:
             gradient = _compare_gradients(actor, folder)
     parameters = _compare(actor, folder / "end", folder / "end_scale")
     return Measured(
@@ -132,7 +130,8 @@ def _largest(found: list[dict], expected: list[dict], prefixes: tuple[str, ...])
         assert line.keys() == wanted.keys(), line.keys() ^ wanted.keys()
         for name, value in wanted.items():
             if name.startswith(prefixes):
-                deviations.append(abs(line[name] - value) / max(abs(value), 1e-3))
+                deviation = abs(line[name] - value) / max(abs(value), 1e-3)
+                deviations.append(math.inf if math.isnan(deviation) else deviation)
     return max(deviations)
 
 
@@ -164,7 +163,19 @@ def _load(actor: MegatronGPTActor, path: Path) -> None:
     load_model(actor, dist_checkpointing.load(model_state(actor), str(path)))
 
 
+def _gather_gradients(actor: MegatronGPTActor) -> None:
+    """Under the distributed optimizer a rank has the sum of its part of each bucket alone."""
+    for chunk in actor.wrapped:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                part = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, part, group=group)
+
+
 def _gradients(actor: MegatronGPTActor) -> list[Tensor]:
+    if actor.config.parallel.distributed_optimizer:
+        _gather_gradients(actor)
     parameters = [parameter for _, _, parameter in _named(actor)]
     return [p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for p in parameters]
 
@@ -200,6 +211,7 @@ def _compare(actor: MegatronGPTActor, path: Path, scale_path: Path) -> tuple[flo
         wanted, scale = (state[f"model{index}"].get(name) for state in (expected, scales))
         if wanted is None:  # a tied copy, saved under the embedding's name
             continue
-        deviation = float(((value - wanted).abs() / scale.clamp(min=1e-12)).max())
+        relative = (value - wanted).abs() / scale.clamp(min=1e-12)
+        deviation = float(relative.nan_to_num(nan=torch.inf).max())
         worst = max(worst, (deviation, name))
     return worst
