@@ -39,6 +39,11 @@ class Sizes:
     pretrain_updates: int
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
 def model_parallel_size(config: Config) -> int:
     """Ranks that work on the same sequences: tensor, pipeline and context parallel."""
     parallel = config.parallel

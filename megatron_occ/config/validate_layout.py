@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 from megatron_occ.config.pipeline import pipeline_problems
 from megatron_occ.config.schema import Config
-from megatron_occ.config.sizes import fp8_multiple, model_parallel_size, sequence_multiple
+from megatron_occ.config.sizes import (
+    fp8_multiple,
+    model_parallel_size,
+    round_up,
+    sequence_multiple,
+)
 
 
 def layout_problems(
@@ -159,7 +164,7 @@ def _rollout_batch(config: Config, ranks: int) -> Iterator[str]:
 
 def _token_budget(config: Config, budget: int) -> Iterator[str]:
     longest, multiple = config.model.max_position_embeddings, sequence_multiple(config)
-    aligned = -(-longest // multiple) * multiple
+    aligned = round_up(longest, multiple)
     if budget < aligned:
         yield (
             f"rl.micro_batch_tokens={budget}: a sequence may have model.max_position_embeddings="

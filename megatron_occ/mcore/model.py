@@ -207,10 +207,11 @@ class OCCGPTModel(GPTModel):
     def _with_embedding(self, hidden: Tensor) -> Tensor:
         """The same values; the embedding of the MTP layers gets a gradient of zeros.
 
-        On a stage other than the first it may have no other use, and an overlapped reduction would
-        wait for its gradient for ever.
+        An overlapped reduction would wait for ever for that of one without another use: as the
+        input of the trunk, or as the output layer.
         """
-        if self.pre_process:
+        is_output = self.post_process and self.share_embeddings_and_output_weights
+        if self.pre_process or is_output or not torch.is_grad_enabled():
             return hidden
         return hidden + 0.0 * self.embedding.word_embeddings.weight.view(-1)[:1]
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from megatron_occ.config.sizes import round_up
+
 
 @dataclass(frozen=True)
 class ContextRanks:
@@ -26,6 +28,12 @@ class ContextRanks:
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Values of all of them, in rank order, without gradient."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, values.contiguous(), group=self.group)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,7 @@ class Placement:
 
     def everywhere(self, values: Tensor) -> Tensor:
         """Constants [n, ...] of all context-parallel ranks, concatenated."""
-        if self.ranks.size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.ranks.size)]
-        torch.distributed.all_gather(parts, values.contiguous(), group=self.ranks.group)
-        return torch.cat(parts)
+        return values if self.ranks.size == 1 else torch.cat(self.ranks.gather(values))
 
     def ahead(self, values: Tensor, steps: int) -> Tensor:
         """Constants of the tokens ``steps`` further on in the same sequence, [n, ...].
@@ -96,9 +100,7 @@ class _GatherContext(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, ranks):  # noqa: ANN001, ANN205
         ctx.ranks = ranks
-        parts = [torch.empty_like(values) for _ in range(ranks.size)]
-        torch.distributed.all_gather(parts, values.contiguous(), group=ranks.group)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(ranks.gather(values), dim=-1)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
@@ -122,7 +124,7 @@ def place_padded(
     """
     ranks = ranks or ContextRanks()
     batch, length = size
-    aligned = _align(length, multiple)
+    aligned = round_up(length, multiple)
     row = torch.arange(batch)
     parts = []
     for rank in range(ranks.size):
@@ -155,7 +157,9 @@ def place_packed(
     """
     ranks = ranks or ContextRanks()
     batch, width = size
-    spans = [(row * width, length, _align(length, multiple)) for row, length in enumerate(lengths)]
+    spans = [
+        (row * width, length, round_up(length, multiple)) for row, length in enumerate(lengths)
+    ]
     rest = 0 if total is None else total - sum(aligned for _, _, aligned in spans)
     assert rest >= 0, f"{len(lengths)} sequences do not fit into {total} tokens"
     if rest:
@@ -173,11 +177,7 @@ def place_packed(
 
 def packed_length(lengths: Sequence[int], multiple: int) -> int:
     """Tokens of the packed row that holds sequences of these lengths."""
-    return sum(_align(length, multiple) for length in lengths)
-
-
-def _align(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+    return sum(round_up(length, multiple) for length in lengths)
 
 
 def _positions(length: int, rank: int, size: int) -> Tensor:

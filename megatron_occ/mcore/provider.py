@@ -24,6 +24,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import round_up
 from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
 from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
 from megatron_occ.mcore.model import OCCGPTModel
@@ -83,7 +84,7 @@ def _build_chunk(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, vp_stage),
         mtp_block_spec=mtp,
-        vocab_size=-(-ids // tensor) * tensor,
+        vocab_size=round_up(ids, tensor),
         valid_vocab_size=ids,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**place),

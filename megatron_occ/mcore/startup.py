@@ -8,7 +8,7 @@ import random
 import torch
 from megatron.core import parallel_state
 
-from megatron_occ.config.pipeline import parse_layout
+from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import Layout
@@ -65,16 +65,10 @@ def embedding_stages(config: Config) -> list[int]:
     layers. Megatron's default, first and last, adds an untied output layer to the embedding where
     the MTP layers have a stage of their own.
     """
-    parallel = config.parallel
-    last = parallel.pipeline - 1
-    stages = {0} | ({last} if config.model.tie_embeddings else set())
-    if config.mtp.num_layers:
-        stages.add(last)
-        if parallel.pipeline_layout is not None:
-            chunks = parse_layout(parallel.pipeline_layout)
-            holder = next(i for i, chunk in enumerate(chunks) if "m" in chunk) % parallel.pipeline
-            stages = (stages if config.model.tie_embeddings else {0}) | {holder}
-    return sorted(stages)
+    stages = config.parallel.pipeline
+    holders = {0} | ({stages - 1} if config.model.tie_embeddings else set())
+    chunks = enumerate(model_chunks(config))
+    return sorted(holders | {index % stages for index, chunk in chunks if "m" in chunk})
 
 
 def _init_process_group(backend: str) -> None:

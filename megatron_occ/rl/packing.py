@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heapreplace
 
+from megatron_occ.config.sizes import round_up
+
 Bin = list[int]
 
 
@@ -44,7 +46,7 @@ def plan_micro_batches(
         ValueError: a sequence longer than the budget, or too few sequences to cut evenly.
     """
     assert min(lengths, default=1) >= 1, f"a sequence without tokens: {min(lengths)}"
-    aligned = [-(-length // multiple) * multiple for length in lengths]
+    aligned = [round_up(length, multiple) for length in lengths]
     _check_longest(lengths, aligned, budget)
     step = ranks * count_multiple
     fewest = -(-sum(aligned) // (budget * step)) * step

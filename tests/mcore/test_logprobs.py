@@ -10,11 +10,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.mcore.vocabulary import logprobs
-from megatron_occ.mcore.vocabulary.logprobs import VocabShard, draft_distance, token_statistics
+from megatron_occ.mcore.vocabulary.logprobs import (
+    HeadTokens,
+    TokenStatistics,
+    VocabShard,
+    draft_distance,
+    head_statistics,
+)
 from megatron_occ.mcore.vocabulary.tiles import Tiles
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 19
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
+
+
+def token_statistics(
+    hidden, weight, targets, shard, temperature=1.0, *, entropy=False, top_ids=False
+) -> TokenStatistics:
+    """Statistics of one head."""
+    head = HeadTokens(hidden, targets, entropy, top_ids)
+    return head_statistics([head], weight, shard, temperature)[0]
+
+
 everything = functools.partial(token_statistics, entropy=True, top_ids=True)
 DENSE_DISTANCES = {"soft_ce": soft_cross_entropy, "tv": total_variation}
 

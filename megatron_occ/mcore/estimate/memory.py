@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_occ.config.schema import Config
-from megatron_occ.config.sizes import derive, sequence_multiple
-from megatron_occ.losses.joint import Regime
+from megatron_occ.config.sizes import derive, round_up, sequence_multiple
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
+from megatron_occ.rl.calibration import regime_from
 
 _FP32 = 4
 
@@ -141,7 +141,7 @@ def _micro_batch_tokens(config: Config, command: str) -> int:
         length, rows = config.pretrain.sequence_length, config.pretrain.micro_batch_size
     elif rl.micro_batch_tokens is not None:
         return rl.micro_batch_tokens
-    return rows * -(-length // multiple) * multiple
+    return rows * round_up(length, multiple)
 
 
 def _micro_batches(config: Config, world_size: int, command: str) -> float:
@@ -181,7 +181,7 @@ def _activations(config: Config, held: Held, tokens: int, recompute: bool) -> _K
     split = config.model.hidden_size / _sequence_ranks(config)
     if held.has_mtp:
         # two norms, their concatenation, the layer, the final norm
-        passes = len(Regime(config.mtp.trunk.signal, config.mtp.head.signal).passes)
+        passes = len(regime_from(config.mtp).passes)
         mtp = config.mtp.num_layers * passes * (5 * split + mtp_layer)
     if not recompute:
         return _Kept(local * (held.dense_layers * dense + held.moe_layers * moe + mtp), 0)
@@ -244,7 +244,7 @@ def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
     local = tokens // config.parallel.context
     heads = 1
     if config.mtp.num_layers:
-        passes = len(Regime(config.mtp.trunk.signal, config.mtp.head.signal).passes)
+        passes = len(regime_from(config.mtp).passes)
         heads += config.mtp.num_layers * passes
     # with their gradients
     states = 2 * heads * local * config.model.hidden_size * _width(config)

@@ -79,21 +79,6 @@ def head_statistics(
     return [TokenStatistics(*results[i : i + 3]) for i in range(0, len(results), 3)]
 
 
-def token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    shard: VocabShard,
-    temperature: float = 1.0,
-    *,
-    entropy: bool = False,
-    top_ids: bool = False,
-) -> TokenStatistics:
-    """:func:`head_statistics` of one head."""
-    head = HeadTokens(hidden, targets, entropy, top_ids)
-    return head_statistics([head], weight, shard, temperature)[0]
-
-
 class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, wanted, shard, temperature, *tensors):  # noqa: ANN001, ANN002, ANN205
@@ -151,7 +136,7 @@ def draft_distance(
     Args:
         kind: ``soft_ce`` for -sum p log q, ``tv`` for 0.5 sum |p - q| (1 - tv is the acceptance
             rate of lossless speculative sampling, Leviathan et al. 2211.17192).
-        hidden: [n, h] of the MTP depth, as for :func:`token_statistics`.
+        hidden: [n, h] of the MTP depth, as in :class:`HeadTokens`.
         weight: [v_local, h], taken without gradient.
         teacher_hidden: [n, h] of the main head for the same target tokens, taken without gradient.
 
