@@ -1,0 +1,116 @@
+"""Every option of architecture, layout and precision reaches Megatron-Core: none is ignored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_occ.config import load_config
+from megatron_occ.config.keys import leaves
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.provider import build_chunks
+from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.mcore.transformer_config import transformer_config
+from tests.mcore.conftest import VOCABULARY
+
+MOE = ("model.moe.num_experts=8", "model.moe.ffn_hidden_size=24", "model.num_layers=4")
+SIGMOID = (*MOE, "model.moe.score_function=sigmoid", "model.moe.expert_bias=true")
+GROUPS = (*MOE, "model.moe.top_k=2")
+MLA = ("model.mla.enabled=true", "model.num_query_groups=null")
+FP8 = ("precision=bf16", "fp8.format=hybrid")
+PP2 = ("parallel.pipeline=2", "model.num_layers=4", "mtp.num_layers=1")
+TP2 = ("parallel.tensor=2",)
+
+# option and value, what it goes with, Megatron's name and value
+REACHES = (
+    ("model.moe.num_experts=8", MOE, "num_moe_experts", 8),
+    ("model.moe.top_k=3", MOE, "moe_router_topk", 3),
+    ("model.moe.ffn_hidden_size=40", MOE, "moe_ffn_hidden_size", 40),
+    ("model.moe.shared_ffn_hidden_size=16", MOE, "moe_shared_expert_intermediate_size", 16),
+    ("model.moe.first_dense_layers=2", MOE, "moe_layer_freq", [0, 0, 1, 1]),
+    ("model.moe.score_function=sigmoid", MOE, "moe_router_score_function", "sigmoid"),
+    ("model.moe.expert_bias=true", SIGMOID, "moe_router_enable_expert_bias", True),
+    ("model.moe.bias_update_rate=0.5", SIGMOID, "moe_router_bias_update_rate", 0.5),
+    ("model.moe.scaling_factor=2.5", MOE, "moe_router_topk_scaling_factor", 2.5),
+    ("model.moe.groups=4", (*GROUPS, "model.moe.top_groups=2"), "moe_router_num_groups", 4),
+    ("model.moe.top_groups=2", (*GROUPS, "model.moe.groups=4"), "moe_router_group_topk", 2),
+    ("model.mla.enabled=true", MLA, "multi_latent_attention", True),
+    ("model.mla.q_lora_rank=20", MLA, "q_lora_rank", 20),
+    ("model.mla.kv_lora_rank=24", MLA, "kv_lora_rank", 24),
+    ("model.mla.qk_head_dim=12", MLA, "qk_head_dim", 12),
+    ("model.mla.qk_rope_head_dim=6", MLA, "qk_pos_emb_head_dim", 6),
+    ("model.mla.v_head_dim=10", MLA, "v_head_dim", 10),
+    ("parallel.tensor=2", (), "tensor_model_parallel_size", 2),
+    ("parallel.sequence=true", TP2, "sequence_parallel", True),
+    ("parallel.pipeline=2", PP2, "pipeline_model_parallel_size", 2),
+    ("parallel.virtual_pipeline=2", PP2, "virtual_pipeline_model_parallel_size", 2),
+    ("parallel.context=2", (), "context_parallel_size", 2),
+    ("parallel.expert=2", MOE, "expert_model_parallel_size", 2),
+    ("parallel.expert_tensor=2", (*MOE, "parallel.expert=2"), "expert_tensor_parallel_size", 2),
+    ("fp8.format=e4m3", FP8, "fp8", "e4m3"),
+    ("fp8.scaling=delayed", FP8, "fp8_recipe", "delayed"),
+    ("fp8.scaling=current", FP8, "fp8_recipe", "tensorwise"),
+    ("fp8.scaling=block", FP8, "fp8_recipe", "blockwise"),
+    ("recompute=full", (), "recompute_granularity", "full"),
+    ("precision=bf16", (), "params_dtype", torch.bfloat16),
+)
+# tested below
+ELSEWHERE = {
+    "parallel.pipeline_layout",
+    "parallel.overlap_grad_reduce",
+    "parallel.distributed_optimizer",
+}
+
+
+def test_no_option_is_missing_here():
+    sections = ("model.moe.", "model.mla.", "parallel.", "fp8.")
+    listed = {given.partition("=")[0] for given, *_ in REACHES} | ELSEWHERE
+    assert {key for key in leaves() if key.startswith(sections)} <= listed
+
+
+@pytest.mark.parametrize(("given", "beside", "name", "value"), REACHES, ids=[r[0] for r in REACHES])
+def test_an_option_reaches_megatron(given, beside, name, value):
+    assert getattr(transformer_config(load_config([], [*beside, given])), name) == value
+
+
+def test_a_pipeline_layout_reaches_megatron():
+    layout = transformer_config(
+        load_config([], [*PP2, "parallel.pipeline_layout=Et|tttmL"])
+    ).pipeline_model_parallel_layout
+    assert [len(layout.get_layer_id_list(pp_rank=rank, vp_stage=0)) for rank in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_reduction_and_optimizer_are_as_given(overlap, distributed):
+    config = load_config(
+        [],
+        [
+            f"parallel.overlap_grad_reduce={overlap}".lower(),
+            f"parallel.distributed_optimizer={distributed}".lower(),
+        ],
+    )
+    layout = initialize(config)
+    try:
+        actor = MegatronGPTActor(
+            config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
+        )
+        (wrapped,) = actor.wrapped
+        assert wrapped.ddp_config.overlap_grad_reduce is overlap
+        parts = actor.optimizer.megatron.chained_optimizers
+        assert [isinstance(part, DistributedOptimizer) for part in parts] == [distributed]
+    finally:
+        shutdown()
+
+
+def test_rotary_percent_turns_that_part_of_a_head(layout):
+    config = load_config([], ["model.rotary_percent=0.5"])  # heads are 24 wide
+    (model,) = build_chunks(config, VOCABULARY, layout.device)
+    assert model.rotary_pos_emb.inv_freq.numel() == 24 * 0.5 / 2
+
+
+def test_vocab_size_gives_the_rows_of_the_embedding(layout):
+    config = load_config([], ["model.vocab_size=40"])
+    (model,) = build_chunks(config, VOCABULARY, layout.device)
+    assert model.embedding.word_embeddings.weight.size(0) == model.valid_vocab_size == 40
