@@ -37,6 +37,7 @@ from megatron_occ.mcore.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import PretrainTrainer
@@ -269,7 +270,16 @@ def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Samp
         temperature=rollout.temperature,
         max_response_length=rollout.max_response_length,
         stop_ids=tuple(stop),
-        batch_size=rollout.batch_size,
+        stop_strings=tuple(rollout.stop),
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+    )
+    engine = MegatronEngine(
+        actor.inference_chunks,
+        run.layout,
+        slots=rollout.batch_size,
+        speculation=speculation_from(run.config),
+        decode=run.tokenizer.decode,
     )
     room = run.config.model.max_position_embeddings - rollout.max_response_length
-    return Sampler(actor, run.tokenizer, verifiers, sampling, max_prompt_length=room)
+    return Sampler(engine, actor, run.tokenizer, verifiers, sampling, max_prompt_length=room)

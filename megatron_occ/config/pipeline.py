@@ -48,6 +48,11 @@ def model_chunks(config: Config) -> list[str]:
     return chunks
 
 
+def drafts_on_last_stage(config: Config) -> bool:
+    """Whether MTP layers lie beside the output layer, where drafts are made."""
+    return config.mtp.num_layers > 0 and "m" in model_chunks(config)[-1]
+
+
 def pipeline_problems(config: Config) -> Iterator[str]:
     """Problems of the pipeline keys, one message each."""
     parallel = config.parallel

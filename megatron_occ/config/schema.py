@@ -158,10 +158,32 @@ class PolicyLossConfig:
 
 
 @dataclass
+class SpeculativeConfig:
+    mode: str = option(
+        "auto",
+        "drafts by the MTP head: where they pay by measurement, always, or never",
+        choices=("auto", "fixed", "off"),
+    )
+    draft_length: int = option(
+        3, "tokens of a draft (auto: at most); behind depth K the last depth goes on", minimum=1
+    )
+    acceptance: str = option(
+        "coupled",
+        "drafts that plain sampling would draw (same tokens), or speculative sampling (same "
+        "distribution, more accepted)",
+        choices=("coupled", "rejection"),
+    )
+
+
+@dataclass
 class RolloutConfig:
     max_response_length: int = option(32, "tokens of a response at most", minimum=1)
     temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
+    top_p: float = option(1.0, "probability mass that sampling keeps (1: all)", above=0, maximum=1)
+    top_k: int | None = option(None, "tokens that sampling keeps (null: all)", minimum=1)
+    stop: list[str] = option([], "texts that end a response, besides the stop tokens")
     batch_size: int = option(512, "sequences generated at once on a data-parallel rank", minimum=1)
+    speculative: SpeculativeConfig = section(SpeculativeConfig, "speculative decoding")
     log_samples: int = option(8, "responses a step written to rollouts.jsonl", minimum=0)
 
 
@@ -184,7 +206,7 @@ class ValidationConfig:
     every: int = option(25, "RL steps between validations (0: only before and after)", minimum=0)
     problems: int = option(512, "held-out problems", minimum=1)
     samples: int = option(1, "samples a problem, the k of avg@k and pass@k", minimum=1)
-    temperature: float = option(1.0, "sampling temperature", above=0)
+    temperature: float = option(1.0, "sampling temperature (0: greedy)", minimum=0)
 
 
 @dataclass

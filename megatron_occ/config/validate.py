@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import check_value, leaves, spell
 from megatron_occ.config.load import flat_values
+from megatron_occ.config.pipeline import drafts_on_last_stage, pipeline_problems
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_layout import layout_problems
@@ -64,6 +65,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from _verifiers(config)
         yield from _prompts(config)
         yield from _responses(config)
+        yield from _speculation(config)
     if trains:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
@@ -156,6 +158,20 @@ def _responses(config: Config) -> Iterator[str]:
         yield (
             f"rl.rollout.max_response_length={length}: leaves no room for a prompt in "
             f"model.max_position_embeddings={limit}. Lower the one or raise the other"
+        )
+
+
+def _speculation(config: Config) -> Iterator[str]:
+    key = "rl.rollout.speculative.mode"
+    if config.rl.rollout.speculative.mode != "fixed":
+        return
+    if config.mtp.num_layers == 0:
+        yield f"{key}=fixed: mtp.num_layers=0 has no head to draft with. Give {key}=off"
+    elif not any(pipeline_problems(config)) and not drafts_on_last_stage(config):
+        yield (
+            f"{key}=fixed: parallel.pipeline_layout={config.parallel.pipeline_layout} has the "
+            "MTP layers and the output layer (L) in different chunks, and drafts need both. "
+            f"Put them into one, or give {key}=off"
         )
 
 

@@ -75,7 +75,11 @@ SWITCHES = (
     Switch(
         "mtp.num_layers",
         _is(0),
-        ("pretrain.mtp_weight", "mtp.head.clip_grad"),
+        (
+            "pretrain.mtp_weight",
+            "mtp.head.clip_grad",
+            *_all_but("rl.rollout.speculative", "mode"),
+        ),
         "mtp.num_layers=1 or more",
         zero=0,
     ),
@@ -84,6 +88,12 @@ SWITCHES = (
         _is(0),
         ("pretrain.validate_every", "pretrain.stop_at_pass_rate", "data.corpus"),
         "pretrain.steps=1 or more",
+    ),
+    Switch(
+        "rl.rollout.speculative.mode",
+        _is("off"),
+        _all_but("rl.rollout.speculative", "mode"),
+        "rl.rollout.speculative.mode=auto or fixed",
     ),
     Switch("data.task.name", _is(None), ("data.task.params",), "data.task.name"),
     Switch(

@@ -19,9 +19,8 @@ from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
-from megatron_occ.mcore.generation import Generation, generate_shared
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.model import HeadRequest, OCCGPTModel
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
 from megatron_occ.mcore.placement import (
     ContextRanks,
@@ -38,7 +37,6 @@ from megatron_occ.mcore.provider import (
 )
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rollout import SamplingSettings
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
 
@@ -113,15 +111,13 @@ class MegatronGPTActor:
         self._gathers_tokens = on_cpu and expert_sharing_group() is not None
         self._reference: list[Tensor] | None = None
         self._inference: list[InferenceChunk] | None = None
+        self.version = 0
 
-    def infer(
-        self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
-    ) -> Generation:
-        """Sample a response for each prompt; see ``mcore.generation.generate``."""
+    def inference_chunks(self) -> list[OCCGPTModel]:
+        """This rank's model for generation, on the present weights."""
         if self._inference is None:
             self._inference = [build_inference_chunk(chunk, self.config) for chunk in self.chunks]
-        chunks = [chunk.refresh() for chunk in self._inference]
-        return generate_shared(chunks, self.layout, prompts, sampling, seeds)
+        return [chunk.refresh() for chunk in self._inference]
 
     def get_inference_log_probs(
         self,
@@ -196,6 +192,7 @@ class MegatronGPTActor:
 
     def finish_training_step(self) -> StepReport:
         """Clip and update."""
+        self.version += 1
         return self.optimizer.step()
 
     def micro_batch(
@@ -232,7 +229,7 @@ class MegatronGPTActor:
             lengths = [batch.lengths for batch in batches]
             total = max(packed_length(part, self.sequence_multiple) for part in lengths if part)
             if self._gathers_tokens:
-                total = layout.largest_among_expert_ranks(total)
+                (total,) = layout.largest_among_expert_ranks([total])
         placed = []
         for batch in batches:
             placement = self._place(batch, total)

@@ -109,14 +109,32 @@ class Layout:
         torch.distributed.broadcast_object_list(box, group=group, group_src=source)
         return box[0]
 
-    def largest_among_expert_ranks(self, value: int) -> int:
-        """Maximum over the ranks that share experts; the host waits for it."""
+    def largest_among_expert_ranks(self, values: list[int]) -> list[int]:
+        """Maxima over the ranks that share experts; the host waits for them."""
         group = expert_sharing_group()
         if group is None:
-            return value
-        values = torch.tensor([value], device=self.device)
-        torch.distributed.all_reduce(values, op=ReduceOp.MAX, group=group)
-        return int(values)
+            return values
+        largest = torch.tensor(values, device=self.device)
+        torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=group)
+        return largest.tolist()
+
+    def decide(self, values: list[int]) -> list[int]:
+        """Values of the first tensor and pipeline rank on all that share a model with it.
+
+        Ranks that go through a model together have to do the same, also where a decision hangs on
+        a clock.
+        """
+        shared = self.tensor_parallel_size * self.pipeline_size
+        if shared > 1:
+            chosen = torch.tensor(values, device=self.device)
+            for group in (
+                parallel_state.get_pipeline_model_parallel_group(),
+                parallel_state.get_tensor_model_parallel_group(),
+            ):
+                if group.size() > 1:
+                    torch.distributed.broadcast(chosen, group=group, group_src=0)
+            return chosen.tolist()
+        return values
 
     def gather_context_parallel(self, value: Any) -> list[Any]:
         """Python objects of the context-parallel ranks, in rank order."""

@@ -36,3 +36,8 @@ class MTPLayer(MultiTokenPredictionLayer):
         hidden = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         # from 0.17 on Megatron hands a padding mask along
         return input_ids, position_ids, *newer.values(), embedded, hidden
+
+
+def inner_layer(layer: MultiTokenPredictionLayer) -> Any:
+    """The transformer layer of an MTP layer: Megatron 0.17 renamed it."""
+    return getattr(layer, "transformer_layer", None) or layer.mtp_model_layer

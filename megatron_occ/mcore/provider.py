@@ -189,7 +189,7 @@ class InferenceChunk:
 
 
 def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
-    """A chunk without context and sequence parallelism, recompute and MTP, on the same weights.
+    """A chunk without context and sequence parallelism and recompute, on the same weights.
 
     Args:
         chunk: the trained chunk.
@@ -201,14 +201,14 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
     groups.embd = None
     if config.parallel.context > 1:
         groups.cp = _group_of_one()
-    # the number of MTP layers stays: it says on which stage the final norm lies
-    block = _block_spec(megatron, chunk.vp_stage)
+    block, mtp = _block_spec(megatron, chunk.vp_stage), _mtp_spec(megatron, chunk.vp_stage)
     model = config.model
 
     def build() -> OCCGPTModel:
         return OCCGPTModel(
             config=megatron,
             transformer_layer_spec=block,
+            mtp_block_spec=mtp,
             vocab_size=chunk.vocab_size,
             valid_vocab_size=chunk.valid_vocab_size,
             max_sequence_length=chunk.max_sequence_length,
@@ -222,12 +222,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
             pg_collection=groups,
         )
 
-    # with MTP layers on the last stage, a tied output layer lies in that stage's embedding
-    tied_there = (
-        chunk.post_process and chunk.mtp_process and not chunk.pre_process and model.tie_embeddings
-    )
-    names = {"output_layer.weight": "embedding.word_embeddings.weight"} if tied_there else {}
-    return InferenceChunk(SharedCopy(chunk, build, lambda name: names.get(name, name)))
+    return InferenceChunk(SharedCopy(chunk, build))
 
 
 def _inference_config(megatron: TransformerConfig) -> TransformerConfig:

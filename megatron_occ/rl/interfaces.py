@@ -8,17 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs, LossReport
-from megatron_occ.rollout import SamplingSettings
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
-
-
-class GenerationLike(Protocol):
-    """Responses of n prompts: token ids, their log-probs, and whether a stop token ended them."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    finished: list[bool]
 
 
 class StepReportLike(Protocol):
@@ -64,7 +55,7 @@ class Collectives(Protocol):
 
 
 class Actor(Protocol):
-    """A policy that can be sampled, scored and updated; ``mcore.actor.MegatronGPTActor`` is one.
+    """A policy that can be scored and updated; ``mcore.actor.MegatronGPTActor`` is one.
 
     ``lengths``, tokens of each row, asks for packed micro-batches, None for padded ones. What the
     losses see is the same: [b, s] in the source frame. Padding may hold anything.
@@ -74,16 +65,14 @@ class Actor(Protocol):
         num_depths: MTP depths K.
         sequence_multiple: a packed sequence is padded to a multiple of this.
         micro_batch_multiple: the number of micro-batches is a multiple of this.
+        version: of the weights, optimizer updates so far.
     """
 
     layout: Collectives
     num_depths: int
     sequence_multiple: int
     micro_batch_multiple: int
-
-    def infer(
-        self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int]
-    ) -> GenerationLike: ...
+    version: int
 
     def get_inference_log_probs(
         self,

@@ -15,6 +15,8 @@ from megatron_occ.losses import group_advantages, group_has_spread, overlong_pen
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
 from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
+from megatron_occ.rollout import DraftStatistics
+from megatron_occ.rollout.engine import LENGTH
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class RolloutSource:
                 float(rewards.double().square().sum()),
                 float(sum(samples.scores)),
                 float(sum(lengths)),
-                float(len(samples) - sum(samples.finished)),
+                float(samples.finish_reasons.count(LENGTH)),
             ]
         )
         count, total, squares, accuracy, tokens, truncated = sums
@@ -186,7 +188,23 @@ class RolloutSource:
             "rollout/truncated": truncated / count,
             "rollout/dropped_groups": float(dropped),
             "rollout/tokens": tokens,
+            **self._draft_metrics(samples.drafts),
         }
+
+    def _draft_metrics(self, drafts: DraftStatistics) -> dict[str, float]:
+        """Acceptance, over all ranks: of the drafts at each place, and tokens a trunk pass."""
+        length = int(self._maximum(len(drafts.proposed)))
+        counts = [drafts.passes, drafts.tokens]
+        for places in (drafts.proposed, drafts.accepted):
+            counts += [*places, *[0] * (length - len(places))]
+        sums = self._sum([float(count) for count in counts])
+        (passes, tokens), proposed, accepted = sums[:2], sums[2 : 2 + length], sums[2 + length :]
+        metrics = {"draft/acceptance_length": tokens / passes if passes else 1.0}
+        for place, (tried, kept) in enumerate(zip(proposed, accepted, strict=True), start=1):
+            if tried:
+                metrics[f"draft/proposed_{place}"] = tried / passes
+                metrics[f"draft/accepted_{place}"] = kept / tried
+        return metrics
 
     def _readable(
         self, samples: Samples, rewards: Tensor, advantages: Tensor
@@ -202,7 +220,7 @@ class RolloutSource:
                 "correct": samples.scores[i] >= 1.0,
                 "reward": round(float(rewards[i]), 6),
                 "advantage": round(float(advantages[i]), 6),
-                "finish_reason": "stop" if samples.finished[i] else "length",
+                "finish_reason": samples.finish_reasons[i],
             }
             for i in range(0, count * stride, stride)
         ]

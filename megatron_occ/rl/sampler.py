@@ -12,32 +12,38 @@ from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
-from megatron_occ.rollout import SamplingSettings
+from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, SamplingSettings
 
 
 @dataclass
 class Samples:
-    """Responses of whole groups, one entry a response."""
+    """Responses of whole groups, one entry a response, and how drafts fared in all of them."""
 
     records: list[PromptRecord] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    drafts: DraftStatistics = field(default_factory=DraftStatistics)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def take(self, rows: list[int]) -> Samples:
         """The given responses."""
-        return Samples(*([getattr(self, f.name)[row] for row in rows] for f in fields(self)))
+        names = [f.name for f in fields(self) if f.name != "drafts"]
+        return Samples(*([getattr(self, name)[row] for row in rows] for name in names))
 
     def extend(self, other: Samples) -> None:
         """Append the responses of ``other``."""
         for f in fields(self):
-            getattr(self, f.name).extend(getattr(other, f.name))
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "drafts":
+                mine.add(theirs)
+            else:
+                mine.extend(theirs)
 
 
 def sample_seed(key: int, index: int) -> int:
@@ -50,6 +56,7 @@ class Sampler:
     """Samples and scores responses.
 
     Args:
+        engine: generates, under the weights of ``actor``.
         actor: the policy.
         tokenizer: of prompts and responses.
         verifiers: pool that scores responses.
@@ -57,6 +64,7 @@ class Sampler:
         max_prompt_length: tokens of a prompt at most, so that both fit the position range.
     """
 
+    engine: RolloutEngine
     actor: Actor
     tokenizer: Tokenizer
     verifiers: VerifierPool
@@ -70,7 +78,10 @@ class Sampler:
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
             sampling = replace(self.sampling, temperature=temperature)
-            generation = self.actor.infer(prompts, sampling, seeds)
+            self.engine.update_weights(self.actor.version)
+            generation = self.engine.generate(
+                [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
+            )
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
             scores = self._score(records, texts)
@@ -79,9 +90,10 @@ class Sampler:
             prompts,
             generation.tokens,
             generation.logprobs,
-            generation.finished,
+            generation.finish_reasons,
             texts,
             scores,
+            generation.drafts,
         )
 
     def _score(self, records: list[PromptRecord], texts: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Generation with a KV cache against full forward passes of the same model."""
+"""The embedded engine against full forward passes of the same model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_occ.mcore.generation import generate
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.provider import build_inference_chunk
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rollout import SamplingSettings
+from megatron_occ.rollout import Request, SamplingSettings
 from tests.mcore.conftest import (
     VOCABULARY,
     build_model,
@@ -23,6 +25,8 @@ from tests.mcore.conftest import (
 
 LENGTHS = (5, 1, 9, 3, 5, 7)
 LIMIT = 10
+PLAIN = Speculation()
+SAMPLING = SamplingSettings(1.0, LIMIT, stop_ids=(0, 1, 2))
 
 
 @pytest.fixture
@@ -35,11 +39,33 @@ def prompts():
     return [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(LENGTHS)]
 
 
-def respond(model, prompts, seeds=None, **changes):
-    sampling = SamplingSettings(1.0, LIMIT, stop_ids=(0, 1, 2), batch_size=len(prompts))
+def make_engine(model, *, slots, speculation=PLAIN):
+    config = Config()
+    config.model.tie_embeddings = model.share_embeddings_and_output_weights
+    config.model.rotary_percent = model.rotary_percent
+    copy = build_inference_chunk(model, config)
+    return MegatronEngine(
+        lambda: [copy.refresh()],
+        Layout.of_this_rank(torch.device("cpu")),
+        slots=slots,
+        speculation=speculation,
+        decode=lambda ids: "".join(chr(ord("a") + i) for i in ids),
+    )
+
+
+def settings(**changes):
+    return replace(SAMPLING, **changes)
+
+
+def requests(prompts, seeds=None, limits=None):
     seeds = [100 + i for i in range(len(prompts))] if seeds is None else seeds
-    layout = Layout.of_this_rank(torch.device("cpu"))
-    return generate([model], layout, prompts, replace(sampling, **changes), seeds)
+    limits = [None] * len(prompts) if limits is None else limits
+    return [Request(*each) for each in zip(prompts, seeds, limits, strict=True)]
+
+
+def respond(model, prompts, seeds=None, *, slots=None, speculation=PLAIN, **changes):
+    engine = make_engine(model, slots=slots or len(prompts), speculation=speculation)
+    return engine.generate(requests(prompts, seeds), settings(**changes))
 
 
 def training_logprobs(model, ids, targets, temperature=1.0):
@@ -76,11 +102,11 @@ def test_logprobs_equal_those_of_the_training_forward(model, temperature):
         torch.testing.assert_close(got, expected[row, span], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 512])
-def test_responses_do_not_depend_on_the_batch_size(model, batch_size):
-    whole, cut = respond(model, prompts()), respond(model, prompts(), batch_size=batch_size)
+@pytest.mark.parametrize("slots", [1, 2, 4, 512])
+def test_responses_do_not_depend_on_the_number_of_slots(model, slots):
+    whole, cut = respond(model, prompts()), respond(model, prompts(), slots=slots)
     assert cut.tokens == whole.tokens
-    assert cut.finished == whole.finished
+    assert cut.finish_reasons == whole.finish_reasons
     for a, b in zip(cut.logprobs, whole.logprobs, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
 
@@ -104,7 +130,7 @@ def test_the_same_prompt_with_the_same_seed_has_the_same_response(model):
 def test_stop_tokens_end_a_response_and_belong_to_it(model):
     endless = respond(model, prompts(), stop_ids=())
     assert [len(tokens) for tokens in endless.tokens] == [LIMIT] * len(LENGTHS)
-    assert endless.finished == [False] * len(LENGTHS)
+    assert endless.finish_reasons == ["length"] * len(LENGTHS)
     # the same random numbers: stopping cuts the endless response and changes nothing before
     stop_ids = (endless.tokens[0][3], endless.tokens[1][0], endless.tokens[2][-1])
     result = respond(model, prompts(), stop_ids=stop_ids)
@@ -113,9 +139,9 @@ def test_stop_tokens_end_a_response_and_belong_to_it(model):
         end = stops[0] + 1 if stops else LIMIT
         assert result.tokens[row] == tokens[:end]
         assert result.logprobs[row] == pytest.approx(endless.logprobs[row][:end], abs=1e-5)
-        assert result.finished[row] == bool(stops)
+        assert result.finish_reasons[row] == ("stop" if stops else "length")
     assert len(result.tokens[1]) == 1
-    assert set(result.finished) == {True, False}
+    assert set(result.finish_reasons) == {"stop", "length"}
 
 
 def test_a_stop_token_at_the_limit_counts_as_finished(model):
@@ -124,7 +150,7 @@ def test_a_stop_token_at_the_limit_counts_as_finished(model):
     first = endless.tokens[0].index(last)
     result = respond(model, prompts()[:1], stop_ids=(last,), max_response_length=first + 1)
     assert result.tokens == [endless.tokens[0][: first + 1]]
-    assert result.finished == [True]
+    assert result.finish_reasons == ["stop"]
 
 
 def test_a_stop_token_in_the_prompt_ends_nothing(model):
@@ -142,11 +168,15 @@ def test_the_limit_is_respected_whatever_the_prompt_lengths(model, limit):
     assert result.tokens == [tokens[:limit] for tokens in longer.tokens]
 
 
-def test_near_zero_temperature_is_greedy_decoding_without_a_cache(model):
-    result = respond(model, prompts()[:3], temperature=1e-6, stop_ids=(), max_response_length=5)
+@pytest.mark.parametrize("temperature", [0, 1e-6])
+def test_greedy_decoding_is_that_of_full_passes(model, temperature):
+    result = respond(
+        model, prompts()[:3], temperature=temperature, stop_ids=(), max_response_length=5
+    )
     for prompt, tokens in zip(prompts(), result.tokens, strict=False):
         assert tokens == greedy_by_full_passes(model, prompt, 5)
-    assert sum(map(sum, result.logprobs)) == pytest.approx(0.0, abs=1e-5)
+    certain = sum(map(sum, result.logprobs)) == pytest.approx(0.0, abs=1e-5)
+    assert certain == (temperature > 0)
 
 
 def test_padding_rows_of_the_vocabulary_are_never_drawn(layout):
@@ -160,28 +190,20 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn(layout):
     favourite = (VOCABULARY - 1,)
     ids = [[min(i, VOCABULARY - 2) for i in prompt] for prompt in prompts()]
     result = respond(model, ids, stop_ids=favourite)
-    assert not any(result.finished)
+    assert set(result.finish_reasons) == {"length"}
     assert max(map(max, result.tokens)) < VOCABULARY - 1
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_training_flag_comes_back_also_after_an_exception(model, monkeypatch, training):
+def test_the_trained_model_is_not_touched(model, training):
     model.train(training)
+    before = {
+        name: value.clone() for name, value in model.state_dict().items() if value is not None
+    }
     respond(model, prompts())
     assert {module.training for module in model.modules()} == {training}
-
-    seen = []
-
-    def broken(*_):
-        seen.append(model.training)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(model, "next_token_logits", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        respond(model, prompts())
-    assert seen == [False]
-    assert {module.training for module in model.modules()} == {training}
-    assert torch.is_grad_enabled()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_training_after_generation_has_the_gradients_of_before(model):

@@ -1,4 +1,4 @@
-"""Generation under every kind of layout: the responses and log-probs of one process."""
+"""Generation under every kind of layout, with drafts: what one process gives without them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from benchmarks.layout_runs import VOCABULARY
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_model, model_state
-from megatron_occ.mcore.generation import Generation
+from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation, speculation_from
 from megatron_occ.mcore.startup import initialize, shutdown
-from megatron_occ.rollout import SamplingSettings
+from megatron_occ.rollout import Generation, Request, SamplingSettings
 from tests.mcore.distributed import run_ranks
 
 LENGTHS = (5, 1, 9, 3, 5, 7, 2)
 TEMPERATURE = 0.8
-SAMPLING = SamplingSettings(TEMPERATURE, 8, stop_ids=(0, 1, 2), batch_size=3)
+SAMPLING = SamplingSettings(TEMPERATURE, 8, stop_ids=(0, 1, 2))
 ONE_DEPTH, TWO_DEPTHS = ("mtp.num_layers=1",), ("mtp.num_layers=2",)
 MODELS = {
     "dense": DENSE + TWO_DEPTHS,
@@ -102,10 +102,12 @@ def make_actor(config: Config) -> MegatronGPTActor:
     )
 
 
-def respond(actor: MegatronGPTActor, numbers: list[int]) -> Responses:
+def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculation) -> Responses:
     """To the prompts of these numbers; empty lists take part in what ranks do together."""
     chosen = [prompts()[number] for number in numbers]
-    found = actor.infer(chosen, SAMPLING, [100 + number for number in numbers])
+    engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=3, speculation=speculation)
+    requests = [Request(prompts()[number], 100 + number) for number in numbers]
+    found = engine.generate(requests, SAMPLING)
     return Responses(numbers, found, training_logprobs(actor, chosen, found))
 
 
@@ -130,12 +132,15 @@ def run_cases(folder: Path, cases: list[tuple[str, tuple[str, ...]]]) -> list[li
     """[case][count] on this rank."""
     results = []
     for model, layout in cases:
-        config = read(MODELS[model], layout)
+        drafting = "fixed" if "|L" not in "".join(layout) else "auto"
+        config = read(MODELS[model], (*layout, f"rl.rollout.speculative.mode={drafting}"))
         validate(config, command="rl", world_size=torch.distributed.get_world_size())
         actor = make_actor(config)
         load_model(actor, dist_checkpointing.load(model_state(actor), str(folder / model)))
         rank, size = actor.layout.data_parallel_rank, actor.layout.data_parallel_size
-        results.append([respond(actor, list(range(count))[rank::size]) for count in COUNTS])
+        mine = [list(range(count))[rank::size] for count in COUNTS]
+        drafts = speculation_from(config)
+        results.append([respond(actor, numbers, drafts) for numbers in mine])
         parallel_state.destroy_model_parallel()
     return results
 
@@ -147,7 +152,7 @@ def alone(tmp_path_factory):
     found = {}
     for name, model in MODELS.items():
         actor = make_actor(read(model))
-        found[name] = respond(actor, list(range(len(LENGTHS))))
+        found[name] = respond(actor, list(range(len(LENGTHS))), Speculation())
         (folder / name).mkdir()
         dist_checkpointing.save(model_state(actor), str(folder / name))
         shutdown()
@@ -168,7 +173,7 @@ def split(alone):
 def test_the_responses_of_one_process_are_worth_comparing(alone):
     for responses in alone[0].values():
         assert len(set(map(len, responses.found.tokens))) > 2
-        assert set(responses.found.finished) == {True, False}
+        assert set(responses.found.finish_reasons) == {"stop", "length"}
         assert_same_logprobs(responses.found.logprobs, responses.training)
 
 
@@ -180,7 +185,7 @@ def test_responses_are_those_of_one_process(alone, split, name):
         for responses in ranks:
             for place, number in enumerate(responses.numbers):
                 assert responses.found.tokens[place] == expected.tokens[number]
-                assert responses.found.finished[place] == expected.finished[number]
+                assert responses.found.finish_reasons[place] == expected.finish_reasons[number]
             logprobs = [expected.logprobs[number] for number in responses.numbers]
             assert_same_logprobs(responses.found.logprobs, logprobs)
             answered |= set(responses.numbers)

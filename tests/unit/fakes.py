@@ -13,7 +13,7 @@ from megatron_occ.data.tokenizers import CharTokenizer
 from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rollout import sample_from_uniform, uniforms
+from megatron_occ.rollout import Generation, sample_from_uniform, uniforms
 from tests.unit.fake_layouts import FakeLayout
 
 ALPHABET = "abcdefgh."
@@ -55,13 +55,6 @@ class Bigram(torch.nn.Module):
 
 
 @dataclass
-class FakeGeneration:
-    tokens: list
-    logprobs: list
-    finished: list
-
-
-@dataclass
 class FakeStep:
     trunk_norm: float
     head_norm: float
@@ -83,12 +76,13 @@ class FakeActor:
     """Implements ``megatron_occ.rl.interfaces.Actor``; keeps what the tests want to look at.
 
     ``losses`` and ``gradients`` hold one entry for each mini-batch with a backward pass, ``calls``
-    the arguments of ``infer``, ``cuts`` the lengths of the rows of every packed micro-batch.
+    the arguments of ``generate``, ``cuts`` the lengths of the rows of every packed micro-batch.
     ``spoil(outputs, payload, forward_only)`` may replace the outputs of the model. In packed
     micro-batches whatever is behind the end of a sequence is not a number.
     """
 
     sequence_multiple = micro_batch_multiple = 1
+    version = 0
 
     def __init__(self, depths=2, *, layout=None, lr=0.5, seed=0):
         self.layout = layout or FakeLayout()
@@ -98,19 +92,27 @@ class FakeActor:
         self.cuts = []
         self.spoil = lambda outputs, payload, forward_only: outputs
 
-    def infer(self, prompts, sampling, seeds):
-        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
+    def update_weights(self, version):
+        assert version == self.version
+
+    def generate(self, requests, sampling):
+        prompts, seeds = self._note_call(requests, sampling)
         length = sampling.max_response_length
         tokens, logprobs = self._draw([p[-1] for p in prompts], seeds, sampling.temperature, length)
         ends = [
             next((i for i, token in enumerate(row, start=1) if token in sampling.stop_ids), None)
             for row in tokens.tolist()
         ]
-        return FakeGeneration(
+        return Generation(
             [row[: end or length] for row, end in zip(tokens.tolist(), ends, strict=True)],
             [row[: end or length] for row, end in zip(logprobs.tolist(), ends, strict=True)],
-            [end is not None for end in ends],
+            ["length" if end is None else "stop" for end in ends],
         )
+
+    def _note_call(self, requests, sampling):
+        prompts, seeds = [r.prompt for r in requests], [r.seed for r in requests]
+        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
+        return prompts, seeds
 
     @torch.no_grad()
     def _draw(self, last, seeds, temperature, length):
@@ -200,6 +202,7 @@ class FakeActor:
         return HeadOutputs(**outputs, passes=tuple(passes), agreement=cut(agreement))
 
     def finish_training_step(self):
+        self.version += 1
         trunk = [self.model.embedding, self.model.trunk, self.model.output]
         trunk_norm, head_norm = (_norm(group) for group in (trunk, self.model.heads))
         skipped = not torch.isfinite(torch.tensor([trunk_norm, head_norm])).all().item()
@@ -258,12 +261,13 @@ class ScriptedActor(FakeActor):
         super().__init__(**arguments)
         self.respond, self.responses = respond, []
 
-    def infer(self, prompts, sampling, seeds):
-        self.calls.append({"prompts": prompts, "seeds": seeds, "temperature": sampling.temperature})
+    def generate(self, requests, sampling):
+        prompts, seeds = self._note_call(requests, sampling)
         tokens = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             text = self.respond(TOKENIZER.decode(prompt), seed)
             tokens.append(TOKENIZER.encode(text)[: sampling.max_response_length])
         self.responses += tokens
         logprobs = [[-1.0] * len(row) for row in tokens]
-        return FakeGeneration(tokens, logprobs, [row[-1] in sampling.stop_ids for row in tokens])
+        ends = [row[-1] in sampling.stop_ids for row in tokens]
+        return Generation(tokens, logprobs, ["stop" if end else "length" for end in ends])

@@ -95,11 +95,10 @@ def make_source(config, actor, score=has_an_a, stream=None):
     rollout = config.rl.rollout
     sampler = Sampler(
         actor,
+        actor,
         TOKENIZER,
         score if hasattr(score, "counts") else FakeVerifiers(score),
-        SamplingSettings(
-            rollout.temperature, rollout.max_response_length, STOP_IDS, rollout.batch_size
-        ),
+        SamplingSettings(rollout.temperature, rollout.max_response_length, STOP_IDS),
         max_prompt_length=10,
     )
     return RolloutSource(sampler, stream or PromptStream(LetterTask()), config.rl, config.seed)

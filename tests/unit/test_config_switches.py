@@ -69,6 +69,18 @@ SWITCHED_OFF = [
         "rl.micro_batch_tokens=16",
         "rl.micro_batch_tokens=null",
     ),
+    (
+        "rl.rollout.speculative.mode=off",
+        "rl.rollout.speculative.draft_length=2",
+        "rl.rollout.speculative.mode=off",
+        "rl.rollout.speculative.draft_length=3",
+    ),
+    (
+        "mtp.num_layers=0 mtp.preset=none",
+        "rl.rollout.speculative.acceptance=rejection",
+        "mtp.num_layers=0",
+        "mtp.num_layers=1 or more",
+    ),
     ("pretrain.steps=0", "pretrain.validate_every=5", "pretrain.steps=0", "validate_every=0"),
     ("pretrain.steps=0", "pretrain.stop_at_pass_rate=0.5", "pretrain.steps=0", "rate=null"),
 ]

@@ -207,13 +207,13 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_place_and_a_remedy(tmp_p
 
 
 def test_the_sampler_hands_settings_and_texts_through():
-    config = rl_config("rl.rollout.batch_size=3")
+    config = rl_config()
     actor, seen = ScriptedActor(lambda prompt, seed: "ab."), []
     source = make_source(config, actor, score=lambda *texts: bool(seen.append(texts)))
-    infer, used = actor.infer, []
-    actor.infer = lambda prompts, sampling, seeds: (
-        used.append(sampling) or infer(prompts, sampling, seeds)
+    generate, used = actor.generate, []
+    actor.generate = lambda requests, sampling: (
+        used.append(sampling) or generate(requests, sampling)
     )
     source.generate(Timers())
-    assert used == [SamplingSettings(1.0, 6, STOP_IDS, 3)]
+    assert used == [SamplingSettings(1.0, 6, STOP_IDS)]
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]

@@ -1,0 +1,1 @@
+"""The embedded rollout engine: Megatron's weights, a KV cache by slots, drafts by the MTP head."""

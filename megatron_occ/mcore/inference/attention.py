@@ -1,0 +1,190 @@
+"""Attention of Megatron's layers over a cache with rows of different lengths.
+
+Megatron's own modules take one position for a whole batch; these read the same weights and let each
+row be at a place of its own. Numbers of heads and groups are those of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from megatron_occ.mcore.inference.cache import Tokens, rotate, write
+
+Shapes = list[tuple[int, ...]]
+
+
+def norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return torch.rms_norm(values, weight.shape, weight, eps)
+
+
+def sum_over(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum of the parts that tensor-parallel ranks hold, in place."""
+    if group.size() > 1:
+        torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+def gather_last(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Shares [..., d] of all tensor-parallel ranks, [..., ranks * d]."""
+    if group.size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, values.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def norm_before(linear: Any, module: Any) -> Tensor | None:
+    """Weight of the norm in front of a linear layer: fused into it, or a module of its own."""
+    fused = getattr(linear, "layer_norm_weight", None)
+    return fused if fused is not None else getattr(module, "weight", None)
+
+
+class GroupedAttention:
+    """Multi-head and grouped-query attention.
+
+    Args:
+        module: Megatron's self-attention.
+        config: of the model.
+        group: tensor-parallel ranks.
+    """
+
+    def __init__(self, module: Any, config: Any, group: ProcessGroup) -> None:
+        self.group, self.eps, self.width = group, config.layernorm_epsilon, config.kv_channels
+        self.groups = config.num_query_groups // group.size()
+        self.share = config.num_attention_heads // config.num_query_groups
+        self.weight, self.bias = module.linear_qkv.weight, module.linear_qkv.bias
+        self.q_norm = getattr(module.q_layernorm, "weight", None)
+        self.k_norm = getattr(module.k_layernorm, "weight", None)
+        self.out = module.linear_proj.weight
+        # key and value of a group side by side, as the projection gives them: one write
+        self.cached: Shapes = [(self.groups, 2, self.width)]
+
+    def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
+        """[n * q, h] to [n * q, h]; the tokens' keys and values are in the cache afterwards."""
+        mixed = functional.linear(hidden, self.weight, self.bias)
+        # of each group its queries, then key, then value
+        mixed = mixed.view(-1, self.groups, self.share + 2, self.width)
+        mixed = rotate(self._normed(mixed), tokens)
+        write(cache[0], tokens.places, mixed[:, :, -2:])
+        context = self._attend(mixed[:, :, :-2], tokens, cache[0])
+        return sum_over(functional.linear(context, self.out), self.group)
+
+    def _normed(self, mixed: Tensor) -> Tensor:
+        """Queries and keys under norms of their own, where the model has them."""
+        if self.q_norm is None:
+            return mixed
+        query, key, value = mixed.split((self.share, 1, 1), dim=2)
+        query, key = norm(query, self.q_norm, self.eps), norm(key, self.k_norm, self.eps)
+        return torch.cat((query, key, value), dim=2)
+
+    def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
+        n, q = tokens.rows, tokens.each
+        # [rows, length, groups, 2, d] -> [n, groups, keys, d] twice
+        key, value = cache[:n, : tokens.keys].transpose(1, 2).unbind(3)
+        query = query.reshape(n, q, self.groups, self.share, self.width)
+        if tokens.mask is None:
+            # heads of a group are neighbours, as grouped-query attention wants them
+            heads = query.flatten(2, 3).transpose(1, 2)
+            context = functional.scaled_dot_product_attention(
+                heads, key, value, is_causal=q > 1, enable_gqa=self.share > 1
+            )
+            return context.transpose(1, 2).reshape(n * q, -1)
+        # one query block a group: its heads are further rows of it
+        folded = query.permute(0, 2, 3, 1, 4).reshape(n, self.groups, self.share * q, self.width)
+        context = functional.scaled_dot_product_attention(folded, key, value, attn_mask=tokens.mask)
+        context = context.view(n, self.groups, self.share, q, self.width)
+        return context.permute(0, 3, 1, 2, 4).reshape(n * q, -1)
+
+
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434) with the up-projections absorbed.
+
+    The cache holds the compressed key/value and the key's rotary part; queries are taken to the
+    compressed space, and contexts back from it, so that no key is ever unfolded.
+
+    Args:
+        module: Megatron's latent self-attention.
+        config: of the model.
+        group: tensor-parallel ranks.
+    """
+
+    def __init__(self, module: Any, config: Any, group: ProcessGroup) -> None:
+        self.group, self.eps = group, config.layernorm_epsilon
+        self.heads = config.num_attention_heads // group.size()
+        self.rank, self.rotary = config.kv_lora_rank, config.qk_pos_emb_head_dim
+        self.plain, self.q_rank = config.qk_head_dim, config.q_lora_rank
+        self.scale = module.softmax_scale
+        self.kv_down, self.kv_up = (
+            module.linear_kv_down_proj.weight,
+            module.linear_kv_up_proj.weight,
+        )
+        self.kv_norm = norm_before(module.linear_kv_up_proj, module.kv_layernorm)
+        self.q_down, self.q_norm = None, None
+        if self.q_rank is None:
+            self.q_up = module.linear_q_proj.weight
+        else:
+            self.q_down, self.q_up = (
+                module.linear_q_down_proj.weight,
+                module.linear_q_up_proj.weight,
+            )
+            self.q_norm = norm_before(module.linear_q_up_proj, module.q_layernorm)
+        self.out = module.linear_proj.weight
+        self.cached: Shapes = [(self.rank + self.rotary,)]
+
+    def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
+        """[n * q, h] to [n * q, h]; the tokens' latents are in the cache afterwards."""
+        down = functional.linear(hidden, self.kv_down)
+        compressed, key = down.split([self.rank, self.rotary], dim=-1)
+        if self.kv_norm is not None:
+            compressed = norm(compressed, self.kv_norm, self.eps)
+        turned = rotate(_by_halves(key)[:, None, None], tokens)[:, 0, 0]
+        write(cache[0], tokens.places, torch.cat((compressed, turned), dim=-1))
+        # [heads, plain + value, rank]
+        up = self.kv_up.view(self.heads, -1, self.rank)
+        query, turned = self._query(hidden).split([self.plain, self.rotary], dim=-1)
+        query = torch.einsum("thd,hdr->thr", query, up[:, : self.plain])
+        turned = rotate(_by_halves(turned).unsqueeze(1), tokens).squeeze(1)
+        context = self._attend(torch.cat((query, turned), dim=-1), tokens, cache[0])
+        context = torch.einsum("thr,hdr->thd", context, up[:, self.plain :])
+        return sum_over(functional.linear(context.flatten(1), self.out), self.group)
+
+    def _query(self, hidden: Tensor) -> Tensor:
+        """[n * q, heads, plain + rotary]."""
+        if self.q_down is not None:
+            hidden = functional.linear(hidden, self.q_down)
+            if hidden.size(-1) != self.q_rank:
+                hidden = gather_last(hidden, self.group)
+            if self.q_norm is not None:
+                hidden = norm(hidden, self.q_norm, self.eps)
+        mixed = functional.linear(hidden, self.q_up)
+        return mixed.view(mixed.size(0), self.heads, -1)
+
+    def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
+        """[n * q, heads, rank + rotary] to [n * q, heads, rank]: one key for all heads."""
+        n, q = tokens.rows, tokens.each
+        latent = cache[:n, : tokens.keys].unsqueeze(1)
+        mask = tokens.mask
+        if mask is None:
+            mask = torch.ones(q, q, dtype=torch.bool, device=query.device).tril()
+            mask = mask.repeat(1, 1, self.heads, 1)
+        folded = query.view(n, q, self.heads, -1).transpose(1, 2).reshape(n, 1, self.heads * q, -1)
+        context = functional.scaled_dot_product_attention(
+            folded,
+            latent,
+            latent,
+            attn_mask=mask,
+            scale=self.scale,
+        )[..., : self.rank]
+        context = context.view(n, self.heads, q, self.rank).transpose(1, 2)
+        return context.reshape(n * q, self.heads, self.rank)
+
+
+def _by_halves(values: Tensor) -> Tensor:
+    """Pairs of neighbours to pairs across halves: latent attention turns (x0, x1), (x2, x3) ..."""
+    return torch.cat((values[..., 0::2], values[..., 1::2]), dim=-1)

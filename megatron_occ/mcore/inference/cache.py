@@ -1,0 +1,118 @@
+"""Keys and values of sequences, a row for each, and what a pass reads and writes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one pass: ``n * q`` of them, q neighbours of each of the first n rows of a cache.
+
+    Args:
+        rows: n.
+        each: q.
+        places: [n * q] row * length + position, where a cache holds each token.
+        cos, sin: [n * q, 1, heads, width] of the positions, see :class:`Rotary`.
+        half: pairs that are turned.
+        keys: positions that are looked at, from 0.
+        mask: [n, 1, heads * q, keys] 0 where a token may look and -inf elsewhere, once for each
+            head that shares a key; None: all rows start at 0, q equals ``keys``, and each token
+            looks at itself and those before it.
+    """
+
+    rows: int
+    each: int
+    places: Tensor
+    cos: Tensor
+    sin: Tensor
+    half: int
+    keys: int
+    mask: Tensor | None
+
+
+class Cache:
+    """Tensors [rows, length, ...], one or two for each attention layer.
+
+    Args:
+        shapes: for each layer the shapes of what it keeps of a token.
+        rows: sequences.
+        length: tokens of one at most.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[tuple[int, ...]]],
+        rows: int,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.length = rows, length
+        # zeros: a masked position must not hold what is not a number
+        self.layers = [
+            [torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in layer]
+            for layer in shapes
+        ]
+
+    def copy_rows(
+        self, source: Cache, rows: Sequence[int], targets: Sequence[int], length: int
+    ) -> None:
+        """Copy the first ``length`` tokens of rows of ``source`` to rows of this one."""
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            for to, of in zip(mine, theirs, strict=True):
+                to[targets, :length] = of[rows, :length]
+
+
+def write(cache: Tensor, places: Tensor, values: Tensor) -> None:
+    """Put values [n * q, ...] at their places in a cache [rows, length, ...]."""
+    cache.flatten(0, 1).index_copy_(0, places, values)
+
+
+class Rotary:
+    """Cosines and sines by position (RoPE, 2104.09864), over whole heads.
+
+    What is not turned (the rest of a head, a value beside queries and keys) has cosine 1 and sine
+    0: one product over contiguous memory is faster than products of slices.
+
+    Args:
+        angles: [length, rotary / 2] of each position and pair.
+        width: of a head.
+        turned: heads side by side that are turned.
+        kept: further ones that are not.
+        dtype: of queries and keys.
+    """
+
+    def __init__(
+        self, angles: Tensor, width: int, *, turned: int, kept: int, dtype: torch.dtype
+    ) -> None:
+        length, self.half = angles.shape
+        cos = torch.ones(length, 1, turned + kept, width, dtype=dtype, device=angles.device)
+        sin = torch.zeros_like(cos)
+        # the sign belongs to the first half: x1 cos - x2 sin, x2 cos + x1 sin
+        first, second = slice(0, self.half), slice(self.half, 2 * self.half)
+        angles = angles[:, None, None]
+        for part, sign in ((first, -1), (second, 1)):
+            cos[:, :, :turned, part] = angles.cos().to(dtype)
+            sin[:, :, :turned, part] = (sign * angles.sin()).to(dtype)
+        self.cos, self.sin = cos, sin
+
+
+def rotate(values: Tensor, tokens: Tokens) -> Tensor:
+    """Turn [n * q, ., heads, width] by the tokens' positions."""
+    half = tokens.half
+    first, second, rest = values.split((half, half, values.size(-1) - 2 * half), dim=-1)
+    return torch.addcmul(values * tokens.cos, torch.cat((second, first, rest), -1), tokens.sin)
+
+
+def causal_mask(positions: Tensor, keys: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """[n, 1, heads * q, keys] for tokens at ``positions`` [n, q]; see :class:`Tokens`."""
+    later = torch.arange(keys, device=positions.device) > positions.unsqueeze(-1)
+    mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
+    mask = mask.masked_fill_(later, -torch.inf).unsqueeze(1)
+    return mask.repeat(1, 1, heads, 1) if heads > 1 else mask

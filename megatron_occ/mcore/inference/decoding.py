@@ -1,0 +1,172 @@
+"""One call of the embedded engine: requests into rows, and cycles until all are answered."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_occ.mcore.inference.passes import Passes
+from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
+from megatron_occ.mcore.inference.slots import Slots, Verified
+from megatron_occ.mcore.layout import Layout
+from megatron_occ.rollout import DraftStatistics, Generation, Request, SamplingSettings, uniforms
+from megatron_occ.rollout.draft_length import DraftLength
+from megatron_occ.rollout.engine import ABORT, LENGTH, STOP
+
+
+class Decoding:
+    """State of one call.
+
+    All ranks that share the model hold the same rows and take the same steps.
+
+    Args:
+        requests: at least one on some rank that shares experts with this one.
+        sampling: of all requests.
+        slots: empty rows.
+        passes: through the model, over these rows.
+        layout: this rank's place.
+        draft_length: decides how much is drafted.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingSettings,
+        slots: Slots,
+        passes: Passes,
+        layout: Layout,
+        draft_length: DraftLength,
+    ) -> None:
+        self.requests, self.sampling = requests, sampling
+        self.slots, self.passes, self.layout = slots, passes, layout
+        self.company, self.draft_length = passes.trunk.company, draft_length
+        self.prompts = [tuple(request.prompt) for request in requests]
+        self.waiting = deque(range(len(requests)))
+        self.prefix: Prefix | None = None
+        # the request in each row
+        self.owners: list[int | None] = [None] * slots.rows
+        self.active = 0
+        self.generation = Generation(
+            [[] for _ in requests], [[] for _ in requests], [ABORT] * len(requests)
+        )
+
+    def run(self, aborted: threading.Event) -> Generation:
+        """Answer all requests; after ``aborted`` is set, with what is there."""
+        length = self.draft_length.limit
+        while True:
+            self._admit(reads=length > 0)
+            length, goes_on = self._decide(aborted)
+            if not goes_on:
+                break
+            self._cycle(length)
+        self._answer({row: ABORT for row in range(self.active)})
+        return self.generation
+
+    def _decide(self, aborted: threading.Event) -> tuple[int, bool]:
+        """Draft length of the next cycle and whether there is one, on all ranks alike."""
+        length = self.draft_length.choose(self.active) if self.active else 0
+        decided = [length, int(aborted.is_set()), int(self.active > 0)]
+        length, stops, anyone = self.company.largest(self.layout.decide(decided))
+        return length, bool(anyone and not stops)
+
+    def _cycle(self, length: int) -> None:
+        """Draft, verify, commit."""
+        started, counted = time.perf_counter(), DraftStatistics()
+        # a rank without sequences keeps those company that share its experts
+        rows = max(self.active, 1) if self.company.shares else self.active
+        longest = self.company.largest([int(self.slots.known[:rows].max())])[0]
+        verified = self.passes.draft_and_verify(rows, length, longest)
+        if not self.active:
+            return
+        self._commit(slice(0, self.active), verified.first(self.active), counted)
+        seconds = time.perf_counter() - started
+        self.draft_length.observe(self.active, length, seconds, counted)
+        self.generation.drafts.add(counted)
+
+    def _admit(self, *, reads: bool) -> None:
+        """Fill free rows with waiting requests; then the rows in use are the first ones."""
+        while True:
+            free = [row for row, owner in enumerate(self.owners) if owner is None]
+            count = min(len(free), len(self.waiting))
+            needs = count > 0 and not self._is_read(self.waiting[0])
+            anyone, needed = self.company.largest([count, int(needs)])
+            if not anyone:
+                break
+            if needed:
+                self._read(count if needs else 0, reads)
+            if count:
+                self._start(free[:count])
+        self._compact()
+
+    def _is_read(self, request: int) -> bool:
+        return self.prefix is not None and self.prompts[request] in self.prefix.rows
+
+    def _read(self, count: int, reads: bool) -> None:
+        """Prefill the prompts of the next ``count`` requests and some more; 0: keep company."""
+        prompts = [(0,)]
+        if count:
+            waiting = [self.prompts[index] for index in self.waiting]
+            # rows get free one at a time: read ahead, not a prompt for each of them
+            ahead = max(len(set(waiting[:count])), self.slots.rows // 4)
+            prompts = choose_prompts(waiting, ahead)
+        longest = self.company.largest([max(map(len, prompts))])[0]
+        found = self.passes.prefill(prompts, longest, reads=reads)
+        if count:
+            self.prefix = found
+
+    def _start(self, free: list[int]) -> None:
+        """Put waiting requests whose prompts are read into free rows, and draw first tokens."""
+        assert self.prefix is not None, "prompts are read before requests start"
+        chosen = []
+        while len(chosen) < len(free) and self.waiting and self._is_read(self.waiting[0]):
+            chosen.append(self.waiting.popleft())
+        picked = [self.requests[index] for index in chosen]
+        prompts = [self.prompts[index] for index in chosen]
+        limits = [self._limit(request) for request in picked]
+        numbers = uniforms([request.seed for request in picked], self.slots.numbers_a_row)
+        rows = free[: len(chosen)]
+        self.slots.admit(rows, prompts, limits, numbers)
+        for row, index in zip(rows, chosen, strict=True):
+            self.owners[row] = index
+        sources = [self.prefix.rows[prompt] for prompt in prompts]
+        self._commit(rows, self.passes.first_tokens(self.prefix, sources, rows), None)
+
+    def _limit(self, request: Request) -> int:
+        own, limit = request.max_response_length, self.sampling.max_response_length
+        return limit if own is None else min(own, limit)
+
+    def _commit(
+        self, rows: list[int] | slice, verified: Verified, drafts: DraftStatistics | None
+    ) -> None:
+        """Append tokens, and answer what they finish."""
+        stopped, finished = self.slots.commit(rows, verified, drafts)
+        numbers = range(self.slots.rows)[rows] if isinstance(rows, slice) else rows
+        ended = np.flatnonzero(finished).tolist()
+        self._answer({numbers[i]: STOP if stopped[i] else LENGTH for i in ended})
+
+    def _answer(self, reasons: dict[int, str]) -> None:
+        """Answer the requests in these rows, and free the rows."""
+        found = self.slots.responses(list(reasons))
+        for (row, reason), (tokens, logprobs) in zip(reasons.items(), found, strict=True):
+            owner = self.owners[row]
+            assert owner is not None, "a free row has nothing to answer"
+            self.generation.tokens[owner] = tokens
+            self.generation.logprobs[owner] = logprobs
+            self.generation.finish_reasons[owner] = reason
+            self.owners[row] = None
+
+    def _compact(self) -> None:
+        """Move rows in use into the holes before them."""
+        self.active = sum(owner is not None for owner in self.owners)
+        holes = [row for row in range(self.active) if self.owners[row] is None]
+        if not holes:
+            return
+        used = [row for row, owner in enumerate(self.owners) if owner is not None]
+        moved = [row for row in used if row >= self.active]
+        self.passes.move(moved, holes, int(self.slots.known[moved].max()))
+        for row, hole in zip(moved, holes, strict=True):
+            self.owners[hole], self.owners[row] = self.owners[row], None

@@ -1,0 +1,185 @@
+"""Drafts by the MTP depths: one after the other, and the last one again on its own output.
+
+Notation, as in docs/method.md: depth j at position t reads the hidden state of depth j - 1 (the
+trunk for j = 1) at t and the embedding of token t + j, and predicts token t + j + 1. With ``known``
+tokens in a row, each draft step works at position T = known - 2: depth 1 reads the last known
+token, depth 2 the first draft, and so on; what depth j > 1 computed at the end was computed on
+drafts, and is computed again on what was committed. Past the last depth K, that depth goes on from
+its own output at T + 1, T + 2 ..., as vLLM and SGLang do with DeepSeek-V3's single depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_occ.mcore.inference.cache import Cache, Tokens, write
+from megatron_occ.mcore.inference.layers import Company, MTPModule
+from megatron_occ.mcore.inference.trunk import Placer, Trunk
+from megatron_occ.mcore.mtp_layer import inner_layer
+
+# tokens of a row that the depths catch up with at once
+PIECE = 256
+Pick = Callable[[Tensor, int], Tensor]
+
+
+class DraftState:
+    """What the depths remember of each row.
+
+    Args:
+        cache: of the depths' attention layers.
+        hidden: for each depth its input, the hidden states of the one before, [rows, length, h].
+        done: [K, rows] last position whose entry in the depth's cache is final, -1: none; known to
+            the host.
+    """
+
+    def __init__(self, trunk: Trunk, drafter: Drafter, cache: Cache) -> None:
+        device = torch.cuda.current_device()
+        size = (cache.rows, cache.length, trunk.config.hidden_size)
+        self.cache = cache
+        self.hidden = [torch.zeros(size, dtype=trunk.dtype, device=device) for _ in drafter.modules]
+        self.done = np.full((len(self.hidden), cache.rows), -1)
+
+    def copy_rows(
+        self, source: DraftState, rows: Sequence[int], targets: Sequence[int], length: int
+    ) -> None:
+        """Take over rows of ``source``, of which ``length`` tokens count."""
+        self.cache.copy_rows(source.cache, rows, targets, length)
+        for mine, theirs in zip(self.hidden, source.hidden, strict=True):
+            mine[targets, :length] = theirs[rows, :length]
+        self.done[:, targets] = source.done[:, rows]
+
+
+class Drafter:
+    """The MTP depths of the last stage.
+
+    Args:
+        trunk: of this rank; its last chunk holds depths, embedding and output layer.
+        company: see ``layers.Company``.
+    """
+
+    def __init__(self, trunk: Trunk, company: Company) -> None:
+        self.trunk, self.company = trunk, company
+        self.chunk = trunk.chunks[-1]
+        self.modules = [
+            MTPModule(layer, inner_layer(layer), trunk.config, trunk.tensor, company)
+            for layer in self.chunk.mtp.layers
+        ]
+
+    def new_state(self, rows: int, length: int) -> DraftState:
+        """For empty rows."""
+        shapes = [module.layer.attention.cached for module in self.modules]
+        device = torch.cuda.current_device()
+        cache = Cache(shapes, rows, length, dtype=self.trunk.dtype, device=device)
+        return DraftState(self.trunk, self, cache)
+
+    def read_prompts(
+        self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray, longest: int
+    ) -> None:
+        """Run all depths over rows whose trunk states are there, as far as tokens are known.
+
+        Args:
+            placer: makes the tokens of a pass.
+            state: of the rows.
+            ids: [rows, length] tokens.
+            known: [n] tokens of each row.
+            longest: the largest of them, of all ranks that read at the same time.
+        """
+        depths, rows = len(self.modules), len(known)
+        each = longest - depths
+        if each > 0:
+            tokens = placer.from_start(state.cache, rows, each)
+            places = torch.arange(each, device=ids.device).expand(rows, each)
+            for depth in range(depths):
+                self._run(depth, state, ids, places, tokens)
+        state.done[:, :rows] = (known - 1 - depths).clip(min=-1)
+
+    def draft(
+        self,
+        placer: Placer,
+        state: DraftState,
+        ids: Tensor,
+        known: np.ndarray,
+        longest: int,
+        steps: int,
+        pick: Pick,
+    ) -> None:
+        """Draft ``steps`` tokens for each row, into ``ids`` behind the known ones.
+
+        Args:
+            placer, state, ids, known, longest: see :meth:`read_prompts`.
+            pick: from hidden states [n, h] and the number of the draft, 0-based, to ids [n].
+        """
+        depths, rows = len(self.modules), len(known)
+        last, hidden = known - 2, None
+        behind = torch.from_numpy(known).to(ids.device, copy=True)
+        needed = self._catch_up(placer, state, ids, known, longest)
+        for step in range(steps):
+            if step < depths:
+                places = _up_to(last, needed[step], ids.device)
+                tokens = placer.at(state.cache, places, longest - 1)
+                hidden = self._run(step, state, ids, places, tokens)
+                state.done[step, :rows] = last - step
+            else:
+                ahead = step - depths + 1
+                places = _up_to(last + ahead, 1, ids.device)
+                tokens = placer.at(state.cache, places, longest - 1 + ahead)
+                hidden = self._run(depths - 1, state, ids, places, tokens, hidden)
+            drafted = pick(hidden, step)
+            ids[:rows].scatter_(1, (behind + step).unsqueeze(1), drafted.unsqueeze(1))
+
+    def _catch_up(
+        self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray, longest: int
+    ) -> list[int]:
+        """Read what is far behind, in pieces; returns the tokens that each depth lacks then."""
+        rows, depths = len(known), len(self.modules)
+        while True:
+            needed = self._lacking(state, known - 2)
+            if max(needed) <= PIECE:
+                return needed
+            done = state.done[:, :rows]
+            goal = np.minimum(done.min(0) + PIECE, known - 1 - depths)
+            for depth, each in enumerate(self._lacking(state, goal)):
+                places = _up_to(goal, each, ids.device)
+                tokens = placer.at(state.cache, places, longest - 1)
+                self._run(depth, state, ids, places, tokens)
+            state.done[:, :rows] = np.maximum(done, goal)
+
+    def _lacking(self, state: DraftState, goal: np.ndarray) -> list[int]:
+        """Positions up to ``goal`` that a row lacks at most, for each depth; at least 1."""
+        lacking = (goal - state.done[:, : len(goal)]).max(1).clip(min=1)
+        return self.company.largest(lacking.tolist())
+
+    def _run(
+        self,
+        depth: int,
+        state: DraftState,
+        ids: Tensor,
+        places: Tensor,
+        tokens: Tokens,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """One depth (0-based) at ``places`` [n, q]; returns the last place's output [n, h].
+
+        Args:
+            hidden: its input [n, h]; None: what the depth before left in the state.
+        """
+        rows = tokens.rows
+        self.company.meet(tokens.rows * tokens.each)
+        if hidden is None:
+            hidden = state.hidden[depth].flatten(0, 1)[tokens.places]
+        read = ids[:rows].gather(1, places + depth + 1)
+        embedded = self.trunk.embed(self.chunk, read)
+        output = self.modules[depth](embedded, hidden, tokens, state.cache.layers[depth])
+        if depth + 1 < len(self.modules):
+            write(state.hidden[depth + 1], tokens.places, output)
+        return output.view(rows, tokens.each, -1)[:, -1]
+
+
+def _up_to(last: np.ndarray, count: int, device: torch.device) -> Tensor:
+    """[n, count] positions up to ``last`` [n]; a row with fewer repeats position 0."""
+    places = (last[:, None] + np.arange(1 - count, 1)).clip(min=0)
+    return torch.from_numpy(places).to(device)

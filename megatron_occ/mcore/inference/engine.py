@@ -1,0 +1,144 @@
+"""The embedded engine: continuous batching over slots, speculative decoding by the MTP depths."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_occ.config.pipeline import drafts_on_last_stage
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.inference.decoding import Decoding
+from megatron_occ.mcore.inference.drafter import Drafter
+from megatron_occ.mcore.inference.layers import Company
+from megatron_occ.mcore.inference.passes import Passes
+from megatron_occ.mcore.inference.slots import Slots
+from megatron_occ.mcore.inference.trunk import Trunk
+from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.rollout import Generation, Request, SamplingSettings
+from megatron_occ.rollout.draft_length import DraftLength
+from megatron_occ.rollout.engine import merge_shares
+from megatron_occ.rollout.text import stop_finder
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How drafts are used.
+
+    Args:
+        length: tokens of a draft at most, 0: none.
+        adaptive: fewer or none where that is faster; see ``DraftLength``.
+        coupled: keep the drafts that plain sampling would draw; False: speculative sampling, see
+            ``rollout.speculative``.
+    """
+
+    length: int = 0
+    adaptive: bool = False
+    coupled: bool = True
+
+
+NO_DRAFTS = Speculation()
+
+
+def speculation_from(config: Config) -> Speculation:
+    """From ``rl.rollout.speculative``; no drafts where no depth could make them."""
+    settings = config.rl.rollout.speculative
+    if settings.mode == "off" or not drafts_on_last_stage(config):
+        return Speculation()
+    return Speculation(
+        settings.draft_length, settings.mode == "auto", settings.acceptance == "coupled"
+    )
+
+
+class MegatronEngine:
+    """Rollouts by the training model itself, see ``rollout.RolloutEngine``.
+
+    Args:
+        chunks: gives this rank's model on the present weights, without sequence and context
+            parallelism, in evaluation mode.
+        layout: this rank's place.
+        slots: sequences at once.
+        speculation: use of drafts.
+        decode: text of token ids, for stop strings.
+    """
+
+    def __init__(
+        self,
+        chunks: Callable[[], Sequence[OCCGPTModel]],
+        layout: Layout,
+        *,
+        slots: int,
+        speculation: Speculation = NO_DRAFTS,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self._refresh, self.layout, self.slots = chunks, layout, slots
+        self.speculation, self.decode = speculation, decode
+        self.company = Company(layout)
+        self.trunk = Trunk(chunks(), self.company)
+        self.drafter = None
+        if speculation.length > 0 and self.trunk.is_last:
+            self.drafter = Drafter(self.trunk, self.company)
+        self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
+        self._aborted = threading.Event()
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        """See ``RolloutEngine.generate``; context-parallel ranks take a share of the requests each.
+
+        Decoding has no sequence to split, so they work as further data-parallel ranks.
+
+        Args:
+            requests: the same on all ranks that share the model.
+            sampling: of all requests.
+
+        Raises:
+            ValueError: stop strings, and the engine was made without ``decode``.
+        """
+        if sampling.stop_strings and self.decode is None:
+            raise ValueError(
+                f"stop_strings={sampling.stop_strings}: the engine needs the tokenizer's decode"
+            )
+        rank, size = self.layout.context_parallel_rank, self.layout.context_parallel_size
+        mine = self._generate(requests[rank::size], sampling)
+        return merge_shares(self.layout.gather_context_parallel(mine), len(requests))
+
+    def update_weights(self, version: int) -> None:
+        """Nothing is copied: the engine reads the trained weights at the next call."""
+
+    def abort(self) -> None:
+        """See ``RolloutEngine.abort``."""
+        self._aborted.set()
+
+    def close(self) -> None:
+        """Nothing is held between calls but references to the model."""
+
+    @torch.no_grad()
+    def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        self._refresh()
+        self._aborted.clear()
+        prompt, count = self.company.largest(
+            [max((len(request.prompt) for request in requests), default=1), len(requests)]
+        )
+        if count == 0:
+            return Generation()
+        self.draft_length.begin()
+        slots = self._new_slots(len(requests), prompt, sampling)
+        passes = Passes(self.trunk, self.drafter, slots, sampling)
+        decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
+        return decoding.run(self._aborted)
+
+    def _new_slots(self, count: int, prompt: int, sampling: SamplingSettings) -> Slots:
+        """For ``count`` requests with prompts of ``prompt`` tokens at most."""
+        coupled = self.speculation.coupled or sampling.temperature == 0
+        return Slots(
+            max(1, min(self.slots, count)),
+            # behind the last token lie drafts that come to nothing
+            prompt + sampling.max_response_length + self.speculation.length + 2,
+            responses=sampling.max_response_length,
+            streams=1 if coupled else 3,
+            stop_ids=sampling.stop_ids,
+            ends=stop_finder(self.decode, sampling.stop_strings),
+            device=self.layout.device,
+        )

@@ -1,0 +1,136 @@
+"""Transformer layers of Megatron's model, run token by token over a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from megatron_occ.mcore.inference.attention import (
+    GroupedAttention,
+    LatentAttention,
+    gather_last,
+    norm,
+    norm_before,
+    sum_over,
+)
+from megatron_occ.mcore.inference.cache import Tokens
+from megatron_occ.mcore.layout import Layout, expert_sharing_group
+
+
+class Company:
+    """Ranks that share experts: a pass is one of all of them, with equally many tokens.
+
+    Megatron's dispatcher for CPUs gathers as many tokens from each: a rank with fewer fills up.
+
+    Args:
+        layout: this rank's place.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.shares = expert_sharing_group() is not None
+        self.tokens = 0
+
+    def meet(self, tokens: int) -> None:
+        """Agree on the size of the pass to come."""
+        if self.shares:
+            self.tokens = self.largest([tokens])[0]
+
+    def largest(self, values: list[int]) -> list[int]:
+        """Maxima over the ranks."""
+        return self.layout.largest_among_expert_ranks(values) if self.shares else values
+
+    def fill(self, hidden: Tensor) -> Tensor:
+        """[t, h] with rows of zeros up to the agreed number."""
+        missing = self.tokens - hidden.size(0)
+        return functional.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)); gate and up lie one after the other in ``linear_fc1``."""
+
+    def __init__(self, module: Any, group: ProcessGroup) -> None:
+        self.both, self.down, self.group = module.linear_fc1.weight, module.linear_fc2.weight, group
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[t, h] to [t, h]."""
+        gate, up = self.both.chunk(2)
+        inner = functional.silu(functional.linear(hidden, gate), inplace=True)
+        inner.mul_(functional.linear(hidden, up))
+        return sum_over(functional.linear(inner, self.down), self.group)
+
+
+class ExpertsMLP:
+    """Megatron's mixture of experts as it is."""
+
+    def __init__(self, module: MoELayer, company: Company) -> None:
+        self.module, self.company = module, company
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[t, h] to [t, h]."""
+        output, _ = self.module(self.company.fill(hidden).unsqueeze(1))
+        return output.squeeze(1)[: hidden.size(0)]
+
+
+class Layer:
+    """A pre-norm transformer layer.
+
+    Args:
+        module: Megatron's layer.
+        config: of the model.
+        group: tensor-parallel ranks.
+        company: see :class:`Company`.
+    """
+
+    def __init__(self, module: Any, config: Any, group: ProcessGroup, company: Company) -> None:
+        self.eps = config.layernorm_epsilon
+        kind = LatentAttention if config.multi_latent_attention else GroupedAttention
+        self.attention = kind(module.self_attention, config, group)
+        if isinstance(module.mlp, MoELayer):
+            self.mlp = ExpertsMLP(module.mlp, company)
+        else:
+            self.mlp = GatedMLP(module.mlp, group)
+        # in latent attention several layers read the norm's output: it is never fused
+        first = getattr(module.self_attention, "linear_qkv", None)
+        second = getattr(module.mlp, "linear_fc1", None)
+        self.before_attention = norm_before(first, module.input_layernorm)
+        self.before_mlp = norm_before(second, module.pre_mlp_layernorm)
+
+    def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
+        """[n * q, h] to [n * q, h]."""
+        normed = norm(hidden, self.before_attention, self.eps)
+        hidden = hidden + self.attention(normed, tokens, cache)
+        return hidden + self.mlp(norm(hidden, self.before_mlp, self.eps))
+
+
+class MTPModule:
+    """One MTP depth: embedding of the next token and hidden state, projected, and a layer.
+
+    Args:
+        module: Megatron's MTP layer.
+        inner: its transformer layer.
+        config, group, company: see :class:`Layer`.
+    """
+
+    def __init__(
+        self, module: Any, inner: Any, config: Any, group: ProcessGroup, company: Company
+    ) -> None:
+        self.group, self.eps = group, config.layernorm_epsilon
+        self.norms = module.enorm.weight, module.hnorm.weight, module.final_layernorm.weight
+        self.projection = module.eh_proj.weight
+        self.layer = Layer(inner, config, group, company)
+
+    def __call__(
+        self, embedded: Tensor, hidden: Tensor, tokens: Tokens, cache: list[Tensor]
+    ) -> Tensor:
+        """Embeddings and hidden states [n * q, h] to hidden states [n * q, h]."""
+        of_embedding, of_hidden, final = self.norms
+        both = norm(embedded, of_embedding, self.eps), norm(hidden, of_hidden, self.eps)
+        joined = functional.linear(torch.cat(both, dim=-1), self.projection)
+        output = self.layer(gather_last(joined, self.group), tokens, cache)
+        return norm(output, final, self.eps)

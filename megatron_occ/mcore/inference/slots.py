@@ -1,0 +1,187 @@
+"""Tokens of the sequences that are being generated, a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_occ.rollout import DraftStatistics
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a pass over drafts came to.
+
+    Args:
+        tokens: [n, q] tokens to commit, the first ``accepted`` + 1 of each row.
+        logprobs: [n, q] of them.
+        accepted: [n] drafts that stay, 0 .. q - 1.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    accepted: Tensor
+
+    def first(self, rows: int) -> Verified:
+        """The first ``rows`` rows."""
+        return Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+
+
+class Slots:
+    """Rows of tokens, filled again as soon as one is finished.
+
+    Tokens, log-probs and random numbers lie on the device; how far each row has come is known to
+    the host, which decides on it.
+
+    Args:
+        rows: sequences at once.
+        length: tokens of a row at most, with room for drafts behind the last one.
+        responses: tokens of a response at most.
+        streams: uniform numbers that a response token needs.
+        stop_ids: ids that end a response.
+        ends: whether these response tokens contain a stop string; None: there are none.
+        device: of the tensors.
+
+    Attributes:
+        ids: [rows, length] tokens; drafts lie behind the known ones.
+        known: [rows] tokens so far.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        *,
+        responses: int,
+        streams: int,
+        stop_ids: Sequence[int],
+        ends: Callable[[list[int]], bool] | None,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.length, self.streams = rows, length, streams
+        self.device, self.numbers_a_row = device, responses * streams
+        self.ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, length, device=device)
+        size = (rows, responses, streams)
+        self.uniform = torch.zeros(size, dtype=torch.float64, device=device)
+        # a row that was never filled looks like one of two tokens, which is finished
+        self.start, self.known, self.end = np.full((3, rows), 2)
+        self.stop, self.ends_text = np.array(stop_ids, dtype=np.int64), ends
+
+    def admit(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        uniform: Tensor,
+    ) -> None:
+        """Put prompts into rows.
+
+        Args:
+            rows: free ones.
+            prompts: their tokens.
+            limits: response tokens at most.
+            uniform: [n, responses * streams].
+        """
+        lengths = np.array([len(prompt) for prompt in prompts])
+        padded = [[*prompt, *[0] * (lengths.max() - len(prompt))] for prompt in prompts]
+        targets = torch.tensor(rows, device=self.device)
+        self.ids[targets, : lengths.max()] = torch.tensor(padded, device=self.device)
+        self.uniform[targets] = uniform.view(len(rows), *self.uniform.shape[1:]).to(self.device)
+        self.start[rows] = self.known[rows] = lengths
+        self.end[rows] = lengths + np.array(limits)
+
+    def known_on_device(self, rows: Sequence[int] | slice) -> Tensor:
+        """[n] tokens so far."""
+        return torch.from_numpy(self.known[rows]).to(self.device, copy=True)
+
+    def numbers(self, rows: Sequence[int] | slice, count: int) -> Tensor:
+        """Uniform numbers of the next ``count`` tokens of rows.
+
+        Returns:
+            [n, count, streams]; behind the end of a response those of its last token.
+        """
+        wanted = (self.known[rows] - self.start[rows])[:, None] + np.arange(count)
+        wanted = wanted.clip(max=self.uniform.size(1) - 1)
+        uniform = self.uniform[rows]
+        places = torch.from_numpy(wanted).to(self.device)
+        return uniform[torch.arange(len(wanted), device=self.device).unsqueeze(1), places]
+
+    def commit(
+        self, rows: Sequence[int] | slice, verified: Verified, drafts: DraftStatistics | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Append verified tokens, up to the first that ends a response, or to the limit.
+
+        Args:
+            rows: n of them.
+            verified: of these rows.
+            drafts: counts on; None: these are the first tokens of responses.
+
+        Returns:
+            Two flags [n]: ended by a stop token or string; finished.
+        """
+        known = self.known[rows]
+        offsets = torch.arange(verified.tokens.size(1), device=self.device)
+        places = self.known_on_device(rows).unsqueeze(1) + offsets
+        if isinstance(rows, slice):
+            self.ids[rows].scatter_(1, places, verified.tokens)
+            self.logprobs[rows].scatter_(1, places, verified.logprobs)
+        else:
+            row = torch.tensor(rows, device=self.device).unsqueeze(1)
+            self.ids[row, places] = verified.tokens
+            self.logprobs[row, places] = verified.logprobs
+        # here the host waits for the device
+        tokens, accepted = verified.tokens.cpu().numpy(), verified.accepted.cpu().numpy()
+        ends = self._ends(rows, tokens)
+        # tokens before the first that ends the response, and that one
+        until = (ends.cumsum(1) - ends == 0).sum(1)
+        count = np.minimum(np.minimum(accepted + 1, until), self.end[rows] - known)
+        self.known[rows] = known + count
+        stopped = (ends & (np.arange(tokens.shape[1]) < count[:, None])).any(1)
+        if drafts is not None:
+            _count(drafts, accepted, count, tokens.shape[1] - 1)
+        return stopped, stopped | (self.known[rows] >= self.end[rows])
+
+    def _ends(self, rows: Sequence[int] | slice, tokens: np.ndarray) -> np.ndarray:
+        """[n, q] whether a response ends with this new token, if it gets there."""
+        ends = (tokens[:, :, None] == self.stop).any(-1)
+        if self.ends_text is None:
+            return ends
+        numbers = range(self.rows)[rows] if isinstance(rows, slice) else rows
+        so_far = [before for before, _ in self.responses(numbers)]
+        for found, before, new in zip(ends, so_far, tokens.tolist(), strict=True):
+            for index in range(len(new)):
+                found[index] |= self.ends_text([*before, *new[: index + 1]])
+        return ends
+
+    def responses(self, rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probs of the responses in these rows so far."""
+        if not rows:
+            return []
+        picked = torch.tensor(rows, device=self.device)
+        spans = zip(self.start[list(rows)], self.known[list(rows)], strict=True)
+        lists = zip(self.ids[picked].tolist(), self.logprobs[picked].tolist(), spans, strict=True)
+        return [(ids[a:b], logprobs[a:b]) for ids, logprobs, (a, b) in lists]
+
+    def move(self, rows: Sequence[int], targets: Sequence[int]) -> None:
+        """Move rows to free ones."""
+        for values in (self.ids, self.logprobs, self.uniform):
+            values[torch.tensor(targets)] = values[torch.tensor(rows)]
+        for numbers in (self.start, self.known, self.end):
+            numbers[targets] = numbers[rows]
+
+
+def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:
+    """Count drafts; those behind the end of a response were not needed and don't count."""
+    depths = np.arange(1, proposed + 1)
+    cut, kept = (count <= accepted)[:, None], np.minimum(accepted, count)[:, None]
+    decided = ~cut | (depths <= count[:, None])
+    drafts.add(
+        DraftStatistics(
+            decided.sum(0).tolist(), (depths <= kept).sum(0).tolist(), len(count), int(count.sum())
+        )
+    )

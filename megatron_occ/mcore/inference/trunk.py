@@ -1,0 +1,160 @@
+"""The trunk over all pipeline stages: from new tokens to hidden states and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over
+from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens, causal_mask
+from megatron_occ.mcore.inference.layers import Company, Layer
+from megatron_occ.mcore.model import OCCGPTModel
+
+
+class Trunk:
+    """This rank's part of the trunk, on Megatron's weights.
+
+    Args:
+        chunks: for inference: without sequence and context parallelism, see
+            ``provider.build_inference_chunk``.
+        company: see ``layers.Company``.
+    """
+
+    def __init__(self, chunks: Sequence[OCCGPTModel], company: Company) -> None:
+        self.chunks, self.company = chunks, company
+        self.config = chunks[0].config
+        self.tensor: ProcessGroup = chunks[0].pg_collection.tp
+        self.pipeline: ProcessGroup = chunks[0].pg_collection.pp
+        self.layers = [
+            [Layer(layer, self.config, self.tensor, company) for layer in chunk.decoder.layers]
+            for chunk in chunks
+        ]
+        latent, self.eps = self.config.multi_latent_attention, self.config.layernorm_epsilon
+        # of each chunk, where the trunk ends in it
+        self.final_norms = [
+            getattr(getattr(chunk.decoder, "final_layernorm", None), "weight", None)
+            for chunk in chunks
+        ]
+        heads = self.config.num_attention_heads
+        # heads that share a key, see `Tokens.mask`
+        self.fold = heads // self.tensor.size() if latent else heads // self.config.num_query_groups
+        self.is_last = chunks[-1].post_process
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the cache."""
+        return self.config.params_dtype
+
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """Empty, for this rank's layers."""
+        shapes = [layer.attention.cached for layers in self.layers for layer in layers]
+        device = torch.cuda.current_device()
+        return Cache(shapes, rows, length, dtype=self.dtype, device=device)
+
+    def rotary(self, length: int, device: torch.device) -> Rotary:
+        """Rotary table for positions below ``length``."""
+        config, chunk = self.config, self.chunks[0]
+        if config.multi_latent_attention:
+            width = part = config.qk_pos_emb_head_dim
+            heads = dict(turned=1, kept=0)
+        else:
+            width = config.kv_channels
+            part = int(width * chunk.rotary_percent)
+            # queries and key of a group, and its value beside them
+            heads = dict(turned=config.num_attention_heads // config.num_query_groups + 1, kept=1)
+        exponents = torch.arange(0, part, 2, dtype=torch.float32, device=device) / part
+        frequencies = 1.0 / (chunk.rotary_base**exponents)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+        return Rotary(angles, width, **heads, dtype=self.dtype)
+
+    def forward(self, ids: Tensor, tokens: Tokens, cache: Cache) -> Tensor | None:
+        """Hidden states [n * q, h] after the final norm on the last stage, None on others.
+
+        Args:
+            ids: [n, q] token ids, the same on all stages.
+            tokens: their places.
+            cache: holds them afterwards, on every stage for its own layers.
+        """
+        hidden, first = None, 0
+        for chunk, layers, final in zip(self.chunks, self.layers, self.final_norms, strict=True):
+            hidden = self.embed(chunk, ids) if chunk.pre_process else self._receive(ids.numel())
+            for layer, kept in zip(layers, cache.layers[first:], strict=False):
+                hidden = layer(hidden, tokens, kept)
+            first += len(layers)
+            if final is not None:
+                hidden = norm(hidden, final, self.eps)
+            if not chunk.post_process:
+                self._send(hidden)
+        return hidden if self.is_last else None
+
+    def embed(self, chunk: OCCGPTModel, ids: Tensor) -> Tensor:
+        """Embeddings [t, h] of ids of any shape, by a chunk that holds them."""
+        weight, ids = chunk.embedding.word_embeddings.weight, ids.flatten()
+        if self.tensor.size() == 1:
+            return functional.embedding(ids, weight)
+        local = ids - self.tensor.rank() * weight.size(0)
+        elsewhere = (local < 0) | (local >= weight.size(0))
+        found = functional.embedding(local.masked_fill(elsewhere, 0), weight)
+        return sum_over(found.masked_fill(elsewhere.unsqueeze(1), 0.0), self.tensor)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [t, valid vocabulary] fp32 of hidden states [t, h], on the last stage."""
+        last = self.chunks[-1]
+        logits = gather_last(functional.linear(hidden, last.output_weight()), self.tensor)
+        return logits[:, : last.valid_vocab_size].float()
+
+    def _send(self, hidden: Tensor) -> None:
+        ranks = self.pipeline.size()
+        torch.distributed.send(
+            hidden.contiguous(), group=self.pipeline, group_dst=(self.pipeline.rank() + 1) % ranks
+        )
+
+    def _receive(self, count: int) -> Tensor:
+        device = torch.cuda.current_device()
+        hidden = torch.empty(count, self.config.hidden_size, dtype=self.dtype, device=device)
+        source = (self.pipeline.rank() - 1) % self.pipeline.size()
+        torch.distributed.recv(hidden, group=self.pipeline, group_src=source)
+        return hidden
+
+    def share(self, values: Tensor) -> Tensor:
+        """Values of the last stage on all stages, in place; returns them."""
+        ranks = self.pipeline.size()
+        if ranks > 1:
+            torch.distributed.broadcast(values, group=self.pipeline, group_src=ranks - 1)
+        return values
+
+
+class Placer:
+    """Makes the :class:`Tokens` of a pass.
+
+    Args:
+        trunk: what the tokens are for.
+        length: positions that occur.
+        device: of everything.
+    """
+
+    def __init__(self, trunk: Trunk, length: int, device: torch.device) -> None:
+        self.trunk, self.device = trunk, device
+        self.rotary = trunk.rotary(length, device)
+
+    def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
+        """The first ``each`` tokens of the first ``rows`` rows of a cache."""
+        positions = torch.arange(each, device=self.device).expand(rows, each)
+        return self._place(cache, positions, each, None)
+
+    def at(self, cache: Cache, positions: Tensor, keys: int) -> Tokens:
+        """Tokens at positions [n, q] of the first n rows, none behind ``keys`` - 1."""
+        mask = causal_mask(positions, keys, self.trunk.fold, self.trunk.dtype)
+        return self._place(cache, positions, keys, mask)
+
+    def _place(self, cache: Cache, positions: Tensor, keys: int, mask: Tensor | None) -> Tokens:
+        rows, each = positions.shape
+        first = torch.arange(rows, device=self.device).unsqueeze(1) * cache.length
+        flat = positions.reshape(-1)
+        cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
+        places = (first + positions).flatten()
+        return Tokens(rows, each, places, cos, sin, self.rotary.half, keys, mask)

@@ -1,0 +1,150 @@
+"""What a rollout engine is asked and what it answers; the embedded one and remote ones alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+STOP, LENGTH, ABORT = "stop", "length", "abort"
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn; the same for all requests of a call.
+
+    Tokens are drawn from softmax(logits / temperature) cut to the ``top_k`` likeliest tokens, then
+    to the smallest set of likeliest tokens that holds ``top_p`` of what is left, and normalised
+    again, the order in which vLLM and transformers do it.
+
+    Args:
+        temperature: divides the logits; 0: the likeliest token (greedy).
+        max_response_length: tokens of a response at most, stop token included.
+        stop_ids: token ids that end a response; the id stays in it.
+        stop_strings: texts that end a response; the tokens that complete one stay in it.
+        top_p: probability mass that stays, 1: all.
+        top_k: number of tokens that stay, None: all.
+    """
+
+    temperature: float
+    max_response_length: int
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted.
+
+    Args:
+        prompt: token ids, at least one. Neighbours with equal prompts share a prefill.
+        seed: of the response's own random numbers.
+        max_response_length: a limit of its own, below that of the settings; None: theirs.
+    """
+
+    prompt: Sequence[int]
+    seed: int
+    max_response_length: int | None = None
+
+
+@dataclass
+class DraftStatistics:
+    """How drafts fared; entry j of a list is about the (j+1)-th drafted token.
+
+    Args:
+        proposed: drafted tokens that were verified.
+        accepted: those that were kept.
+        passes: trunk passes times sequences in them, prefill not counted.
+        tokens: tokens that these passes committed.
+    """
+
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    passes: int = 0
+    tokens: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens committed by one sequence's trunk pass; 1 without drafts."""
+        return self.tokens / self.passes if self.passes else 1.0
+
+    def add(self, other: DraftStatistics) -> None:
+        """Add the counts of ``other``."""
+        for name in ("proposed", "accepted"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine += [0] * (len(theirs) - len(mine))
+            for index, count in enumerate(theirs):
+                mine[index] += count
+        self.passes += other.passes
+        self.tokens += other.tokens
+
+
+@dataclass
+class Generation:
+    """Responses of n requests, in their order.
+
+    Args:
+        tokens: n lists of response ids; see ``SamplingSettings`` for what ends one.
+        logprobs: n lists, log-prob of each token under softmax(logits / temperature), before any
+            cut by top-k or top-p: what the training forward pass computes. With temperature 0
+            under softmax(logits).
+        finish_reasons: n of ``stop``, ``length`` and ``abort``.
+        drafts: of all n together.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    drafts: DraftStatistics = field(default_factory=DraftStatistics)
+
+
+class EngineError(RuntimeError):
+    """A rollout engine failed; the message says which, why, and what to do."""
+
+
+class RolloutEngine(Protocol):
+    """Samples responses under the policy's present weights."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        """Sample a response for each request.
+
+        A response depends on its prompt, its seed and the weights, not on the requests around it,
+        up to rounding in the logits.
+
+        Raises:
+            EngineError: the engine failed and could not be brought back; no response of the call
+                is to be used.
+        """
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Serve the policy's present weights from now on.
+
+        Args:
+            version: optimizer updates behind them; grows from call to call.
+
+        Raises:
+            EngineError: the engine did not take them.
+        """
+        ...
+
+    def abort(self) -> None:
+        """End a running :meth:`generate`, from any thread; unfinished responses say ``abort``."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds; it is not used after this."""
+        ...
+
+
+def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
+    """One generation of ``count`` requests from those of ranks that took every n-th of them."""
+    merged = Generation([[]] * count, [[]] * count, [ABORT] * count)
+    for first, share in enumerate(shares):
+        merged.tokens[first :: len(shares)] = share.tokens
+        merged.logprobs[first :: len(shares)] = share.logprobs
+        merged.finish_reasons[first :: len(shares)] = share.finish_reasons
+        merged.drafts.add(share.drafts)
+    return merged
