@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
 from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.mcore.model import HeadRequest
@@ -104,19 +105,21 @@ def test_catching_up_after_cycles_without_drafts(layout, monkeypatch):
 
 @pytest.mark.parametrize("depths", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(layout, kind, depths):
+def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
+    layout, monkeypatch, kind, depths
+):
     """Greedy drafts against full forward passes over the committed tokens, cycle by cycle."""
     model = model_of(layout, kind, depths)
     engine = make_engine(model, slots=3, speculation=Speculation(depths))
     seen = []
-    original = engine.drafter.draft
+    original = Drafter.draft
 
-    def spy(placer, state, ids, known, longest, steps, pick):
-        original(placer, state, ids, known, longest, steps, pick)
+    def spy(self, placer, state, ids, known, longest, steps, pick):
+        original(self, placer, state, ids, known, longest, steps, pick)
         for row, count in enumerate(known.tolist()):
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
-    engine.drafter.draft = spy
+    monkeypatch.setattr(Drafter, "draft", spy)
     engine.generate(requests(prompts()), settings(temperature=0, stop_ids=()))
     assert len(seen) > 20
     for tokens, drafts in seen:

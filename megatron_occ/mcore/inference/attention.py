@@ -39,10 +39,16 @@ def gather_last(values: Tensor, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def tensor_of(module: Any, name: str = "weight") -> Tensor | None:
+    """A module's parameter without autograd; None where the module has none."""
+    found = getattr(module, name, None)
+    return None if found is None else found.detach()
+
+
 def norm_before(linear: Any, module: Any) -> Tensor | None:
     """Weight of the norm in front of a linear layer: fused into it, or a module of its own."""
-    fused = getattr(linear, "layer_norm_weight", None)
-    return fused if fused is not None else getattr(module, "weight", None)
+    fused = tensor_of(linear, "layer_norm_weight")
+    return fused if fused is not None else tensor_of(module)
 
 
 class GroupedAttention:
@@ -58,10 +64,10 @@ class GroupedAttention:
         self.group, self.eps, self.width = group, config.layernorm_epsilon, config.kv_channels
         self.groups = config.num_query_groups // group.size()
         self.share = config.num_attention_heads // config.num_query_groups
-        self.weight, self.bias = module.linear_qkv.weight, module.linear_qkv.bias
-        self.q_norm = getattr(module.q_layernorm, "weight", None)
-        self.k_norm = getattr(module.k_layernorm, "weight", None)
-        self.out = module.linear_proj.weight
+        self.weight = tensor_of(module.linear_qkv)
+        self.bias = tensor_of(module.linear_qkv, "bias")
+        self.q_norm, self.k_norm = tensor_of(module.q_layernorm), tensor_of(module.k_layernorm)
+        self.out = tensor_of(module.linear_proj)
         # key and value of a group side by side, as the projection gives them: one write
         self.cached: Shapes = [(self.groups, 2, self.width)]
 
@@ -120,21 +126,19 @@ class LatentAttention:
         self.rank, self.rotary = config.kv_lora_rank, config.qk_pos_emb_head_dim
         self.plain, self.q_rank = config.qk_head_dim, config.q_lora_rank
         self.scale = module.softmax_scale
-        self.kv_down, self.kv_up = (
-            module.linear_kv_down_proj.weight,
-            module.linear_kv_up_proj.weight,
-        )
+        self.kv_down = tensor_of(module.linear_kv_down_proj)
         self.kv_norm = norm_before(module.linear_kv_up_proj, module.kv_layernorm)
+        # [heads, plain + value, rank]
+        up = tensor_of(module.linear_kv_up_proj).view(self.heads, -1, self.rank)
+        self.key_up, self.value_up = up[:, : self.plain], up[:, self.plain :]
         self.q_down, self.q_norm = None, None
         if self.q_rank is None:
-            self.q_up = module.linear_q_proj.weight
+            self.q_up = tensor_of(module.linear_q_proj)
         else:
-            self.q_down, self.q_up = (
-                module.linear_q_down_proj.weight,
-                module.linear_q_up_proj.weight,
-            )
+            self.q_down = tensor_of(module.linear_q_down_proj)
+            self.q_up = tensor_of(module.linear_q_up_proj)
             self.q_norm = norm_before(module.linear_q_up_proj, module.q_layernorm)
-        self.out = module.linear_proj.weight
+        self.out = tensor_of(module.linear_proj)
         self.cached: Shapes = [(self.rank + self.rotary,)]
 
     def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
@@ -145,13 +149,11 @@ class LatentAttention:
             compressed = norm(compressed, self.kv_norm, self.eps)
         turned = rotate(_by_halves(key)[:, None, None], tokens)[:, 0, 0]
         write(cache[0], tokens.places, torch.cat((compressed, turned), dim=-1))
-        # [heads, plain + value, rank]
-        up = self.kv_up.view(self.heads, -1, self.rank)
         query, turned = self._query(hidden).split([self.plain, self.rotary], dim=-1)
-        query = torch.einsum("thd,hdr->thr", query, up[:, : self.plain])
+        query = torch.einsum("thd,hdr->thr", query, self.key_up)
         turned = rotate(_by_halves(turned).unsqueeze(1), tokens).squeeze(1)
         context = self._attend(torch.cat((query, turned), dim=-1), tokens, cache[0])
-        context = torch.einsum("thr,hdr->thd", context, up[:, self.plain :])
+        context = torch.einsum("thr,hdr->thd", context, self.value_up)
         return sum_over(functional.linear(context.flatten(1), self.out), self.group)
 
     def _query(self, hidden: Tensor) -> Tensor:

@@ -63,10 +63,9 @@ class Drafter:
 
     def __init__(self, trunk: Trunk, company: Company) -> None:
         self.trunk, self.company = trunk, company
-        self.chunk = trunk.chunks[-1]
         self.modules = [
             MTPModule(layer, inner_layer(layer), trunk.config, trunk.tensor, company)
-            for layer in self.chunk.mtp.layers
+            for layer in trunk.chunks[-1].mtp.layers
         ]
 
     def new_state(self, rows: int, length: int) -> DraftState:
@@ -172,7 +171,7 @@ class Drafter:
         if hidden is None:
             hidden = state.hidden[depth].flatten(0, 1)[tokens.places]
         read = ids[:rows].gather(1, places + depth + 1)
-        embedded = self.trunk.embed(self.chunk, read)
+        embedded = self.trunk.embed(read, -1)
         output = self.modules[depth](embedded, hidden, tokens, state.cache.layers[depth])
         if depth + 1 < len(self.modules):
             write(state.hidden[depth + 1], tokens.places, output)

@@ -74,13 +74,9 @@ class MegatronEngine:
         speculation: Speculation = NO_DRAFTS,
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        self._refresh, self.layout, self.slots = chunks, layout, slots
+        self._chunks, self.layout, self.slots = chunks, layout, slots
         self.speculation, self.decode = speculation, decode
         self.company = Company(layout)
-        self.trunk = Trunk(chunks(), self.company)
-        self.drafter = None
-        if speculation.length > 0 and self.trunk.is_last:
-            self.drafter = Drafter(self.trunk, self.company)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
         self._aborted = threading.Event()
 
@@ -116,7 +112,6 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        self._refresh()
         self._aborted.clear()
         prompt, count = self.company.largest(
             [max((len(request.prompt) for request in requests), default=1), len(requests)]
@@ -125,7 +120,11 @@ class MegatronEngine:
             return Generation()
         self.draft_length.begin()
         slots = self._new_slots(len(requests), prompt, sampling)
-        passes = Passes(self.trunk, self.drafter, slots, sampling)
+        # the weights may have moved in memory since the last call
+        trunk, drafter = Trunk(self._chunks(), self.company), None
+        if self.speculation.length > 0 and trunk.is_last:
+            drafter = Drafter(trunk, self.company)
+        passes = Passes(trunk, drafter, slots, sampling)
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 

@@ -17,6 +17,7 @@ from megatron_occ.mcore.inference.attention import (
     norm,
     norm_before,
     sum_over,
+    tensor_of,
 )
 from megatron_occ.mcore.inference.cache import Tokens
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
@@ -55,13 +56,13 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x)); gate and up lie one after the other in ``linear_fc1``."""
 
     def __init__(self, module: Any, group: ProcessGroup) -> None:
-        self.both, self.down, self.group = module.linear_fc1.weight, module.linear_fc2.weight, group
+        self.gate, self.up = tensor_of(module.linear_fc1).chunk(2)
+        self.down, self.group = tensor_of(module.linear_fc2), group
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[t, h] to [t, h]."""
-        gate, up = self.both.chunk(2)
-        inner = functional.silu(functional.linear(hidden, gate), inplace=True)
-        inner.mul_(functional.linear(hidden, up))
+        inner = functional.silu(functional.linear(hidden, self.gate), inplace=True)
+        inner.mul_(functional.linear(hidden, self.up))
         return sum_over(functional.linear(inner, self.down), self.group)
 
 
@@ -121,8 +122,8 @@ class MTPModule:
         self, module: Any, inner: Any, config: Any, group: ProcessGroup, company: Company
     ) -> None:
         self.group, self.eps = group, config.layernorm_epsilon
-        self.norms = module.enorm.weight, module.hnorm.weight, module.final_layernorm.weight
-        self.projection = module.eh_proj.weight
+        self.norms = [tensor_of(n) for n in (module.enorm, module.hnorm, module.final_layernorm)]
+        self.projection = tensor_of(module.eh_proj)
         self.layer = Layer(inner, config, group, company)
 
     def __call__(

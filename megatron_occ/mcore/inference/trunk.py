@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over
+from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, tensor_of
 from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens, causal_mask
 from megatron_occ.mcore.inference.layers import Company, Layer
 from megatron_occ.mcore.model import OCCGPTModel
 
 
 class Trunk:
-    """This rank's part of the trunk, on Megatron's weights.
+    """This rank's part of the trunk, on the weights that Megatron's modules have now.
 
     Args:
         chunks: for inference: without sequence and context parallelism, see
@@ -36,13 +36,17 @@ class Trunk:
         latent, self.eps = self.config.multi_latent_attention, self.config.layernorm_epsilon
         # of each chunk, where the trunk ends in it
         self.final_norms = [
-            getattr(getattr(chunk.decoder, "final_layernorm", None), "weight", None)
+            tensor_of(getattr(chunk.decoder, "final_layernorm", None)) for chunk in chunks
+        ]
+        self.tables = [
+            tensor_of(chunk.embedding.word_embeddings) if hasattr(chunk, "embedding") else None
             for chunk in chunks
         ]
         heads = self.config.num_attention_heads
         # heads that share a key, see `Tokens.mask`
         self.fold = heads // self.tensor.size() if latent else heads // self.config.num_query_groups
         self.is_last = chunks[-1].post_process
+        self.output = chunks[-1].output_weight().detach() if self.is_last else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,20 +84,21 @@ class Trunk:
             cache: holds them afterwards, on every stage for its own layers.
         """
         hidden, first = None, 0
-        for chunk, layers, final in zip(self.chunks, self.layers, self.final_norms, strict=True):
-            hidden = self.embed(chunk, ids) if chunk.pre_process else self._receive(ids.numel())
+        for number, (chunk, layers) in enumerate(zip(self.chunks, self.layers, strict=True)):
+            hidden = self.embed(ids, number) if chunk.pre_process else self._receive(ids.numel())
             for layer, kept in zip(layers, cache.layers[first:], strict=False):
                 hidden = layer(hidden, tokens, kept)
             first += len(layers)
-            if final is not None:
+            if (final := self.final_norms[number]) is not None:
                 hidden = norm(hidden, final, self.eps)
             if not chunk.post_process:
                 self._send(hidden)
         return hidden if self.is_last else None
 
-    def embed(self, chunk: OCCGPTModel, ids: Tensor) -> Tensor:
-        """Embeddings [t, h] of ids of any shape, by a chunk that holds them."""
-        weight, ids = chunk.embedding.word_embeddings.weight, ids.flatten()
+    def embed(self, ids: Tensor, chunk: int) -> Tensor:
+        """Embeddings [t, h] of ids of any shape, by the table of a chunk."""
+        weight, ids = self.tables[chunk], ids.flatten()
+        assert weight is not None, "this chunk has no embedding"
         if self.tensor.size() == 1:
             return functional.embedding(ids, weight)
         local = ids - self.tensor.rank() * weight.size(0)
@@ -103,9 +108,8 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [t, valid vocabulary] fp32 of hidden states [t, h], on the last stage."""
-        last = self.chunks[-1]
-        logits = gather_last(functional.linear(hidden, last.output_weight()), self.tensor)
-        return logits[:, : last.valid_vocab_size].float()
+        logits = gather_last(functional.linear(hidden, self.output), self.tensor)
+        return logits[:, : self.chunks[-1].valid_vocab_size].float()
 
     def _send(self, hidden: Tensor) -> None:
         ranks = self.pipeline.size()
