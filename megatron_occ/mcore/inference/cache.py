@@ -54,6 +54,8 @@ class Cache:
         device: torch.device,
     ) -> None:
         self.rows, self.length = rows, length
+        # [rows, 1] where each row begins, counted in tokens
+        self.starts = torch.arange(rows, device=device).unsqueeze(1) * length
         # zeros: a masked position must not hold what is not a number
         self.layers = [
             [torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in layer]
@@ -108,11 +110,3 @@ def rotate(values: Tensor, tokens: Tokens) -> Tensor:
     half = tokens.half
     first, second, rest = values.split((half, half, values.size(-1) - 2 * half), dim=-1)
     return torch.addcmul(values * tokens.cos, torch.cat((second, first, rest), -1), tokens.sin)
-
-
-def causal_mask(positions: Tensor, keys: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """[n, 1, heads * q, keys] for tokens at ``positions`` [n, q]; see :class:`Tokens`."""
-    later = torch.arange(keys, device=positions.device) > positions.unsqueeze(-1)
-    mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
-    mask = mask.masked_fill_(later, -torch.inf).unsqueeze(1)
-    return mask.repeat(1, 1, heads, 1) if heads > 1 else mask

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, tensor_of
-from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens, causal_mask
+from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens
 from megatron_occ.mcore.inference.layers import Company, Layer
 from megatron_occ.mcore.model import OCCGPTModel
 
@@ -142,23 +142,26 @@ class Placer:
     """
 
     def __init__(self, trunk: Trunk, length: int, device: torch.device) -> None:
-        self.trunk, self.device = trunk, device
+        self.trunk = trunk
         self.rotary = trunk.rotary(length, device)
+        self.positions = torch.arange(length, device=device)
+        self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=trunk.dtype, device=device)
 
     def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
         """The first ``each`` tokens of the first ``rows`` rows of a cache."""
-        positions = torch.arange(each, device=self.device).expand(rows, each)
-        return self._place(cache, positions, each, None)
+        return self._place(cache, self.positions[:each].expand(rows, each), each, None)
 
     def at(self, cache: Cache, positions: Tensor, keys: int) -> Tokens:
         """Tokens at positions [n, q] of the first n rows, none behind ``keys`` - 1."""
-        mask = causal_mask(positions, keys, self.trunk.fold, self.trunk.dtype)
+        later = self.positions[:keys] > positions.unsqueeze(-1)
+        mask = torch.where(later, self.hidden, self.seen).unsqueeze(1)
+        if self.trunk.fold > 1:
+            mask = mask.repeat(1, 1, self.trunk.fold, 1)
         return self._place(cache, positions, keys, mask)
 
     def _place(self, cache: Cache, positions: Tensor, keys: int, mask: Tensor | None) -> Tokens:
         rows, each = positions.shape
-        first = torch.arange(rows, device=self.device).unsqueeze(1) * cache.length
         flat = positions.reshape(-1)
         cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
-        places = (first + positions).flatten()
+        places = (cache.starts[:rows] + positions).flatten()
         return Tokens(rows, each, places, cos, sin, self.rotary.half, keys, mask)

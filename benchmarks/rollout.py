@@ -1,0 +1,270 @@
+"""Rollouts by the embedded engine and by transformers ``generate``: the same weights and prompts.
+
+Three tables, each measured in one run with all sides taking turns; medians, and the medians of
+ratios to plain ``generate`` with its KV cache in the same round.
+
+1. Even: responses of the demo's task, which all have about the same length.
+2. Uneven: of every 64 responses one is long and 63 are short, and as many have to be made as fill
+   64 places several times. Lengths are imposed, stop tokens are off. ``generate`` gets a stopping
+   criterion for each row; its batch runs until the last row is done. The last column is the
+   engine's own rate with even lengths of the same mean.
+3. What drafts cost (``--costs``): seconds of a cycle without drafts and of one with k, the tokens
+   that a cycle commits, and the acceptance at which drafting would be as fast as not drafting.
+
+transformers reads its MTP layers from disk for each call; that is left out of its time.
+
+    python -m benchmarks.rollout [--run RUN] [--rounds 5] [--threads 1] [--costs] [--json FILE]
+
+``--run`` is a folder of ``megatron-occ demo`` or ``pretrain``; without it one is pretrained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.demo_model import DemoModel, demo_model
+from benchmarks.peer_generate import PeerSampling, generate
+from benchmarks.peer_weights import export_peer, load_peer
+from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
+from megatron_occ.mcore.startup import shutdown
+from megatron_occ.rollout import Request, SamplingSettings
+
+BATCHES = {1: 12, 16: 128, 64: 512}
+PLAIN = "transformers"
+SHORT, LONG, PLACES = 16, 256, 64
+SPECULATIONS = {
+    "plain": Speculation(),
+    "1 draft": Speculation(1),
+    "2 drafts": Speculation(2),
+    "auto": Speculation(3, adaptive=True),
+}
+Rates = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Copies of the weights for plain generation and for that with MTP, whose hooks stay."""
+
+    plain: Any
+    mtp: Any
+
+
+def main() -> None:
+    """Run and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    demo = demo_model(options.run, ["model.max_position_embeddings=512"])
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = export_peer(
+            demo.actor.chunks[0],
+            demo.config,
+            Path(folder),
+            stop_ids=demo.stop_ids,
+            pad_id=demo.tokenizer.pad_id,
+        )
+        peers = Peers(plain, load_peer(Path(folder)))
+        results["even"] = even(demo, peers, options.rounds)
+        results["uneven"] = uneven(demo, peers, options.rounds)
+    if options.costs:
+        results["costs"] = costs(demo, options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    shutdown()
+
+
+def engine(demo: DemoModel, slots: int, speculation: Speculation) -> MegatronEngine:
+    """On the demo's weights."""
+    return MegatronEngine(
+        demo.actor.inference_chunks, demo.actor.layout, slots=slots, speculation=speculation
+    )
+
+
+def even(demo: DemoModel, peers: Peers, rounds: int) -> dict[str, Any]:
+    """Table 1."""
+    sampling = SamplingSettings(1.0, 20, demo.stop_ids)
+    theirs = PeerSampling(20, demo.stop_ids, demo.tokenizer.pad_id)
+    print("\n1. Even lengths, temperature 1: tokens a second (and times plain transformers)")
+    found = {}
+    for batch, count in BATCHES.items():
+        prompts, mtp = demo.prompts(count), replace(theirs, use_mtp=True)
+        sides: dict[str, Callable[[int], float]] = {
+            PLAIN: lambda seed, p=prompts, b=batch: rate_of_peer(peers.plain, p, theirs, b),
+        }
+        if batch == 1:
+            sides["use_mtp=True"] = lambda seed, p=prompts, m=mtp: rate_of_peer(peers.mtp, p, m, 1)
+        lengths: dict[str, float] = {}
+        for name, speculation in SPECULATIONS.items():
+            own = engine(demo, batch, speculation)
+            sides[f"ours, {name}"] = functools.partial(
+                rate_of_engine, own, prompts, sampling, acceptance=lengths, name=name
+            )
+        rates = measure(sides, rounds)
+        found[batch] = {"rates": rates, "acceptance_length": lengths}
+        print_rates(f"batch {batch}", rates)
+    drafted = {name: round(value, 2) for name, value in lengths.items()}
+    print(f"   acceptance length at batch {batch}: {drafted}")
+    return found
+
+
+def uneven(demo: DemoModel, peers: Peers, rounds: int) -> dict[str, Any]:
+    """Table 2."""
+    lengths = ([SHORT] * 31 + [LONG] + [SHORT] * 32) * 6
+    mean = sum(lengths) / len(lengths)
+    prompts, settings = demo.prompts(len(lengths)), SamplingSettings(1.0, LONG)
+    own = {name: engine(demo, PLACES, s) for name, s in SPECULATIONS.items()}
+    sides: dict[str, Callable[[int], float]] = {
+        PLAIN: lambda seed: rate_of_peer(
+            peers.plain,
+            prompts,
+            PeerSampling(LONG, (), demo.tokenizer.pad_id),
+            PLACES,
+            lengths=lengths,
+        )
+    }
+    for name, each in own.items():
+        sides[f"ours, {name}"] = lambda seed, e=each: rate_of_engine(
+            e, prompts, settings, seed, limits=lengths
+        )
+    plain = own["plain"]
+    sides["ours, plain, even lengths"] = lambda seed: rate_of_engine(
+        plain, prompts, settings, seed, limits=[round(mean)] * len(lengths)
+    )
+    print(
+        f"\n2. Uneven lengths, 64 places: {SHORT} tokens, every 64th {LONG}, "
+        f"{len(lengths)} responses"
+    )
+    rates = measure(sides, rounds)
+    print_rates("uneven", rates)
+    pairs = zip(rates["ours, plain"], rates["ours, plain, even lengths"], strict=True)
+    kept = statistics.median(a / b for a, b in pairs)
+    print(f"   uneven / even, ours without drafts: {kept:.2f}")
+    return {"rates": rates, "uneven_over_even": kept}
+
+
+def rate_of_peer(
+    peer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: PeerSampling,
+    batch: int,
+    lengths: Sequence[int] | None = None,
+) -> float:
+    """Tokens a second of transformers."""
+    return generate(peer, prompts, sampling, batch, lengths=lengths).tokens_per_second
+
+
+def rate_of_engine(
+    own: MegatronEngine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingSettings,
+    seed: int,
+    acceptance: dict[str, float] | None = None,
+    name: str = "",
+    limits: Sequence[int] | None = None,
+) -> float:
+    """Tokens a second of the engine."""
+    limits = limits or [sampling.max_response_length] * len(prompts)
+    requests = [
+        Request(prompt, seed * len(prompts) + index, limit)
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    start = time.perf_counter()
+    found = own.generate(requests, sampling)
+    seconds = time.perf_counter() - start
+    if acceptance is not None:
+        acceptance[name] = found.drafts.acceptance_length
+    return sum(map(len, found.tokens)) / seconds
+
+
+def measure(sides: dict[str, Callable[[int], float]], rounds: int) -> Rates:
+    """Rates of all sides, which take turns; the first round is not counted."""
+    rates: Rates = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            rate = side(number)
+            if number > 0:
+                rates[name].append(rate)
+    return rates
+
+
+def print_rates(title: str, rates: Rates) -> None:
+    """A line for each side."""
+    print(f"   {title}")
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, rates[PLAIN], strict=True))
+        print(f"     {name:<28}{statistics.median(values):>10,.0f}   x {ratio:.2f}")
+
+
+def costs(demo: DemoModel, rounds: int) -> list[dict[str, float]]:
+    """Table 3."""
+    sampling = SamplingSettings(1.0, 20, demo.stop_ids)
+    print("\n3. Milliseconds of a cycle, tokens it commits of a sequence, and the break-even")
+    print("   places  drafts  cycle ms  x plain  tokens  speed-up  tokens to break even")
+    rows = []
+    for places, count in BATCHES.items():
+        engines = [engine(demo, places, Speculation(k)) for k in range(4)]
+        cycles = [Cycles(each) for each in engines]
+        for number in range(rounds + 1):
+            for each in cycles:
+                each.run(demo.prompts(count), sampling, number)
+        plain = cycles[0].milliseconds(places)
+        for drafts, each in enumerate(cycles):
+            cycle = each.milliseconds(places)
+            row = dict(
+                places=places,
+                drafts=drafts,
+                cycle=cycle,
+                relative=cycle / plain,
+                tokens=each.tokens,
+                speed_up=each.tokens * plain / cycle,
+            )
+            rows.append(row)
+            print(
+                f"   {places:>6}  {drafts:>6}  {cycle:>8.2f}  {cycle / plain:>7.2f}  "
+                f"{each.tokens:>6.2f}  {row['speed_up']:>8.2f}  {cycle / plain:>8.2f}"
+            )
+    return rows
+
+
+class Cycles:
+    """Times of an engine's cycles with all places taken, by way of what its controller is told."""
+
+    def __init__(self, own: MegatronEngine) -> None:
+        self.engine, self.seconds, self.tokens = own, {}, 1.0
+        observe = own.draft_length.observe
+
+        def spy(sequences: int, length: int, seconds: float, drafts: Any) -> None:
+            self.seconds.setdefault(sequences, []).append(seconds)
+            observe(sequences, length, seconds, drafts)
+
+        own.draft_length.observe = spy
+
+    def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, seed: int) -> None:
+        """Generate once."""
+        requests = [Request(prompt, seed * 1000 + i) for i, prompt in enumerate(prompts)]
+        self.tokens = self.engine.generate(requests, sampling).drafts.acceptance_length
+
+    def milliseconds(self, sequences: int) -> float:
+        """Median of the cycles of so many sequences."""
+        return 1000 * statistics.median(self.seconds[sequences])
+
+
+if __name__ == "__main__":
+    main()
