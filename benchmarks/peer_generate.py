@@ -135,7 +135,8 @@ def generation_config(sampling: PeerSampling) -> Any:
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not is_greedy,
-        eos_token_id=list(sampling.stop_ids) or None,
+        # without an id of its own transformers takes those of the checkpoint: one that none has
+        eos_token_id=list(sampling.stop_ids) or [-1],
         pad_token_id=sampling.pad_id,
         use_cache=True,
         use_mtp=sampling.use_mtp or None,

@@ -8,12 +8,13 @@ ratios to plain ``generate`` with its KV cache in the same round.
    64 places several times. Lengths are imposed, stop tokens are off. ``generate`` gets a stopping
    criterion for each row; its batch runs until the last row is done. The last column is the
    engine's own rate with even lengths of the same mean.
-3. What drafts cost (``--costs``): seconds of a cycle without drafts and of one with k, the tokens
+3. What drafts cost: seconds of a cycle without drafts and of one with k, the tokens
    that a cycle commits, and the acceptance at which drafting would be as fast as not drafting.
 
 transformers reads its MTP layers from disk for each call; that is left out of its time.
 
-    python -m benchmarks.rollout [--run RUN] [--rounds 5] [--threads 1] [--costs] [--json FILE]
+    python -m benchmarks.rollout [--run RUN] [--rounds 5] [--threads 1] [--only even]
+        [--json FILE]
 
 ``--run`` is a folder of ``megatron-occ demo`` or ``pretrain``; without it one is pretrained first.
 """
@@ -42,7 +43,7 @@ from megatron_occ.rollout import Request, SamplingSettings
 
 BATCHES = {1: 12, 16: 128, 64: 512}
 PLAIN = "transformers"
-SHORT, LONG, PLACES = 16, 256, 64
+SHORT, LONG, PLACES, GROUPS = 16, 128, 64, 24
 SPECULATIONS = {
     "plain": Speculation(),
     "1 draft": Speculation(1),
@@ -66,12 +67,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--only", choices=("even", "uneven", "costs"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     demo = demo_model(options.run, ["model.max_position_embeddings=512"])
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         plain = export_peer(
             demo.actor.chunks[0],
@@ -81,10 +81,11 @@ def main() -> None:
             pad_id=demo.tokenizer.pad_id,
         )
         peers = Peers(plain, load_peer(Path(folder)))
-        results["even"] = even(demo, peers, options.rounds)
-        results["uneven"] = uneven(demo, peers, options.rounds)
-    if options.costs:
-        results["costs"] = costs(demo, options.rounds)
+        results = {
+            name: table(demo, peers, options.rounds)
+            for name, table in (("even", even), ("uneven", uneven), ("costs", costs))
+            if options.only in (None, name)
+        }
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     shutdown()
@@ -126,7 +127,7 @@ def even(demo: DemoModel, peers: Peers, rounds: int) -> dict[str, Any]:
 
 def uneven(demo: DemoModel, peers: Peers, rounds: int) -> dict[str, Any]:
     """Table 2."""
-    lengths = ([SHORT] * 31 + [LONG] + [SHORT] * 32) * 6
+    lengths = ([SHORT] * 31 + [LONG] + [SHORT] * 32) * GROUPS
     mean = sum(lengths) / len(lengths)
     prompts, settings = demo.prompts(len(lengths)), SamplingSettings(1.0, LONG)
     own = {name: engine(demo, PLACES, s) for name, s in SPECULATIONS.items()}
@@ -212,7 +213,7 @@ def print_rates(title: str, rates: Rates) -> None:
         print(f"     {name:<28}{statistics.median(values):>10,.0f}   x {ratio:.2f}")
 
 
-def costs(demo: DemoModel, rounds: int) -> list[dict[str, float]]:
+def costs(demo: DemoModel, _peers: Peers, rounds: int) -> list[dict[str, float]]:
     """Table 3."""
     sampling = SamplingSettings(1.0, 20, demo.stop_ids)
     print("\n3. Milliseconds of a cycle, tokens it commits of a sequence, and the break-even")

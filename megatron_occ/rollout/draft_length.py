@@ -12,7 +12,7 @@ REMEMBERED, NEEDED = 9, 3
 # of what earlier calls counted, when a call begins
 FADING = 0.5
 # cycles of a call that draft, whatever the judgement: acceptance changes as the policy learns
-PROBES = 2
+PROBES = 1
 
 
 class DraftLength:

@@ -114,8 +114,8 @@ def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
     seen = []
     original = Drafter.draft
 
-    def spy(self, placer, state, ids, known, longest, steps, pick):
-        original(self, placer, state, ids, known, longest, steps, pick)
+    def spy(self, placer, state, ids, known, steps, pick):
+        original(self, placer, state, ids, known, steps, pick)
         for row, count in enumerate(known.tolist()):
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
@@ -173,7 +173,7 @@ def test_prompts_are_read_once_for_all_of_their_samples(layout, monkeypatch):
         Trunk,
         "forward",
         lambda self, ids, tokens, cache: (
-            read.append(ids.size(0)) if tokens.mask is None else None,
+            read.append(ids.size(0)) if tokens.is_causal else None,
             forward(self, ids, tokens, cache),
         )[1],
     )
@@ -189,7 +189,7 @@ def test_a_freed_slot_is_filled_at_once(layout, monkeypatch):
     rows, forward = [], Trunk.forward
 
     def spy(self, ids, tokens, cache):
-        rows.append(ids.size(0) if tokens.mask is not None else 0)
+        rows.append(ids.size(0) if not tokens.is_causal else 0)
         return forward(self, ids, tokens, cache)
 
     monkeypatch.setattr(Trunk, "forward", spy)

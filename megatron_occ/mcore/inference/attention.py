@@ -6,6 +6,8 @@ row be at a place of its own. Numbers of heads and groups are those of this tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from megatron_occ.mcore.inference.cache import Tokens, rotate, write
+from megatron_occ.mcore.inference.cache import Span, Tokens, rotate, write
 
 Shapes = list[tuple[int, ...]]
 
@@ -49,6 +51,45 @@ def norm_before(linear: Any, module: Any) -> Tensor | None:
     """Weight of the norm in front of a linear layer: fused into it, or a module of its own."""
     fused = tensor_of(linear, "layer_norm_weight")
     return fused if fused is not None else tensor_of(module)
+
+
+def attend_by_spans(
+    query: Tensor,
+    tokens: Tokens,
+    cache: Tensor,
+    unfold: Callable[[Tensor], tuple[Tensor, Tensor]],
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of queries [n, groups, m, d] to the rows of a cache, span by span.
+
+    Args:
+        unfold: from a part of the cache [n, keys, ...] to keys and values [n, groups, keys, d].
+        scale: of the scores; None: 1 / sqrt(d).
+    """
+    found = []
+    for span in tokens.spans:
+        key, value = unfold(cache[: span.rows, : span.keys])
+        found.append(
+            functional.scaled_dot_product_attention(
+                query[: span.rows], key, value, attn_mask=span.mask, scale=scale
+            )
+        )
+    context, *again = found
+    for part in again:
+        context[: part.size(0)] = part
+    return context
+
+
+def _keys_and_values(part: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, keys, groups, 2, d] to [n, groups, keys, d] twice."""
+    key, value = part.transpose(1, 2).unbind(3)
+    return key, value
+
+
+def _latent_twice(part: Tensor) -> tuple[Tensor, Tensor]:
+    """One key for all heads, which is the value too, its rotary part left out afterwards."""
+    latent = part.unsqueeze(1)
+    return latent, latent
 
 
 class GroupedAttention:
@@ -91,19 +132,18 @@ class GroupedAttention:
 
     def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
         n, q = tokens.rows, tokens.each
-        # [rows, length, groups, 2, d] -> [n, groups, keys, d] twice
-        key, value = cache[:n, : tokens.keys].transpose(1, 2).unbind(3)
         query = query.reshape(n, q, self.groups, self.share, self.width)
-        if tokens.mask is None:
+        if tokens.is_causal:
             # heads of a group are neighbours, as grouped-query attention wants them
             heads = query.flatten(2, 3).transpose(1, 2)
+            key, value = _keys_and_values(cache[:n, :q])
             context = functional.scaled_dot_product_attention(
                 heads, key, value, is_causal=q > 1, enable_gqa=self.share > 1
             )
             return context.transpose(1, 2).reshape(n * q, -1)
         # one query block a group: its heads are further rows of it
         folded = query.permute(0, 2, 3, 1, 4).reshape(n, self.groups, self.share * q, self.width)
-        context = functional.scaled_dot_product_attention(folded, key, value, attn_mask=tokens.mask)
+        context = attend_by_spans(folded, tokens, cache, _keys_and_values)
         context = context.view(n, self.groups, self.share, q, self.width)
         return context.permute(0, 3, 1, 2, 4).reshape(n * q, -1)
 
@@ -170,19 +210,13 @@ class LatentAttention:
     def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
         """[n * q, heads, rank + rotary] to [n * q, heads, rank]: one key for all heads."""
         n, q = tokens.rows, tokens.each
-        latent = cache[:n, : tokens.keys].unsqueeze(1)
-        mask = tokens.mask
-        if mask is None:
+        folded = query.view(n, q, self.heads, -1).transpose(1, 2).reshape(n, 1, self.heads * q, -1)
+        if tokens.is_causal:
             mask = torch.ones(q, q, dtype=torch.bool, device=query.device).tril()
             mask = mask.repeat(1, 1, self.heads, 1)
-        folded = query.view(n, q, self.heads, -1).transpose(1, 2).reshape(n, 1, self.heads * q, -1)
-        context = functional.scaled_dot_product_attention(
-            folded,
-            latent,
-            latent,
-            attn_mask=mask,
-            scale=self.scale,
-        )[..., : self.rank]
+            tokens = replace(tokens, spans=[Span(None, q, mask)])
+        context = attend_by_spans(folded, tokens, cache, _latent_twice, scale=self.scale)
+        context = context[..., : self.rank]
         context = context.view(n, self.heads, q, self.rank).transpose(1, 2)
         return context.reshape(n * q, self.heads, self.rank)
 

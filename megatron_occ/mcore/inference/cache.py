@@ -5,8 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# part of the price of one look at all rows that a second look at some must stay below
+WORTH = 0.75
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows that attend together.
+
+    Args:
+        rows: m, the first ones.
+        keys: positions that they look at, from 0.
+        mask: [m, 1, heads * q, keys] 0 where a token may look and -inf elsewhere, once for each
+            head that shares a key; None: all rows start at 0, q equals ``keys``, and each token
+            looks at itself and those before it.
+    """
+
+    rows: int
+    keys: int
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -19,10 +40,7 @@ class Tokens:
         places: [n * q] row * length + position, where a cache holds each token.
         cos, sin: [n * q, 1, heads, width] of the positions, see :class:`Rotary`.
         half: pairs that are turned.
-        keys: positions that are looked at, from 0.
-        mask: [n, 1, heads * q, keys] 0 where a token may look and -inf elsewhere, once for each
-            head that shares a key; None: all rows start at 0, q equals ``keys``, and each token
-            looks at itself and those before it.
+        spans: all rows, and again the first ones, which look further.
     """
 
     rows: int
@@ -31,8 +49,12 @@ class Tokens:
     cos: Tensor
     sin: Tensor
     half: int
-    keys: int
-    mask: Tensor | None
+    spans: list[Span]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether all rows begin at their first token."""
+        return self.spans[0].mask is None
 
 
 class Cache:
@@ -110,3 +132,37 @@ def rotate(values: Tensor, tokens: Tokens) -> Tensor:
     half = tokens.half
     first, second, rest = values.split((half, half, values.size(-1) - 2 * half), dim=-1)
     return torch.addcmul(values * tokens.cos, torch.cat((second, first, rest), -1), tokens.sin)
+
+
+def long_rows(needed: np.ndarray) -> tuple[int, float]:
+    """How many rows at the front attend on their own, so that the others don't pay for them.
+
+    All rows look at as many keys as the longest of the others needs, and the first ones then look
+    again, at all that they need.
+
+    Args:
+        needed: [n] keys that each row looks at.
+
+    Returns:
+        That number, 0: no row; and the price of attention, in keys.
+    """
+    rows = len(needed)
+    longest_behind = np.append(np.maximum.accumulate(needed[::-1])[::-1], 0)
+    longest_before = np.insert(np.maximum.accumulate(needed), 0, 0)
+    price = rows * longest_behind + np.arange(rows + 1) * longest_before
+    best = int(price[:rows].argmin())
+    if price[best] > WORTH * price[0]:
+        best = 0
+    return best, float(price[best])
+
+
+def rows_to_swap(needed: np.ndarray) -> tuple[list[int], list[int]]:
+    """Short rows at the front and long rows behind that had better change places, if any."""
+    order = np.argsort(-needed, kind="stable")
+    count, price = long_rows(needed[order])
+    if count == 0 or long_rows(needed)[1] <= price / WORTH:
+        return [], []
+    wanted = order[:count]
+    behind = wanted[wanted >= count]
+    front = np.setdiff1d(np.arange(count), wanted)
+    return front.tolist(), behind.tolist()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_occ.mcore.inference.cache import rows_to_swap
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
 from megatron_occ.mcore.inference.slots import Slots, Verified
@@ -76,10 +77,10 @@ class Decoding:
     def _cycle(self, length: int) -> None:
         """Draft, verify, commit."""
         started, counted = time.perf_counter(), DraftStatistics()
+        self._bring_long_rows_forward()
         # a rank without sequences keeps those company that share its experts
         rows = max(self.active, 1) if self.company.shares else self.active
-        longest = self.company.largest([int(self.slots.known[:rows].max())])[0]
-        verified = self.passes.draft_and_verify(rows, length, longest)
+        verified = self.passes.draft_and_verify(rows, length)
         if not self.active:
             return
         self._commit(slice(0, self.active), verified.first(self.active), counted)
@@ -158,6 +159,16 @@ class Decoding:
             self.generation.logprobs[owner] = logprobs
             self.generation.finish_reasons[owner] = reason
             self.owners[row] = None
+
+    def _bring_long_rows_forward(self) -> None:
+        """So that they can attend on their own, see ``cache.long_rows``."""
+        front, behind = rows_to_swap(self.slots.known[: self.active]) if self.active else ([], [])
+        if not front:
+            return
+        length = int(self.slots.known[behind].max())
+        self.passes.move([*front, *behind], [*behind, *front], length)
+        for one, other in zip(front, behind, strict=True):
+            self.owners[one], self.owners[other] = self.owners[other], self.owners[one]
 
     def _compact(self) -> None:
         """Move rows in use into the holes before them."""

@@ -102,36 +102,35 @@ class Drafter:
         state: DraftState,
         ids: Tensor,
         known: np.ndarray,
-        longest: int,
         steps: int,
         pick: Pick,
     ) -> None:
         """Draft ``steps`` tokens for each row, into ``ids`` behind the known ones.
 
         Args:
-            placer, state, ids, known, longest: see :meth:`read_prompts`.
+            placer, state, ids, known: see :meth:`read_prompts`.
             pick: from hidden states [n, h] and the number of the draft, 0-based, to ids [n].
         """
         depths, rows = len(self.modules), len(known)
         last, hidden = known - 2, None
         behind = torch.from_numpy(known).to(ids.device, copy=True)
-        needed = self._catch_up(placer, state, ids, known, longest)
+        needed = self._catch_up(placer, state, ids, known)
         for step in range(steps):
             if step < depths:
                 places = _up_to(last, needed[step], ids.device)
-                tokens = placer.at(state.cache, places, longest - 1)
+                tokens = placer.at(state.cache, places, last)
                 hidden = self._run(step, state, ids, places, tokens)
                 state.done[step, :rows] = last - step
             else:
                 ahead = step - depths + 1
                 places = _up_to(last + ahead, 1, ids.device)
-                tokens = placer.at(state.cache, places, longest - 1 + ahead)
+                tokens = placer.at(state.cache, places, last + ahead)
                 hidden = self._run(depths - 1, state, ids, places, tokens, hidden)
             drafted = pick(hidden, step)
             ids[:rows].scatter_(1, (behind + step).unsqueeze(1), drafted.unsqueeze(1))
 
     def _catch_up(
-        self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray, longest: int
+        self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray
     ) -> list[int]:
         """Read what is far behind, in pieces; returns the tokens that each depth lacks then."""
         rows, depths = len(known), len(self.modules)
@@ -143,7 +142,7 @@ class Drafter:
             goal = np.minimum(done.min(0) + PIECE, known - 1 - depths)
             for depth, each in enumerate(self._lacking(state, goal)):
                 places = _up_to(goal, each, ids.device)
-                tokens = placer.at(state.cache, places, longest - 1)
+                tokens = placer.at(state.cache, places, goal.clip(min=0))
                 self._run(depth, state, ids, places, tokens)
             state.done[:, :rows] = np.maximum(done, goal)
 

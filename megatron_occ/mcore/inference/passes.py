@@ -69,21 +69,21 @@ class Passes:
         numbers = self.slots.numbers(rows, 1)
         return self._share(self._judge(logits, none, [], numbers), len(rows), 1)
 
-    def draft_and_verify(self, rows: int, length: int, longest: int) -> Verified:
+    def draft_and_verify(self, rows: int, length: int) -> Verified:
         """One cycle of the first ``rows`` rows.
 
         Args:
             rows: at least one.
             length: tokens to draft.
-            longest: tokens of the longest row.
         """
         used = slice(0, rows)
         numbers = self.slots.numbers(used, length + 1)
         behind = self.slots.known_on_device(used).unsqueeze(1)
         places = behind + torch.arange(-1, length, device=self.slots.device)
-        draft_logprobs = self._draft(places[:, 1:], numbers, longest) if length else []
+        draft_logprobs = self._draft(places[:, 1:], numbers) if length else []
         ids = self.slots.ids[used].gather(1, places)
-        tokens = self.placer.at(self.cache, places, longest + length)
+        last = self.slots.known[used] - 1 + length
+        tokens = self.placer.at(self.cache, places, last)
         self.trunk.company.meet(places.numel())
         hidden = self.trunk.forward(ids, tokens, self.cache)
         logits = None
@@ -96,13 +96,13 @@ class Passes:
         )
 
     def move(self, rows: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Move rows of up to ``length`` tokens to free ones."""
+        """Copy rows of up to ``length`` tokens to other places, all at the same time."""
         self.slots.move(rows, targets)
         self.cache.copy_rows(self.cache, rows, targets, length)
         if self.state is not None:
             self.state.copy_rows(self.state, rows, targets, length)
 
-    def _draft(self, places: Tensor, numbers: Tensor, longest: int) -> list[Tensor]:
+    def _draft(self, places: Tensor, numbers: Tensor) -> list[Tensor]:
         """Put drafts at ``places`` [n, k] of the rows; returns what they were drawn from."""
         distributions: list[Tensor] = []
 
@@ -118,7 +118,7 @@ class Passes:
         ids = self.slots.ids
         if self.drafter is not None:
             known = self.slots.known[:rows]
-            self.drafter.draft(self.placer, self.state, ids, known, longest, length, pick)
+            self.drafter.draft(self.placer, self.state, ids, known, length, pick)
         if self.trunk.pipeline.size() > 1:
             drafts = self.trunk.share(ids[:rows].gather(1, places))
             ids[:rows].scatter_(1, places, drafts)

@@ -168,7 +168,7 @@ class Slots:
         return [(ids[a:b], logprobs[a:b]) for ids, logprobs, (a, b) in lists]
 
     def move(self, rows: Sequence[int], targets: Sequence[int]) -> None:
-        """Move rows to free ones."""
+        """Copy rows to other places, all at the same time."""
         for values in (self.ids, self.logprobs, self.uniform):
             values[torch.tensor(targets)] = values[torch.tensor(rows)]
         for numbers in (self.start, self.known, self.end):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, tensor_of
-from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens
+from megatron_occ.mcore.inference.cache import Cache, Rotary, Span, Tokens, long_rows
 from megatron_occ.mcore.inference.layers import Company, Layer
 from megatron_occ.mcore.model import OCCGPTModel
 
@@ -149,19 +150,27 @@ class Placer:
 
     def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
         """The first ``each`` tokens of the first ``rows`` rows of a cache."""
-        return self._place(cache, self.positions[:each].expand(rows, each), each, None)
+        spans = [Span(rows, each, None)]
+        return self._place(cache, self.positions[:each].expand(rows, each), spans)
 
-    def at(self, cache: Cache, positions: Tensor, keys: int) -> Tokens:
-        """Tokens at positions [n, q] of the first n rows, none behind ``keys`` - 1."""
-        later = self.positions[:keys] > positions.unsqueeze(-1)
-        mask = torch.where(later, self.hidden, self.seen).unsqueeze(1)
-        if self.trunk.fold > 1:
-            mask = mask.repeat(1, 1, self.trunk.fold, 1)
-        return self._place(cache, positions, keys, mask)
+    def at(self, cache: Cache, positions: Tensor, last: np.ndarray) -> Tokens:
+        """Tokens at positions [n, q] of the first n rows, the last of each row at ``last`` [n]."""
+        needed, spans = last + 1, []
+        count, _ = long_rows(needed)
+        cuts = [(len(needed), int(needed[count:].max()))]
+        if count:
+            cuts.append((count, int(needed[:count].max())))
+        for rows, keys in cuts:
+            later = self.positions[:keys] > positions[:rows].unsqueeze(-1)
+            mask = torch.where(later, self.hidden, self.seen).unsqueeze(1)
+            if self.trunk.fold > 1:
+                mask = mask.repeat(1, 1, self.trunk.fold, 1)
+            spans.append(Span(rows, keys, mask))
+        return self._place(cache, positions, spans)
 
-    def _place(self, cache: Cache, positions: Tensor, keys: int, mask: Tensor | None) -> Tokens:
+    def _place(self, cache: Cache, positions: Tensor, spans: list[Span]) -> Tokens:
         rows, each = positions.shape
         flat = positions.reshape(-1)
         cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
         places = (cache.starts[:rows] + positions).flatten()
-        return Tokens(rows, each, places, cos, sin, self.rotary.half, keys, mask)
+        return Tokens(rows, each, places, cos, sin, self.rotary.half, spans)

@@ -1,0 +1,132 @@
+"""Rollouts by servers over HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_occ.rollout.engine import (
+    ABORT,
+    DraftStatistics,
+    EngineError,
+    Generation,
+    Request,
+    SamplingSettings,
+)
+from megatron_occ.rollout.remote.fleet import Fleet
+from megatron_occ.rollout.remote.job import Job
+from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport, difference
+from megatron_occ.rollout.remote.publish import drop_others, publish
+from megatron_occ.rollout.remote.server import Answer
+from megatron_occ.rollout.remote.settings import RemoteSettings
+
+
+class RemoteEngine:
+    """A :class:`megatron_occ.rollout.engine.RolloutEngine` over vLLM or SGLang servers.
+
+    One process of a run owns it; ``export`` and the probe's ``reference`` are called in that
+    process, from the thread that calls :meth:`update_weights`.
+
+    Args:
+        settings: servers, limits, tolerances.
+        export: writes the policy's present weights, trunk and head, as a Hugging Face folder.
+        probe: material to check the servers with; without one, old weights go unnoticed.
+
+    Raises:
+        EngineError: a server does not come up or can't do the work.
+    """
+
+    def __init__(
+        self, settings: RemoteSettings, export: Callable[[Path], None], probe: Probe | None = None
+    ) -> None:
+        self._settings, self._export = settings, export
+        self._fleet = Fleet(settings, Prober(probe, settings) if probe is not None else None)
+        self._lock = threading.Lock()
+        self._job: Job | None = None
+        self._job_lock = threading.Lock()
+        self._newest, self._loaded = -1, False
+
+    @property
+    def reports(self) -> dict[str, ProbeReport]:
+        """What the last probe measured, by URL."""
+        return dict(self._fleet.reports)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        """See ``RolloutEngine.generate``.
+
+        Unfinished responses of an aborted call are empty. Draft counts are those of the servers
+        between start and end of the call.
+
+        Raises:
+            EngineError: no weights were loaded, the settings can't be served, or a request failed
+                for good.
+        """
+        with self._lock:
+            if not self._loaded:
+                raise EngineError("the servers have no weights of this run: call update_weights")
+            for member in self._fleet.members:
+                member.server.check_sampling(sampling)
+            job = Job(self._fleet, requests, sampling, self._settings)
+            with self._job_lock:
+                self._job = job
+            try:
+                before = self._fleet.drafts()
+                answers = job.run()
+                drafts = between(before, self._fleet.drafts())
+            finally:
+                with self._job_lock:
+                    self._job = None
+            return collect(answers, drafts)
+
+    def update_weights(self, version: int) -> None:
+        """See ``RolloutEngine.update_weights``.
+
+        Raises:
+            EngineError: the version does not grow, the export failed, or a server did not take the
+                weights; nothing is generated until a later update succeeds.
+        """
+        with self._lock:
+            if version <= self._newest:
+                raise EngineError(f"version {version} is not newer than version {self._newest}")
+            self._loaded = False
+            self._newest = version
+            folder = publish(self._export, self._settings.weights_dir, version)
+            self._fleet.load(folder, version)
+            self._loaded = True
+            drop_others(self._settings.weights_dir, keep=folder)
+
+    def abort(self) -> None:
+        """See ``RolloutEngine.abort``; without a running call nothing happens."""
+        with self._job_lock:
+            job = self._job
+        if job is not None:
+            job.abort()
+
+    def close(self) -> None:
+        """See ``RolloutEngine.close``: ends a running call; servers and weights stay."""
+        self.abort()
+
+
+def between(
+    before: Sequence[DraftStatistics | None], after: Sequence[DraftStatistics | None]
+) -> DraftStatistics:
+    """Counts of all servers in between; a server that was down at one end is left out."""
+    total = DraftStatistics()
+    for old, new in zip(before, after, strict=True):
+        if old is not None and new is not None:
+            total.add(difference(new, old))
+    return total
+
+
+def collect(answers: Sequence[Answer | None], drafts: DraftStatistics) -> Generation:
+    """Answers as a ``Generation``; without speculative decoding a pass is a token."""
+    result = Generation(drafts=drafts)
+    for answer in answers:
+        result.tokens.append(answer.tokens if answer else [])
+        result.logprobs.append(answer.logprobs if answer else [])
+        result.finish_reasons.append(answer.finish_reason if answer else ABORT)
+    if not drafts.passes:
+        # the prefill gives the first token
+        drafts.passes = drafts.tokens = sum(max(len(tokens) - 1, 0) for tokens in result.tokens)
+    return result

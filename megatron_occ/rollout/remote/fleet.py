@@ -1,0 +1,180 @@
+"""The servers of a run: who answers, who is down, and bringing one back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_occ.rollout.engine import DraftStatistics, EngineError
+from megatron_occ.rollout.remote.http import Client, TransportError
+from megatron_occ.rollout.remote.probe import Prober, ProbeReport
+from megatron_occ.rollout.remote.server import Server, StaleWeights
+from megatron_occ.rollout.remote.settings import RemoteSettings
+from megatron_occ.rollout.remote.sglang import SglangServer
+from megatron_occ.rollout.remote.vllm import VllmServer
+
+POLL = 0.5
+
+
+class Member:
+    """A server and its state."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.down = False
+        # grows with each recovery, so that many requests that fail together cause one
+        self.epoch = 0
+        # those at whose end the server was found with other weights: its answers do not count
+        self.stale: set[int] = set()
+        self.lock = threading.Lock()
+
+
+class Fleet:
+    """All servers; they start out with weights of nobody knows which version.
+
+    Raises:
+        EngineError: a server does not come up in ``update_timeout``, or can't do the work.
+    """
+
+    def __init__(self, settings: RemoteSettings, prober: Prober | None) -> None:
+        self._settings, self._prober = settings, prober
+        self.weights: tuple[Path, int] | None = None
+        self.reports: dict[str, ProbeReport] = {}
+        kinds = {"vllm": VllmServer, "sglang": SglangServer}
+        self.members = [
+            Member(kinds[settings.server](self._client(u), settings)) for u in settings.urls
+        ]
+        for member in self.members:
+            self._wait([member], threading.Event())
+            member.server.inspect()
+        if len({member.server.speculative_tokens for member in self.members}) > 1:
+            raise EngineError("the servers differ in their number of speculative tokens")
+
+    def _client(self, url: str) -> Client:
+        s = self._settings
+        return Client(url, s.timeout, s.max_answer_bytes, s.api_key)
+
+    def pick(self, group: int, attempt: int) -> Member:
+        """Server for an attempt; the requests of a group share a server's prefix cache."""
+        up = [member for member in self.members if not member.down] or self.members
+        return up[(group + attempt) % len(up)]
+
+    def load(self, folder: Path, version: int) -> None:
+        """Load weights on all servers at once, then probe each.
+
+        Raises:
+            EngineError: one for all servers that failed; none of them is to be used.
+        """
+        self.weights = (folder, version)
+        if self._prober is not None:
+            self._prober.begin()
+        self._each(lambda member: member.server.load_weights(folder, version))
+        self._each(self._probe)
+        for member in self.members:
+            member.down = False
+
+    def verify(self, stop: threading.Event) -> None:
+        """Find out which servers are up and whether they still serve the loaded weights."""
+        self._each(lambda member: self.recover(member, member.epoch, stop))
+
+    def recover(
+        self, member: Member, epoch: int, stop: threading.Event, stale: bool = False
+    ) -> None:
+        """After a failed request: is the server up, and was it restarted with other weights?
+
+        Args:
+            epoch: of the member when the request was sent; nothing is done if it has grown since.
+            stop: ends the waiting for a server to come back, not the look at one that is up.
+            stale: the server said that it has other weights.
+
+        Raises:
+            EngineError: no server came back, or one does not take the present weights.
+        """
+        self._close_epoch(member, epoch, stale)
+        if all(member.down for member in self.members):
+            back = self._wait(self.members, stop)
+            if back is not None:
+                self._close_epoch(back, back.epoch, stale=False)
+
+    def _close_epoch(self, member: Member, epoch: int, stale: bool) -> None:
+        with member.lock:
+            if member.epoch == epoch:
+                member.down = not (member.server.healthy() and self._reconciled(member, stale))
+                member.epoch += 1
+
+    def drafts(self) -> list[DraftStatistics | None]:
+        """Counts of each server; None where it does not answer."""
+        return [_drafts(member) for member in self.members]
+
+    def abort(self) -> None:
+        """End all requests."""
+        self._each(lambda member: member.server.abort())
+
+    def _reconciled(self, member: Member, stale: bool) -> bool:
+        """Whether the server serves the present weights, loaded anew if it does not."""
+        if self.weights is None:
+            return True
+        try:
+            if stale or not self._serves_present(member):
+                member.stale.add(member.epoch)
+                member.server.load_weights(*self.weights)
+                if self._prober is not None:
+                    self._prober.check_logprobs(member.server)
+        except TransportError:
+            return False
+        return True
+
+    def _serves_present(self, member: Member) -> bool:
+        if self._prober is None:
+            return True
+        try:
+            self._prober.check_logprobs(member.server)
+        except StaleWeights:
+            return False
+        except TransportError:
+            raise
+        except EngineError:
+            return False
+        return True
+
+    def _probe(self, member: Member) -> None:
+        if self._prober is not None:
+            self.reports[member.server.client.url] = self._prober.check(member.server)
+
+    def _wait(self, members: list[Member], stop: threading.Event) -> Member | None:
+        """First server that is healthy; None once ``stop`` is set."""
+        deadline = time.monotonic() + self._settings.update_timeout
+        while not stop.is_set():
+            for member in members:
+                if member.server.healthy():
+                    return member
+            if time.monotonic() > deadline:
+                urls = ", ".join(member.server.client.url for member in members)
+                seconds = self._settings.update_timeout
+                raise EngineError(f"no server is up after {seconds:g} s: {urls}")
+            stop.wait(POLL)
+        return None
+
+    def _each(self, work: Callable[[Member], None]) -> None:
+        """Do something on all servers at once; one error for all that failed."""
+        with ThreadPoolExecutor(len(self.members)) as pool:
+            futures = [pool.submit(work, member) for member in self.members]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, EngineError):
+                raise error
+        if errors:
+            raise EngineError("; ".join(str(error) for error in errors))
+
+
+def _drafts(member: Member) -> DraftStatistics | None:
+    """Counts of a server, None if it is down: that is no reason to throw responses away."""
+    try:
+        return None if member.down else member.server.drafts()
+    except TransportError as error:
+        if not error.retry:
+            raise
+        return None

@@ -1,0 +1,66 @@
+"""Runs inside vLLM's workers: loads the weights of the drafter too.
+
+``--worker-extension-cls megatron_occ.rollout.remote.vllm_worker.ReloadExtension`` adds the class
+to vLLM's ``Worker``; ``/collective_rpc`` calls its method by name. vLLM's own ``reload_weights``
+loads the target model alone (``GPUModelRunner.reload_weights``, 0.16.0 to 0.32.0).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+class ReloadExtension:
+    """A base class of vLLM's ``Worker``; uses its ``model_runner`` and ``vllm_config``."""
+
+    def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
+        """Load target and drafter from a Hugging Face folder.
+
+        Returns:
+            Number of the drafter's parameters that were loaded, under ``drafter``.
+
+        Raises:
+            RuntimeError: no drafter, or the folder holds none of its weights.
+        """
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.reload_weights(weights_path=weights_path)
+            loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
+        if not loaded:
+            raise RuntimeError(f"{weights_path} holds no weights of the drafter")
+        return {"drafter": loaded}
+
+
+def _drafter(runner: Any) -> Any:
+    """The drafter's module: of the second model runner, or of the first."""
+    owner = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    model = getattr(owner, "model", None)
+    if model is None:
+        raise RuntimeError("the server has no drafter that owns weights")
+    return model.unwrap() if hasattr(model, "unwrap") else model
+
+
+def _reload_drafter(runner: Any, config: Any, weights_path: str) -> int:
+    """What vLLM's weight transfer engines do for a drafter, with weights from a folder.
+
+    Source: ``vllm/distributed/weight_transfer/nccl_engine.py`` (0.30.0), ``start_weight_update``
+    to ``finish_weight_update``.
+    """
+    import torch
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    model = _drafter(runner)
+    model_config = copy.copy(config.speculative_config.draft_model_config)
+    model_config.model, model_config.revision = weights_path, None
+    weights = get_model_loader(config.load_config).get_all_weights(model_config, model)
+    with torch.no_grad():
+        initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+        finalize_layerwise_reload(model, model_config)
+    return len(loaded or ())
