@@ -11,7 +11,8 @@ from megatron_occ.rollout.engine import SamplingSettings
 def uniforms(seeds: list[int], length: int) -> Tensor:
     """Uniform numbers in [0, 1), one row of ``length`` for each seed, [n, length] fp64 on the CPU.
 
-    Double precision, so that rare tokens of a large vocabulary stay reachable.
+    Double precision, so that rare tokens of a large vocabulary stay reachable. torch's generator
+    looks at the low 32 bits of a seed alone.
     """
     rows = torch.empty(len(seeds), length, dtype=torch.float64)
     generator = torch.Generator()
