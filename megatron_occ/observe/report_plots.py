@@ -47,6 +47,7 @@ def rl_cards(run: RunData) -> list[str]:
         "Calibration coefficient λ": [Panel(coefficient, include_zero=True)],
         "What λ is made of": _calibration_panels(run),
         "MTP agreement with the main head": [Panel(agreement, percent=True)],
+        "Speculative decoding": _draft_panels(run),
         "MTP loss": [Panel(_by_depth(run, "rl", "loss/mtp_"))],
         "Gradient norms": _gradient_panels(run, "rl"),
         "Policy update": _update_panels(run),
@@ -149,6 +150,16 @@ def _rollout_panels(run: RunData) -> list[Panel]:
     return [
         Panel(_some(run, speed), include_zero=True),
         Panel(_some(run, dropped), include_zero=True),
+    ]
+
+
+def _draft_panels(run: RunData) -> list[Panel]:
+    """Drafts by their place: depth k drafts the k-th token, and the last depth the others."""
+    length = [("draft/acceptance_length", "tokens a trunk pass", _MAIN)]
+    return [
+        Panel(_by_depth(run, "rl", "draft/accepted_"), percent=True, caption="accepted of drafted"),
+        Panel(_by_depth(run, "rl", "draft/proposed_"), percent=True, caption="drafted in passes"),
+        Panel(_some(run, length) if run.depths("rl", "draft/accepted_") else []),
     ]
 
 

@@ -81,11 +81,11 @@ COUNTS = (len(LENGTHS), 1)
 
 @dataclass
 class Responses:
-    """What was generated for which prompts, and the training forward's log-probs of it."""
+    """What was generated for which prompts; log-probs by the training forward, padded and packed."""
 
     numbers: list[int]
     found: Generation
-    training: list[list[float]]
+    training: list[list[list[float]]]
 
 
 def prompts() -> list[list[int]]:
@@ -108,18 +108,21 @@ def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculatio
     engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=3, speculation=speculation)
     requests = [Request(prompts()[number], 100 + number) for number in numbers]
     found = engine.generate(requests, SAMPLING)
-    return Responses(numbers, found, training_logprobs(actor, chosen, found))
+    training = [training_logprobs(actor, chosen, found, packed) for packed in (False, True)]
+    return Responses(numbers, found, training)
 
 
-def training_logprobs(actor, chosen, found: Generation) -> list[list[float]]:
+def training_logprobs(actor, chosen, found: Generation, packed: bool) -> list[list[float]]:
     """As many rows on every rank and as wide: ranks that share experts go in step."""
     width = max(LENGTHS) + SAMPLING.max_response_length
     ids = torch.zeros(8, width, dtype=torch.long)
     for row, (prompt, tokens) in enumerate(zip(chosen, found.tokens, strict=True)):
         ids[row, : len(prompt) + len(tokens)] = torch.tensor(prompt + tokens)
+    lengths = [len(p) + len(tokens) for p, tokens in zip(chosen, found.tokens, strict=True)]
+    lengths += [1] * (8 - len(lengths))
     parts = [[0, 1], [2, 3], [4, 5], [6, 7]]
     logprobs = actor.get_inference_log_probs(
-        ids, parts=parts, lengths=None, temperature=TEMPERATURE
+        ids, parts=parts, lengths=lengths if packed else None, temperature=TEMPERATURE
     )
     spans = zip(logprobs, chosen, found.tokens, strict=False)
     return [
@@ -174,7 +177,8 @@ def test_the_responses_of_one_process_are_worth_comparing(alone):
     for responses in alone[0].values():
         assert len(set(map(len, responses.found.tokens))) > 2
         assert set(responses.found.finish_reasons) == {"stop", "length"}
-        assert_same_logprobs(responses.found.logprobs, responses.training)
+        for training in responses.training:
+            assert_same_logprobs(responses.found.logprobs, training)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,7 +200,8 @@ def test_responses_are_those_of_one_process(alone, split, name):
 def test_logprobs_are_those_of_the_training_forward(split, name):
     for ranks in split[name]:
         for responses in ranks:
-            assert_same_logprobs(responses.found.logprobs, responses.training)
+            for training in responses.training:
+                assert_same_logprobs(responses.found.logprobs, training)
 
 
 def assert_same_logprobs(found, expected):
