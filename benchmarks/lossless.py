@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.demo_model import DemoModel, demo_model
 from benchmarks.peer_weights import export_peer
-from megatron_occ.mcore.inference import passes
+from megatron_occ.mcore.inference import sampler
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
 from megatron_occ.rollout import Request, SamplingSettings, sample_from_uniform, speculative_accept
@@ -104,7 +104,7 @@ def sampling(demo: DemoModel, peer: Any, tokens: int, seed: int) -> list[dict[st
             if rule == "plain":
                 speculation = Speculation()
             accept = wrong_rule if rule.startswith("wrong") else speculative_accept
-            with mock.patch.object(passes, "speculative_accept", accept):
+            with mock.patch.object(sampler, "speculative_accept", accept):
                 found = respond(demo, prompts, speculation, seed=seed, **settings)
             distance, probability, count = distance_to_exact(
                 peer, prompts, found.tokens, SamplingSettings(**settings)

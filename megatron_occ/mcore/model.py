@@ -12,7 +12,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
 
@@ -119,36 +118,6 @@ class OCCGPTModel(GPTModel):
         if depths and not self.mtp_process:
             states = list(hidden.chunk(1 + depths * len(request.passes)))
         return self._head_outputs(states, targets, request, placement)
-
-    def last_hidden(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """This stage's hidden states [s, b, h], by way of a KV cache.
-
-        Args:
-            input_ids: [b, s] the tokens that the KV cache does not hold yet.
-            position_ids: [b, s].
-            context: Megatron's static inference context.
-        """
-        with self._as_inner_stage():
-            return super().forward(
-                input_ids,
-                position_ids,
-                None,
-                inference_context=context,
-                runtime_gather_output=True,
-            )
-
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the token after the last one, over the whole vocabulary, fp32.
-
-        Args:
-            hidden: [s, b, h] from :meth:`last_hidden` of the last stage.
-
-        Returns:
-            [b, valid_vocab_size].
-        """
-        local = hidden[-1] @ self.output_weight().t()
-        logits = gather_from_tensor_model_parallel_region(local.unsqueeze(0)).squeeze(0)
-        return logits[:, : self.valid_vocab_size].float()
 
     def output_weight(self) -> Tensor:
         """Rows of the output layer on this tensor-parallel rank, [v_local, h]."""

@@ -255,32 +255,37 @@ def test_experts_are_split_over_their_own_replicas():
     assert found.memory.resident["Adam moments, fp32"] == 8 * updated
 
 
-def test_the_kv_cache_holds_keys_and_values_of_a_batch_of_rollouts():
-    config = make_config("rl.rollout.batch_size=12", "parallel={tensor: 2, pipeline: 2}")
-    use = estimate(config, VOCABULARY, 4, 0).memory
+def test_rollouts_by_hand():
+    given = ("rl.rollout.batch_size=12", "parallel={tensor: 2, pipeline: 2}")
+    config = make_config(*given, "rl.rollout.speculative.mode=off")
+    use, last = (estimate(config, VOCABULARY, 4, rank).memory for rank in (0, 2))
     # rows, tokens, groups, keys and values, layers of the stage, bytes; two ranks share the groups
-    assert use.generation == {"KV cache": 12 * 64 * 2 * (8 + 8) * 2 * 4 // 2}
-    assert use.peak == sum(use.resident.values()) + max(
-        sum(use.training.values()), use.generation["KV cache"]
-    )
+    cache = 12 * 64 * 2 * (8 + 8) * 2 * 4 // 2
+    assert use.generation == {"KV cache": cache}
+    assert use.peak == sum(use.resident.values()) + max(sum(use.training.values()), cache)
+    rows = -(-VOCABULARY // 2) * 2
+    assert last.generation == {"KV cache": cache, "logits": 24 * 12 * rows}
+    drafting = make_config(*given, "rl.rollout.speculative.draft_length=2")
+    more = estimate(drafting, VOCABULARY, 4, 2).memory.generation
+    # of each depth the cache of a layer, and its input
+    depths, hidden = drafting.mtp.num_layers, drafting.model.hidden_size
+    assert more == {
+        "KV cache": cache,
+        "drafts: cache, hidden states": 12 * 64 * 4 * depths * (2 * (8 + 8) // 2 + hidden),
+        "logits": 3 * 24 * 12 * rows,
+    }
     assert estimate(config, VOCABULARY, 4, 0, command="eval").memory.training == {}
     pretraining = estimate(config, VOCABULARY, 4, 0, command="pretrain").memory
     assert pretraining.generation == {} and pretraining.micro_batch_tokens == 128 * 48
 
 
-def test_balanced_experts_keep_top_k_copies_of_each_token():
-    given = ["precision=bf16", "mtp={num_layers: 0, preset: none}", "rl.micro_batch_tokens=64"]
-    layers = {"num_layers": 1, "num_query_groups": None}
-    config = make_config(*given, moe=True, **layers)
-    config.model.moe.first_dense_layers = 0
-    # three inputs of 32, queries, keys, values and output of 32, then MLP input, two copies of a
-    # token with 3 * 24 each, and the shared expert
-    elements = 3 * 32 + 4 * 32 + 32 + 2 * (32 + 3 * 24) + 3 * 40
-    use = estimate(config, VOCABULARY, 1, 0).memory
-    assert use.activations[0] == 64 * elements * 2
-
-
-def test_ranks_left_without_token_ids_are_refused_in_the_dry_run_too():
-    with pytest.raises(ValueError, match=r"parallel\.tensor=4 leaves a rank without any of the 5"):
-        estimate(make_config("parallel.tensor=4"), 5, 4, 0)
-    assert not torch.distributed.is_initialized()
+def test_latent_attention_keeps_latents_whole_on_every_rank():
+    config = make_config(
+        "rl.rollout.batch_size=12",
+        "parallel.tensor=2",
+        "rl.rollout.speculative.mode=off",
+        "model.mla={enabled: true, kv_lora_rank: 16, qk_rope_head_dim: 4}",
+        "model.num_query_groups=null",
+    )
+    found = estimate(config, VOCABULARY, 2, 0).memory.generation["KV cache"]
+    assert found == 12 * 64 * (16 + 4) * config.model.num_layers * 4

@@ -81,7 +81,7 @@ COUNTS = (len(LENGTHS), 1)
 
 @dataclass
 class Responses:
-    """What was generated for which prompts; log-probs by the training forward, padded and packed."""
+    """What was generated for which prompts; log-probs by training forwards, padded and packed."""
 
     numbers: list[int]
     found: Generation

@@ -205,6 +205,20 @@ def test_a_freed_slot_is_filled_at_once(layout, monkeypatch):
     assert cycles[:18] == [4] * 18
 
 
+@pytest.mark.parametrize("coupled", [True, False])
+def test_logits_a_few_rows_at_a_time_change_nothing(layout, monkeypatch, coupled):
+    model = model_of(layout)
+    drafts = Speculation(2, coupled=coupled)
+    whole = respond(model, prompts(), speculation=drafts)
+    most, logits = [], Trunk.logits
+    monkeypatch.setattr(
+        Trunk, "logits", lambda self, hidden: (most.append(len(hidden)), logits(self, hidden))[1]
+    )
+    monkeypatch.setattr("megatron_occ.mcore.inference.sampler.CHUNK_LOGITS", 4 * VOCABULARY)
+    assert respond(model, prompts(), speculation=drafts).tokens == whole.tokens
+    assert max(most) == 4
+
+
 def test_stop_strings_end_a_response_at_the_token_that_completes_them(layout):
     model = model_of(layout)
     endless = respond(model, prompts(), stop_ids=())
@@ -267,7 +281,7 @@ def test_a_wrong_rule_is_found_out_by_the_same_test(layout, monkeypatch):
         after = target_logprobs[rows, accepted], uniform[rows, accepted, 1]
         return accepted, sample_from_uniform(*after)
 
-    monkeypatch.setattr("megatron_occ.mcore.inference.passes.speculative_accept", wrong)
+    monkeypatch.setattr("megatron_occ.mcore.inference.sampler.speculative_accept", wrong)
     counts, expected = pairs_and_probabilities(layout, Speculation(2, coupled=False), CUTS["plain"])
     assert p_value(counts, expected) < 1e-6
 

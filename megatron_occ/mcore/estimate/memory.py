@@ -16,37 +16,12 @@ from dataclasses import dataclass
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, round_up, sequence_multiple
+from megatron_occ.mcore.estimate.generation import generation_memory
+from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 from megatron_occ.rl.calibration import regime_from
 
 _FP32 = 4
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a rank holds, as counted on its model.
-
-    Args:
-        parameters: counts by part.
-        dense_layers: decoder layers with a dense MLP.
-        moe_layers: decoder layers with experts.
-        has_mtp: the MTP layers are here.
-        has_output: the output layer is here.
-        vocabulary: rows of the output layer on a tensor-parallel rank.
-        stage: pipeline stage.
-        replicas: ranks with the same part of the model, data and context parallel.
-        expert_replicas: ranks with the same experts.
-    """
-
-    parameters: dict[str, int]
-    dense_layers: int
-    moe_layers: int
-    has_mtp: bool
-    has_output: bool
-    vocabulary: int
-    stage: int
-    replicas: int
-    expert_replicas: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +70,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
         if held.has_output:
             training |= _output(config, held, tokens)
     if command != "pretrain" or config.pretrain.validate_every:
-        generation["KV cache"] = _kv_cache(config, held, world_size)
+        generation = generation_memory(config, held, world_size)
     return MemoryUse(
         resident=_resident(config, held, command),
         training=training,
@@ -106,11 +81,6 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
     )
 
 
-def _width(config: Config) -> int:
-    """Bytes of a parameter or activation."""
-    return _FP32 if config.precision == "fp32" else 2
-
-
 def _resident(config: Config, held: Held, command: str) -> dict[str, int]:
     experts = sum(count for name, count in held.parameters.items() if name.endswith("experts"))
     everything = sum(held.parameters.values())
@@ -118,7 +88,7 @@ def _resident(config: Config, held: Held, command: str) -> dict[str, int]:
     updated = float(everything)
     if config.parallel.distributed_optimizer:
         updated = (everything - experts) / held.replicas + experts / held.expert_replicas
-    resident = {"weights": everything * _width(config)}
+    resident = {"weights": everything * element_bytes(config)}
     if config.fp8.format != "none":
         matrices = everything - sum(
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
@@ -174,7 +144,7 @@ class _Kept:
 
 
 def _activations(config: Config, held: Held, tokens: int, recompute: bool) -> _Kept:
-    local = tokens / config.parallel.context * _width(config)
+    local = tokens / config.parallel.context * element_bytes(config)
     dense, moe = _layer(config, moe=False), _layer(config, moe=True)
     mtp_layer = moe if config.model.moe.num_experts is not None else dense
     mtp = 0.0
@@ -219,7 +189,7 @@ def _layer(config: Config, *, moe: bool) -> float:
 
 def _attention(config: Config) -> float:
     """Elements of queries, keys, values and of what the output projection reads."""
-    query, key, value = _head_widths(config)
+    query, key, value = head_widths(config)
     heads = config.model.num_attention_heads
     groups = config.model.num_query_groups or heads
     latent = 0.0
@@ -227,16 +197,6 @@ def _attention(config: Config) -> float:
         mla = config.model.mla
         latent = (mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim
     return latent + (heads * (query + value) + groups * (key + value)) / config.parallel.tensor
-
-
-def _head_widths(config: Config) -> tuple[int, int, int]:
-    """Widths of a query, key and value head."""
-    model, mla = config.model, config.model.mla
-    if mla.enabled:
-        width = mla.qk_head_dim + mla.qk_rope_head_dim
-        return width, width, mla.v_head_dim
-    width = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return width, width, width
 
 
 def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
@@ -247,18 +207,7 @@ def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
         passes = len(regime_from(config.mtp).passes)
         heads += config.mtp.num_layers * passes
     # with their gradients
-    states = 2 * heads * local * config.model.hidden_size * _width(config)
+    states = 2 * heads * local * config.model.hidden_size * element_bytes(config)
     tile = min(CHUNK_LOGITS, local * held.vocabulary)
     narrow = 0 if config.precision == "fp32" else tile * 2
     return {"hidden states of the heads": states, "tile of logits": 2 * tile * _FP32 + narrow}
-
-
-def _kv_cache(config: Config, held: Held, world_size: int) -> int:
-    """Keys and values of a batch of rollouts, each as long as may be."""
-    _, key, value = _head_widths(config)
-    model, sizes = config.model, derive(config, world_size)
-    groups = model.num_query_groups or model.num_attention_heads
-    rows = min(config.rl.rollout.batch_size, sizes.rank_step_sequences)
-    layers = held.dense_layers + held.moe_layers
-    elements = rows * model.max_position_embeddings * groups * (key + value) * layers
-    return elements * _width(config) // config.parallel.tensor

@@ -18,7 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
-from megatron_occ.mcore.estimate.memory import Held, MemoryUse, memory_use
+from megatron_occ.mcore.estimate.held import Held
+from megatron_occ.mcore.estimate.memory import MemoryUse, memory_use
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize_groups, shutdown

@@ -25,14 +25,14 @@ class Prefix:
         rows: row of each prompt.
         cache: of the trunk.
         state: of the depths, where this rank drafts.
-        logits: [prompts, v] of the first response token, on the last stage.
+        last: [prompts, h] hidden states of the prompts' last tokens, on the last stage.
         longest: tokens of the longest prompt.
     """
 
     rows: dict[tuple[int, ...], int]
     cache: Cache
     state: DraftState | None
-    logits: Tensor | None
+    last: Tensor | None
     longest: int
 
 
@@ -81,10 +81,10 @@ def prefill(
     tokens = placer.from_start(cache, len(prompts), longest)
     trunk.company.meet(ids.numel())
     hidden = trunk.forward(ids, tokens, cache)
-    logits = None
+    last = None
     if hidden is not None:
         by_row = hidden.view(len(prompts), longest, -1)
-        logits = trunk.logits(by_row[range(len(prompts)), (known - 1).tolist()])
+        last = by_row[range(len(prompts)), (known - 1).tolist()]
     state = None
     if drafter is not None:
         state = drafter.new_state(len(prompts), longest)
@@ -92,4 +92,4 @@ def prefill(
         if reads:
             drafter.read_prompts(placer, state, ids, known, longest)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    return Prefix(rows, cache, state, logits, longest)
+    return Prefix(rows, cache, state, last, longest)

@@ -50,6 +50,11 @@ class Trunk:
         self.output = chunks[-1].output_weight().detach() if self.is_last else None
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that exist."""
+        return self.chunks[-1].valid_vocab_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and of the cache."""
         return self.config.params_dtype
@@ -110,7 +115,7 @@ class Trunk:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [t, valid vocabulary] fp32 of hidden states [t, h], on the last stage."""
         logits = gather_last(functional.linear(hidden, self.output), self.tensor)
-        return logits[:, : self.chunks[-1].valid_vocab_size].float()
+        return logits[:, : self.vocabulary].float()
 
     def _send(self, hidden: Tensor) -> None:
         ranks = self.pipeline.size()

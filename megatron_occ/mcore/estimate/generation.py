@@ -1,0 +1,46 @@
+"""Bytes of the embedded rollout engine, besides the weights."""
+
+from __future__ import annotations
+
+from megatron_occ.config.pipeline import drafts_on_last_stage
+from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import derive
+from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
+from megatron_occ.mcore.inference.sampler import CHUNK_LOGITS
+
+# logits and log-probs in fp32, probabilities and their sums in fp64
+_LOGIT_BYTES = 24
+
+
+def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, int]:
+    """Caches of a batch of rollouts, each as long as may be, and logits, by use.
+
+    Prompts that wait for a slot are not counted.
+    """
+    settings, width = config.rl.rollout, element_bytes(config)
+    share = -(-derive(config, world_size).rank_step_sequences // config.parallel.context)
+    rows = min(settings.batch_size, share)
+    tokens = rows * config.model.max_position_embeddings
+    each = _cached_elements(config)
+    layers = held.dense_layers + held.moe_layers
+    use = {"KV cache": int(tokens * each * layers * width)}
+    if not held.has_output:
+        return use
+    drafts = 0
+    if settings.speculative.mode != "off" and drafts_on_last_stage(config):
+        drafts, depths = settings.speculative.draft_length, config.mtp.num_layers
+        kept = depths * (each + config.model.hidden_size)
+        use["drafts: cache, hidden states"] = int(tokens * kept * width)
+    logits = rows * (drafts + 1) * held.vocabulary * config.parallel.tensor
+    use["logits"] = min(CHUNK_LOGITS, logits) * _LOGIT_BYTES
+    return use
+
+
+def _cached_elements(config: Config) -> float:
+    """What a layer keeps of a token on a tensor-parallel rank."""
+    model = config.model
+    if model.mla.enabled:
+        return model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
+    _, key, value = head_widths(config)
+    groups = model.num_query_groups or model.num_attention_heads
+    return groups * (key + value) / config.parallel.tensor

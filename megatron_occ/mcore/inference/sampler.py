@@ -1,0 +1,118 @@
+"""From hidden states to tokens: logits of some rows at a time, draws, accepted drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_occ.mcore.inference.slots import Verified
+from megatron_occ.mcore.inference.trunk import Trunk
+from megatron_occ.rollout import (
+    SamplingSettings,
+    coupled_accept,
+    sample_from_uniform,
+    speculative_accept,
+)
+from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
+
+# of the uniform numbers of a token: what it is drawn with, and for speculative sampling what its
+# draft is drawn and tested with
+DRAW, DRAFT, TEST = 0, 1, 2
+# logits that exist at the same time; about 30 bytes each
+CHUNK_LOGITS = 2**24
+
+
+class TokenSampler:
+    """Draws on the last stage; its tensor-parallel ranks draw the same from the same logits.
+
+    Args:
+        trunk: of this rank, on the last stage.
+        sampling: temperature and cuts.
+        coupled: keep the drafts that plain sampling would draw; see ``rollout.speculative``.
+    """
+
+    def __init__(self, trunk: Trunk, sampling: SamplingSettings, *, coupled: bool) -> None:
+        self.trunk, self.sampling = trunk, sampling
+        self.greedy = sampling.temperature == 0
+        self.coupled = coupled or self.greedy
+
+    def draft(self, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draft a token for each row.
+
+        Args:
+            hidden: [n, h] of an MTP depth.
+            numbers: [n, streams] uniform numbers of the token.
+
+        Returns:
+            Ids [n], and the log-probs [n, v] that they were drawn from, where they are needed.
+        """
+        tokens, kept = [], []
+        for rows in self._chunks(len(hidden), 1):
+            _, log_probs = self._distribution(hidden[rows])
+            if self.greedy:
+                tokens.append(log_probs.argmax(-1))
+                continue
+            stream = DRAW if self.coupled else DRAFT
+            tokens.append(sample_from_uniform(log_probs, numbers[rows, stream]))
+            if not self.coupled:
+                kept.append(log_probs)
+        return torch.cat(tokens), torch.cat(kept) if kept else None
+
+    def verify(
+        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], numbers: Tensor
+    ) -> Verified:
+        """Accept drafts, and draw the token behind the accepted ones.
+
+        Args:
+            hidden: [n, k + 1, h] of the trunk after the last token and after each draft.
+            drafts: [n, k].
+            draft_logprobs: k of [n, v]; empty with coupled drafts.
+            numbers: [n, k + 1, streams] uniform numbers.
+        """
+        parts = [
+            self._verify(
+                hidden[rows], drafts[rows], [each[rows] for each in draft_logprobs], numbers[rows]
+            )
+            for rows in self._chunks(*hidden.shape[:2])
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return Verified(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.accepted for part in parts]),
+        )
+
+    def _verify(
+        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], numbers: Tensor
+    ) -> Verified:
+        rows, each, width = hidden.shape
+        log_probs, cut = self._distribution(hidden.reshape(rows * each, width))
+        if self.greedy:
+            tokens = cut.argmax(-1).view(rows, each)
+            accepted = coupled_accept(drafts, tokens)
+        elif self.coupled or each == 1:
+            tokens = sample_from_uniform(cut, numbers[:, :, DRAW].flatten()).view(rows, each)
+            accepted = coupled_accept(drafts, tokens)
+        else:
+            accepted, after = speculative_accept(
+                drafts,
+                torch.stack(draft_logprobs, dim=1),
+                cut.view(rows, each, -1),
+                uniform=numbers[:, :, [TEST, DRAW]],
+            )
+            tokens = torch.cat((drafts, after.unsqueeze(1)), dim=1)
+            tokens = tokens.scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))
+        logprobs = log_probs.gather(1, tokens.view(-1, 1)).view(rows, each)
+        return Verified(tokens, logprobs, accepted)
+
+    def _distribution(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [t, v] under the temperature, and of what tokens are drawn from."""
+        log_probs = token_log_probs(self.trunk.logits(hidden), self.sampling.temperature)
+        return log_probs, log_probs if self.greedy else cut_log_probs(log_probs, self.sampling)
+
+    def _chunks(self, rows: int, each: int) -> Iterator[slice]:
+        size = max(1, CHUNK_LOGITS // (each * self.trunk.vocabulary))
+        return (slice(start, start + size) for start in range(0, rows, size))
