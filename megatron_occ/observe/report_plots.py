@@ -93,9 +93,9 @@ def _some(run: RunData, wanted: Sequence[tuple[str, str, int]], phase: str = "rl
     return [s for s in found if any(math.isfinite(y) for _, y in s.points)]
 
 
-def _by_depth(run: RunData, phase: str, prefix: str) -> list[Series]:
+def _by_depth(run: RunData, phase: str, prefix: str, label: str = "depth") -> list[Series]:
     wanted = [
-        (f"{prefix}{k}", f"depth {k}", _DEPTH_COLORS[(k - 1) % len(_DEPTH_COLORS)])
+        (f"{prefix}{k}", f"{label} {k}", _DEPTH_COLORS[(k - 1) % len(_DEPTH_COLORS)])
         for k in run.depths(phase, prefix)
     ]
     return _some(run, wanted, phase)
@@ -157,8 +157,8 @@ def _draft_panels(run: RunData) -> list[Panel]:
     """Drafts by their place: depth k drafts the k-th token, and the last depth the others."""
     length = [("draft/acceptance_length", "tokens a trunk pass", _MAIN)]
     return [
-        Panel(_by_depth(run, "rl", "draft/accepted_"), percent=True, caption="accepted of drafted"),
-        Panel(_by_depth(run, "rl", "draft/proposed_"), percent=True, caption="drafted in passes"),
+        Panel(_by_depth(run, "rl", "draft/accepted_", "draft"), percent=True, caption="accepted"),
+        Panel(_by_depth(run, "rl", "draft/proposed_", "draft"), percent=True, caption="in passes"),
         Panel(_some(run, length) if run.depths("rl", "draft/accepted_") else []),
     ]
 
