@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_occ.config import load_config
@@ -73,3 +74,17 @@ def demo_model(
     _, newest = list_checkpoints(folder / "checkpoints" / "pretrain")[-1]
     load_weights(newest, actor, json.loads((newest / "meta.json").read_text()))
     return DemoModel(actor, config, tokenizer, task)
+
+
+def demo_model_of(demo: DemoModel, layers: int) -> DemoModel:
+    """Random weights of the same sizes, with another number of trunk layers, beside the first."""
+    config = copy.deepcopy(demo.config)
+    config.model.num_layers = layers
+    actor = MegatronGPTActor(
+        config,
+        demo.tokenizer.vocab_size,
+        demo.actor.layout,
+        optimizer=config.rl.optimizer,
+        total_updates=1,
+    )
+    return replace(demo, actor=actor, config=config)
