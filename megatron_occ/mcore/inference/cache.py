@@ -88,6 +88,9 @@ class Cache:
         self, source: Cache, rows: Sequence[int], targets: Sequence[int], length: int
     ) -> None:
         """Copy the first ``length`` tokens of rows of ``source`` to rows of this one."""
+        # to the device once, and not for each layer
+        places = torch.tensor((list(rows), list(targets)), device=self.starts.device)
+        rows, targets = places.unbind()
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             for to, of in zip(mine, theirs, strict=True):
                 to[targets, :length] = of[rows, :length]
