@@ -1,0 +1,5 @@
+"""Weights between Megatron-Core's checkpoints and Hugging Face folders; imports no Megatron."""
+
+from megatron_occ.convert.dense import hugging_face_config, hugging_face_tensors
+
+__all__ = ["hugging_face_config", "hugging_face_tensors"]
