@@ -57,15 +57,7 @@ def _served(
 ) -> ServedEngine:
     settings = remote_settings(config, tokenizer.vocab_size)
     main, probe = MainRank(), _ProbeMaterial(actor, tokenizer, prompts)
-    export = HuggingFaceExport(
-        actor,
-        main,
-        settings.weights_dir / "staged",
-        vocab_size=settings.vocab_size,
-        eos_id=tokenizer.eos_id,
-        # only vLLM's MTP layer of MiMo reads the trunk's state before the final norm
-        prenorm=settings.server == "vllm",
-    )
+    export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
 
     def prepare() -> None:
         export.stage()

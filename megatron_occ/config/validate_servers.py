@@ -36,7 +36,7 @@ def server_problems(config: Config) -> Iterator[str]:
             "texts with a tokenizer of its own, and tokenizer.kind=char has no files for it. Give "
             "rl.rollout.stop=[], or rl.rollout.engine=megatron"
         )
-    yield from _architecture(config)
+    yield from architecture_problems(config)
 
 
 def _urls(engine: str, urls: list[str]) -> Iterator[str]:
@@ -54,8 +54,8 @@ def _urls(engine: str, urls: list[str]) -> Iterator[str]:
             yield f"{key}={spell(urls)}: {url!r} is no base URL. Write http://host:port"
 
 
-def _architecture(config: Config) -> Iterator[str]:
-    """What Llama, Qwen2 and MiMo have no place for."""
+def architecture_problems(config: Config) -> Iterator[str]:
+    """What Llama, Qwen2 and MiMo have no place for, one message each."""
     model, name = config.model, architecture(config)
     width = model.hidden_size // model.num_attention_heads
     refused = {

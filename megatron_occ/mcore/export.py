@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_occ.convert import hugging_face_config, hugging_face_tensors
+from megatron_occ.convert import write_folder
+from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import model_state, read_tensors
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.rollout import EngineError
-
-# files that make up a tokenizer, as far as a folder has them
-_TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 class HuggingFaceExport:
@@ -38,23 +25,14 @@ class HuggingFaceExport:
         actor: the policy.
         main: converts.
         scratch: folder that all ranks see; its content is deleted.
-        vocab_size: ids that take part in the softmax.
-        eos_id: end of text.
-        prenorm: see ``convert.hugging_face_tensors``.
+        tokenizer: of the run.
     """
 
     def __init__(
-        self,
-        actor: MegatronGPTActor,
-        main: MainRank,
-        scratch: Path,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        prenorm: bool,
+        self, actor: MegatronGPTActor, main: MainRank, scratch: Path, tokenizer: Tokenizer
     ) -> None:
         self._actor, self._main, self._scratch = actor, main, scratch
-        self._vocab_size, self._eos_id, self._prenorm = vocab_size, eos_id, prenorm
+        self._tokenizer = tokenizer
 
     def stage(self) -> None:
         """Write the present weights to the scratch folder; called by all ranks.
@@ -67,20 +45,9 @@ class HuggingFaceExport:
         torch.distributed.barrier()
 
     def write(self, folder: Path) -> None:
-        """What was staged last, as ``config.json``, ``model.safetensors`` and tokenizer files.
-
-        Called on the main rank.
-        """
-        from safetensors.torch import save_file
-
-        config = self._actor.config
-        staged = read_tensors(self._scratch, self._main.alone)
-        tensors = hugging_face_tensors(staged, config, self._vocab_size, prenorm=self._prenorm)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        content = hugging_face_config(config, self._vocab_size, self._eos_id)
-        (folder / "config.json").write_text(json.dumps(content, indent=1))
-        if config.tokenizer.path is not None:
-            copy_tokenizer(Path(config.tokenizer.path), folder)
+        """What was staged last, see ``convert.write_folder``; called on the main rank."""
+        tensors = read_tensors(self._scratch, self._main.alone)
+        write_folder(folder, tensors, self._actor.config, self._tokenizer)
         shutil.rmtree(self._scratch)
 
     def _clear(self) -> None:
@@ -92,10 +59,3 @@ class HuggingFaceExport:
             raise EngineError(
                 f"rl.rollout.server.weights_dir: {self._scratch} can't be written: {error}"
             ) from error
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a Hugging Face tokenizer's files."""
-    for name in _TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
