@@ -56,7 +56,7 @@ def _served(
     config: Config, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
 ) -> ServedEngine:
     settings = remote_settings(config, tokenizer.vocab_size)
-    main, probe = MainRank(), _ProbeMaterial(actor, tokenizer, prompts)
+    main, probe = MainRank(), ProbeMaterial(actor, tokenizer, prompts)
     export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
 
     def prepare() -> None:
@@ -94,7 +94,7 @@ def remote_settings(config: Config, token_ids: int) -> RemoteSettings:
     )
 
 
-class _ProbeMaterial:
+class ProbeMaterial:
     """Prompts of the run as sequences to score, and their log-probs under the present weights."""
 
     def __init__(

@@ -78,6 +78,14 @@ def test_a_resumed_run_goes_on_with_the_version_of_its_weights(run, pretrained, 
     assert [line["step"] for line in events if line["phase"] == "rl"] == [1, 2]
 
 
+def test_pretraining_is_measured_by_the_server_too(run, serve):
+    server = serve()
+    pretraining = ("pretrain.steps=6", "pretrain.validate_every=3", "rl.steps=1")
+    run("rl", "run", *pretraining, *at(server))
+    # RL counts its own updates
+    assert server.updates == ["version-3", "version-6", "version-0", "version-2"]
+
+
 def test_old_weights_end_the_run(run, pretrained, serve):
     server = serve(stuck=1)
     with pytest.raises(SystemExit, match=r"serves old (or partial )?weights: .*log-probs"):

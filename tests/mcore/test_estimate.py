@@ -266,6 +266,8 @@ def test_the_kv_cache_holds_keys_and_values_of_a_batch_of_rollouts():
     assert estimate(config, VOCABULARY, 4, 0, command="eval").memory.training == {}
     pretraining = estimate(config, VOCABULARY, 4, 0, command="pretrain").memory
     assert pretraining.generation == {} and pretraining.micro_batch_tokens == 128 * 48
+    config.rl.rollout.engine = "vllm"
+    assert estimate(config, VOCABULARY, 4, 0).memory.generation == {}
 
 
 def test_balanced_experts_keep_top_k_copies_of_each_token():
