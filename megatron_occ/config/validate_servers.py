@@ -30,12 +30,6 @@ def server_problems(config: Config) -> Iterator[str]:
     if rollout.engine == "megatron":
         return
     yield from _urls(rollout.engine, rollout.server.urls)
-    if rollout.stop and config.tokenizer.kind == "char":
-        yield (
-            f"rl.rollout.stop={spell(rollout.stop)}: rl.rollout.engine={rollout.engine} looks for "
-            "texts with a tokenizer of its own, and tokenizer.kind=char has no files for it. Give "
-            "rl.rollout.stop=[], or rl.rollout.engine=megatron"
-        )
     yield from architecture_problems(config)
 
 

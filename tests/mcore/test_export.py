@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from megatron_occ.data.tokenizers import build_tokenizer
+from megatron_occ.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.export import HuggingFaceExport
 from megatron_occ.mcore.main_rank import MainRank
@@ -128,7 +128,11 @@ def test_the_trunk_gives_our_logprobs(layout, tmp_path, name):
     model = load(export(actor, tmp_path))
     expected = ours(actor, ids)[0][:, :-1]
     torch.testing.assert_close(chosen(model(ids).logits, ids, 1), expected, atol=1e-5, rtol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    text = "cabbage"
+    assert HFTokenizer(tmp_path).encode(text) == TOKENIZER.encode(text)
+    assert HFTokenizer(tmp_path).decode([*TOKENIZER.encode(text), TOKENIZER.eos_id]) == text
+    assert HFTokenizer(tmp_path).eos_id == TOKENIZER.eos_id
+    assert not (tmp_path / "staged").exists()
 
 
 @pytest.mark.parametrize("name", ["mimo", "mimo_untied_biased"])

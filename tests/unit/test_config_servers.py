@@ -62,7 +62,6 @@ def test_urls_that_could_not_be_used_are_refused(urls, said):
             ("mtp.num_layers=0", "mtp.preset=none", "model.kv_channels=6", "model.qkv_bias=true"),
             "Qwen2ForCausalLM, which has no heads of another width",
         ),
-        (("rl.rollout.stop=['##']",), "tokenizer.kind=char has no files for it"),
     ],
 )
 def test_what_servers_have_no_place_for_is_refused_with_the_reason(given, said):
