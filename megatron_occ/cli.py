@@ -156,6 +156,7 @@ def _run(options: argparse.Namespace, config: Config) -> None:
     # imported late: these bring torch and Megatron-Core
     from megatron_occ import run as runs
     from megatron_occ.mcore.startup import shutdown
+    from megatron_occ.rollout import EngineError
 
     command = options.command
     run = runs.Run(config, resume=command != "eval" and options.resume)
@@ -174,6 +175,9 @@ def _run(options: argparse.Namespace, config: Config) -> None:
         start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run, inputs)
         runs.reinforce(run, inputs, start)
         run.finish("rl")
+    except EngineError as error:
+        # the kind that is told without a traceback, and known without torch
+        raise ValueError(str(error)) from error
     finally:
         shutdown()
 

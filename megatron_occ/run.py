@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_occ.config.sizes import derive
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Task, build_task
 from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.engines import build_engine
 from megatron_occ.inputs import (
     PRETRAINING_PART,
     RL_PART,
@@ -37,7 +38,6 @@ from megatron_occ.mcore.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import PretrainTrainer
@@ -48,7 +48,7 @@ from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
 from megatron_occ.rl.update import PolicyUpdater
-from megatron_occ.rollout import SamplingSettings
+from megatron_occ.rollout import RolloutEngine, SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,11 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
     if rl.loss.kl_coefficient > 0:
         actor.keep_reference()
     rollout_log = RolloutLog(run.folder, is_main=run.layout.is_main)
-    with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
-        sampler = _sampler(run, actor, verifiers)
+    with (
+        VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers,
+        closing(build_engine(config, actor, run.tokenizer, train)) as engine,
+    ):
+        sampler = _sampler(run, actor, verifiers, engine)
         phase = _Phase(run, "rl", actor, meta)
         trainer = GRPOTrainer(
             config,
@@ -251,17 +254,27 @@ def _validation(
 ) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that measures the actor on a part of the held-out problems."""
     config = run.config
-    with VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers:
+    samplers: list[Sampler] = []
+    with (
+        VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers,
+        ExitStack() as engines,
+    ):
 
         def validate() -> dict[str, float]:
             assert held_out is not None, "nothing is measured without held-out problems"
-            sampler = _sampler(run, actor, verifiers)
-            return evaluate(sampler, held_out, config.rl.validation, config.seed, part=part)
+            # with the first measurement, if there is any: servers may be waited for
+            if not samplers:
+                engine = build_engine(config, actor, run.tokenizer, held_out)
+                engines.enter_context(closing(engine))
+                samplers.append(_sampler(run, actor, verifiers, engine))
+            return evaluate(samplers[0], held_out, config.rl.validation, config.seed, part=part)
 
         yield validate
 
 
-def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Sampler:
+def _sampler(
+    run: Run, actor: MegatronGPTActor, verifiers: VerifierPool, engine: RolloutEngine
+) -> Sampler:
     rollout = run.config.rl.rollout
     stop = [run.tokenizer.eos_id]
     if run.task is not None:
@@ -273,13 +286,6 @@ def _sampler(run: Run, actor: MegatronGPTActor, verifiers: VerifierPool) -> Samp
         stop_strings=tuple(rollout.stop),
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-    )
-    engine = MegatronEngine(
-        actor.inference_chunks,
-        run.layout,
-        slots=rollout.batch_size,
-        speculation=speculation_from(run.config),
-        decode=run.tokenizer.decode,
     )
     room = run.config.model.max_position_embeddings - rollout.max_response_length
     return Sampler(engine, actor, run.tokenizer, verifiers, sampling, max_prompt_length=room)

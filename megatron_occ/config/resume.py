@@ -20,6 +20,7 @@ _CHANGEABLE = (
     "rl.micro_batch_tokens",
     "rl.rollout.batch_size",
     "rl.rollout.log_samples",
+    "rl.rollout.server.",
     "rl.validation.",
     "rl.save_every",
 )

@@ -176,14 +176,49 @@ class SpeculativeConfig:
 
 
 @dataclass
+class ServerConfig:
+    urls: list[str] = option([], "base URLs, e.g. ['http://node7:8000']; they serve this run alone")
+    weights_dir: str | None = option(
+        None, "folder for weights, the same path on all machines (null: rollout_weights in run_dir)"
+    )
+    timeout: float = option(600.0, "seconds a response may take", above=0)
+    update_timeout: float = option(
+        900.0, "seconds a server may take to come up or to load weights", above=0
+    )
+    retries: int = option(3, "how often a failed request is sent again", minimum=0)
+    concurrency: int = option(64, "requests under way at once, all servers together", minimum=1)
+    gap_mean: float = option(
+        0.05, "mean gap to the trainer's log-probs, in nats, that is put down to rounding", above=0
+    )
+    gap_max: float = option(2.0, "largest gap of one token, in nats", above=0)
+    draft_share: float = option(
+        0.5,
+        "drafts' acceptance, as a share of the run's best, that tells old heads (0: no check)",
+        minimum=0,
+        maximum=1,
+    )
+    require_seeds: bool = option(True, "refuse a server that ignores the seeds of requests")
+
+
+@dataclass
 class RolloutConfig:
+    engine: str = option(
+        "megatron",
+        "who samples: the training processes, or servers of their own",
+        choices=("megatron", "vllm", "sglang"),
+    )
     max_response_length: int = option(32, "tokens of a response at most", minimum=1)
     temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
     top_p: float = option(1.0, "probability mass that sampling keeps (1: all)", above=0, maximum=1)
     top_k: int | None = option(None, "tokens that sampling keeps (null: all)", minimum=1)
     stop: list[str] = option([], "texts that end a response, besides the stop tokens")
-    batch_size: int = option(512, "sequences generated at once on a data-parallel rank", minimum=1)
-    speculative: SpeculativeConfig = section(SpeculativeConfig, "speculative decoding")
+    batch_size: int = option(
+        512, "sequences at once on a data-parallel rank, engine=megatron", minimum=1
+    )
+    speculative: SpeculativeConfig = section(
+        SpeculativeConfig, "speculative decoding of engine=megatron"
+    )
+    server: ServerConfig = section(ServerConfig, "servers of engine=vllm and sglang")
     log_samples: int = option(8, "responses a step written to rollouts.jsonl", minimum=0)
 
 

@@ -14,6 +14,7 @@ from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
+from megatron_occ.config.validate_servers import server_problems
 from megatron_occ.config.validate_switches import switch_problems
 
 COMMANDS = ("pretrain", "rl", "demo", "eval")
@@ -66,6 +67,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from _prompts(config)
         yield from _responses(config)
         yield from _speculation(config)
+        yield from server_problems(config)
     if trains:
         yield from _reinforcement(config)
         yield from mtp_problems(config)

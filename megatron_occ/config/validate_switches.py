@@ -95,6 +95,18 @@ SWITCHES = (
         _all_but("rl.rollout.speculative", "mode"),
         "rl.rollout.speculative.mode=auto or fixed",
     ),
+    Switch(
+        "rl.rollout.engine",
+        _is("megatron"),
+        _all_but("rl.rollout.server"),
+        "rl.rollout.engine=vllm or sglang",
+    ),
+    Switch(
+        "rl.rollout.engine",
+        _is("vllm", "sglang"),
+        ("rl.rollout.batch_size", *_all_but("rl.rollout.speculative")),
+        "rl.rollout.engine=megatron (drafts of a server are an option of its start)",
+    ),
     Switch("data.task.name", _is(None), ("data.task.params",), "data.task.name"),
     Switch(
         "data.task.name",

@@ -111,7 +111,11 @@ class MegatronGPTActor:
         self._gathers_tokens = on_cpu and expert_sharing_group() is not None
         self._reference: list[Tensor] | None = None
         self._inference: list[InferenceChunk] | None = None
-        self.version = 0
+
+    @property
+    def version(self) -> int:
+        """Of the weights: optimizer updates so far, those before a resumption included."""
+        return self.optimizer.updates
 
     def inference_chunks(self) -> list[OCCGPTModel]:
         """This rank's model for generation, on the present weights."""
@@ -192,7 +196,6 @@ class MegatronGPTActor:
 
     def finish_training_step(self) -> StepReport:
         """Clip and update."""
-        self.version += 1
         return self.optimizer.step()
 
     def micro_batch(

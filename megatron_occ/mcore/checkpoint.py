@@ -132,20 +132,33 @@ def read_plain(path: Path) -> dict[str, Any]:
 
     Not by Megatron's ``load_plain_tensors``: that of 0.19 and torch 2.15 do not fit together.
     """
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        tensors = read_tensors(path)
+    finally:
+        torch.distributed.destroy_process_group()
+    return {**common, **tensors}
+
+
+def read_tensors(
+    path: Path, group: torch.distributed.ProcessGroup | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole tensors by key, those of equal layers stacked; in memory of the CPU.
+
+    Args:
+        path: folder of a distributed checkpoint.
+        group: ranks that call this; None: all.
+    """
     entries = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.items()
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in entries
         if isinstance(entry, TensorStorageMetadata)
     }
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        checkpoint.load(tensors, checkpoint_id=path)
-    finally:
-        torch.distributed.destroy_process_group()
-    return {**common, **tensors}
+    checkpoint.load(tensors, checkpoint_id=path, process_group=group)
+    return tensors
 
 
 def checkpoint_name(step: int) -> str:

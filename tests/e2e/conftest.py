@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,27 @@ def kill_after(monkeypatch, trainer_class, step):
         return original(self)
 
     monkeypatch.setattr(trainer_class, "run_step", run_step)
+
+
+def torchrun(folder, ranks, *arguments):
+    """The command ``rl`` in several processes, for five minutes at most; returns how it ended."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(TINY)]
+    command += [f"run_dir={folder}", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def assert_same_numbers(folder, other, phases=("rl", "validation")):
+    """Metrics are equal up to rounding."""
+    for phase in phases:
+        pairs = list(zip(metrics(folder, phase), metrics(other, phase), strict=True))
+        assert pairs
+        for line, expected in pairs:
+            assert line.keys() == expected.keys()
+            for name, value in expected.items():
+                if name == "logprob_gap/max":
+                    assert line[name] < 1e-5
+                elif name not in ("phase", "logprob_gap/mean"):
+                    assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (phase, name)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from megatron_occ.rl.trainer import GRPOTrainer
-from tests.e2e.conftest import ROOT, TINY, Killed, Runner, kill_after, metrics, read_lines
+from tests.e2e.conftest import (
+    Killed,
+    Runner,
+    assert_same_numbers,
+    kill_after,
+    metrics,
+    read_lines,
+    torchrun,
+)
 
 ARGUMENTS = ("rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2")
 
@@ -18,13 +22,8 @@ PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")
 
 
 def launch(folder, ranks, *overrides):
-    """The same command under torchrun."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(TINY)]
-    command += [f"run_dir={folder}", *ARGUMENTS, *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    """A run of several processes that comes to its end."""
+    done = torchrun(folder, ranks, *ARGUMENTS, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -79,17 +78,3 @@ def test_one_process_goes_on_with_the_run_of_four(run, one, pretrained, tmp_path
     run("rl", "several", start, *ARGUMENTS, "--resume")
     assert [line["step"] for line in metrics(folder, "rl")] == [1, 2]
     assert_same_numbers(folder, one, phases=("rl",))
-
-
-def assert_same_numbers(folder, other, phases=("rl", "validation")):
-    """Metrics are equal up to rounding."""
-    for phase in phases:
-        pairs = list(zip(metrics(folder, phase), metrics(other, phase), strict=True))
-        assert pairs
-        for line, expected in pairs:
-            assert line.keys() == expected.keys()
-            for name, value in expected.items():
-                if name == "logprob_gap/max":
-                    assert line[name] < 1e-5
-                elif name not in ("phase", "logprob_gap/mean"):
-                    assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (phase, name)

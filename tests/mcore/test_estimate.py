@@ -277,6 +277,8 @@ def test_rollouts_by_hand():
     assert estimate(config, VOCABULARY, 4, 0, command="eval").memory.training == {}
     pretraining = estimate(config, VOCABULARY, 4, 0, command="pretrain").memory
     assert pretraining.generation == {} and pretraining.micro_batch_tokens == 128 * 48
+    config.rl.rollout.engine = "vllm"
+    assert estimate(config, VOCABULARY, 4, 0).memory.generation == {}
 
 
 def test_latent_attention_keeps_latents_whole_on_every_rank():

@@ -146,6 +146,10 @@ class FakeServer:
         for part in self.takes:
             setattr(self, part, config[part])
 
+    def score(self, tokens):
+        """Log-probs of all tokens but the first."""
+        return score(self.trunk, tokens)
+
     def respond(self, prompt, seed, limit, stops, temperature):
         """Tokens, log-probs, log-probs of the likeliest, finish reason, passes, accepted."""
         if not self.seeded:
@@ -252,7 +256,7 @@ class FakeVllm(FakeServer):
     def complete(self, body, handler):
         prompt = body["prompt"]
         if "prompt_logprobs" in body:
-            values = score(self.trunk, prompt)
+            values = self.score(prompt)
             listed = [None]
             for token, value in zip(prompt[1:], values, strict=True):
                 listed.append({str(token): {"logprob": value}, "0": {"logprob": -1.0}})
@@ -329,7 +333,7 @@ class FakeSglang(FakeServer):
         prompt, params = body["input_ids"], body["sampling_params"]
         meta = {"weight_version": self.version, "finish_reason": {"type": "length"}}
         if body["logprob_start_len"] == 0:
-            values = [None, *score(self.trunk, prompt)]
+            values = [None, *self.score(prompt)]
             meta["input_token_logprobs"] = [
                 [v, t, None] for v, t in zip(values, prompt, strict=True)
             ]

@@ -21,6 +21,22 @@ def problems(overrides: list[str], command: str = "rl") -> list[str]:
     return []
 
 
+SERVER = {
+    "urls": "['http://a:1']",
+    "weights_dir": "/shared",
+    "timeout": 5,
+    "update_timeout": 5,
+    "retries": 1,
+    "concurrency": 2,
+    "gap_mean": 0.1,
+    "gap_max": 1,
+    "draft_share": 0.1,
+    "require_seeds": "false",
+}
+SERVED = (
+    "rl.rollout.engine=vllm rl.rollout.server.urls=['http://a:1'] rl.rollout.batch_size=512 "
+    "rl.rollout.speculative.mode=auto rl.rollout.speculative.draft_length=3"
+)
 SWITCHED_OFF = [
     ("mtp.preset=occ", "mtp.trunk.weight=0.5", "coefficient=occ, set by mtp.preset=occ", "=0.1"),
     ("mtp.preset=occ", "mtp.trunk.weight=0", "mtp.trunk.coefficient=occ", "mtp.trunk.lambda_plus"),
@@ -80,6 +96,19 @@ SWITCHED_OFF = [
         "rl.rollout.speculative.acceptance=rejection",
         "mtp.num_layers=0",
         "mtp.num_layers=1 or more",
+    ),
+    *(
+        ("", f"rl.rollout.server.{key}={value}", "rl.rollout.engine=megatron", "=vllm or sglang")
+        for key, value in SERVER.items()
+    ),
+    (SERVED, "rl.rollout.batch_size=32", "rl.rollout.engine=vllm", "rl.rollout.engine=megatron"),
+    (SERVED, "rl.rollout.speculative.mode=off", "rl.rollout.engine=vllm", "mode=auto"),
+    (SERVED, "rl.rollout.speculative.draft_length=2", "rl.rollout.engine=vllm", "length=3"),
+    (
+        SERVED.replace("vllm", "sglang"),
+        "rl.rollout.speculative.acceptance=rejection",
+        "rl.rollout.engine=sglang",
+        "acceptance=coupled",
     ),
     ("pretrain.steps=0", "pretrain.validate_every=5", "pretrain.steps=0", "validate_every=0"),
     ("pretrain.steps=0", "pretrain.stop_at_pass_rate=0.5", "pretrain.steps=0", "rate=null"),

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_occ"
-LIBRARY = ("losses", "rl", "rollout", "data")
+LIBRARY = ("losses", "rl", "rollout", "convert", "data")
 
 
 def imported(path: Path) -> set[str]:

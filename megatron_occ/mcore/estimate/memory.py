@@ -69,7 +69,8 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
         training["activations"] = int(kept.each * flight + kept.once)
         if held.has_output:
             training |= _output(config, held, tokens)
-    if command != "pretrain" or config.pretrain.validate_every:
+    samples = command != "pretrain" or config.pretrain.validate_every > 0
+    if samples and config.rl.rollout.engine == "megatron":
         generation = generation_memory(config, held, world_size)
     return MemoryUse(
         resident=_resident(config, held, command),

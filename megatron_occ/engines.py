@@ -1,0 +1,139 @@
+"""The rollout engine that a configuration names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import round_up
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.export import HuggingFaceExport
+from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
+from megatron_occ.mcore.main_rank import MainRank
+from megatron_occ.mcore.served_engine import ServedEngine
+from megatron_occ.rollout import RolloutEngine
+from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
+from megatron_occ.rollout.remote.probe import SAMPLE_LENGTH
+
+API_KEY = "ROLLOUT_API_KEY"
+# of a probe: prompts, tokens of each, prompts that drafts are tried on, tokens of these responses
+PROBE_PROMPTS, PROBE_TOKENS = 16, 32
+DRAFT_PROMPTS, DRAFT_TOKENS = 4, 32
+
+
+def build_engine(
+    config: Config, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
+) -> RolloutEngine:
+    """The engine of ``rl.rollout.engine``; called by all ranks.
+
+    Args:
+        config: of the run.
+        actor: the policy that it samples from.
+        tokenizer: of prompts and responses.
+        prompts: some of them test whether servers have the right weights.
+
+    Raises:
+        EngineError: a server does not come up or can't do the work.
+    """
+    if config.rl.rollout.engine == "megatron":
+        return MegatronEngine(
+            actor.inference_chunks,
+            actor.layout,
+            slots=config.rl.rollout.batch_size,
+            speculation=speculation_from(config),
+            decode=tokenizer.decode,
+        )
+    return _served(config, actor, tokenizer, prompts)
+
+
+def _served(
+    config: Config, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
+) -> ServedEngine:
+    settings = remote_settings(config, tokenizer.vocab_size)
+    main, probe = MainRank(), ProbeMaterial(actor, tokenizer, prompts)
+    export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
+
+    def prepare() -> None:
+        export.stage()
+        probe.score()
+
+    return ServedEngine(
+        actor.layout, main, prepare, lambda: RemoteEngine(settings, export.write, probe.probe())
+    )
+
+
+def remote_settings(config: Config, token_ids: int) -> RemoteSettings:
+    """``rl.rollout.server`` with what the rest of the configuration and the environment say.
+
+    Args:
+        config: of the run.
+        token_ids: of the tokenizer.
+    """
+    rollout, server = config.rl.rollout, config.rl.rollout.server
+    folder = Path(server.weights_dir or Path(config.run_dir) / "rollout_weights")
+    return RemoteSettings(
+        rollout.engine,
+        tuple(server.urls),
+        folder.absolute(),
+        config.model.vocab_size or token_ids,
+        timeout=server.timeout,
+        update_timeout=server.update_timeout,
+        retries=server.retries,
+        concurrency=server.concurrency,
+        gap_mean=server.gap_mean,
+        gap_max=server.gap_max,
+        draft_share=server.draft_share,
+        require_seeds=server.require_seeds,
+        api_key=os.environ.get(API_KEY) or None,
+    )
+
+
+class ProbeMaterial:
+    """Prompts of the run as sequences to score, and their log-probs under the present weights."""
+
+    def __init__(
+        self, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
+    ) -> None:
+        self._actor = actor
+        config = actor.config
+        self._draft_tokens = min(DRAFT_TOKENS, config.rl.rollout.max_response_length)
+        # micro-batches of one size, as many as the schedule asks for
+        rows = round_up(PROBE_PROMPTS, actor.micro_batch_multiple)
+        room = config.model.max_position_embeddings - max(self._draft_tokens, SAMPLE_LENGTH)
+        records = prompts.prompts_for_step(0, min(rows, prompts.size or rows))
+        encoded = [tokenizer.encode(r.prompt)[: min(room, PROBE_TOKENS) - 1] for r in records]
+        self._drafts = [tokens for tokens in encoded if tokens][:DRAFT_PROMPTS]
+        # a sequence to score has two tokens at least
+        self._sequences = [[tokenizer.eos_id, *encoded[row % len(encoded)]] for row in range(rows)]
+        self._scores: list[list[float]] = []
+
+    def probe(self) -> Probe:
+        """For the engine; :meth:`score` comes before each of its updates."""
+        return Probe(
+            self._sequences,
+            lambda _: self._scores,
+            draft_prompts=self._drafts,
+            draft_tokens=self._draft_tokens,
+        )
+
+    def score(self) -> None:
+        """Take the log-probs under the present weights; called by all ranks."""
+        ids, count = self._padded(), self._actor.micro_batch_multiple
+        size = len(ids) // count
+        parts = [list(range(first, first + size)) for first in range(0, len(ids), size)]
+        logprobs = self._actor.get_inference_log_probs(
+            ids, parts=parts, lengths=None, temperature=1.0
+        )
+        rows = zip(logprobs.tolist(), self._sequences, strict=True)
+        self._scores = [row[: len(tokens) - 1] for row, tokens in rows]
+
+    def _padded(self) -> Tensor:
+        width = max(map(len, self._sequences))
+        rows = [tokens + [0] * (width - len(tokens)) for tokens in self._sequences]
+        return torch.tensor(rows, device=self._actor.layout.device)

@@ -1,0 +1,54 @@
+"""A server like vLLM that serves what it is given, by transformers: the exported weights."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unit.fake_servers import FakeVllm
+
+# it tells of the MTP layer, which is not part of the model
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+class ServedPolicy(FakeVllm):
+    """No drafts; ``stuck`` after so many updates: later ones are answered, and not made."""
+
+    def __init__(self, stuck: int | None = None) -> None:
+        self.updates, self.stuck = [], stuck
+        self.model, self.model_lock = None, threading.Lock()
+        super().__init__()
+
+    def load(self, folder: str) -> None:
+        self.updates.append(Path(folder).name)
+        if self.stuck is not None and len(self.updates) > self.stuck:
+            return
+        with self.model_lock:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def rows(self, tokens: list[int]) -> torch.Tensor:
+        """Log-probs [s, v] of what follows each token."""
+        with self.model_lock:
+            return self.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    def score(self, tokens):
+        rows = self.rows(tokens)[:-1]
+        return [row[token].item() for row, token in zip(rows, tokens[1:], strict=True)]
+
+    def respond(self, prompt, seed, limit, stops, temperature):
+        tokens, logprobs, tops = [], [], []
+        while len(tokens) < limit and (not tokens or tokens[-1] not in stops):
+            row = self.rows([*prompt, *tokens])[-1]
+            draw = random.Random(f"{seed} {len(tokens)}").random()
+            below = (row.exp().cumsum(0) < draw).sum().item()
+            tokens.append(min(below, len(row) - 1))
+            logprobs.append(row[tokens[-1]].item())
+            tops.append(row.max().item())
+        reason = "stop" if tokens[-1] in stops else "length"
+        return tokens, logprobs, tops, reason, 0, 0

@@ -1,0 +1,197 @@
+"""Exported folders, read by transformers and by MiMo's own formula, give our log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from megatron_occ.data.tokenizers import HFTokenizer, build_tokenizer
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.export import HuggingFaceExport
+from megatron_occ.mcore.main_rank import MainRank
+from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.startup import initialize
+from megatron_occ.rl.batch import head_targets
+from tests.mcore.conftest import VOCABULARY, positions, random_ids, small_config
+from tests.mcore.distributed import run_ranks
+
+TOKENIZER = build_tokenizer("char", alphabet="abcdefghijklmnopqrstu")
+MODELS = {
+    "mimo": (1, {}),
+    "mimo_untied_biased": (1, {"tie_embeddings": False, "qkv_bias": True}),
+    "qwen2": (0, {"qkv_bias": True, "num_query_groups": None}),
+    "llama_wide_heads": (0, {"tie_embeddings": False, "kv_channels": 16}),
+}
+
+
+def configure(name, *, split=1):
+    depths, settings = MODELS[name]
+    config = small_config(depths)
+    for key, value in settings.items():
+        setattr(config.model, key, value)
+    # other than both sides' defaults
+    config.model.rotary_base, config.model.norm_epsilon = 500, 1e-3
+    config.parallel.tensor = config.parallel.pipeline = split
+    return config
+
+
+def build(config, layout):
+    """Actor whose norms and biases are not those of the start, the same on any layout."""
+    with torch.enable_grad():
+        actor = MegatronGPTActor(
+            config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
+        )
+    with torch.no_grad():
+        for chunk in actor.chunks:
+            for name, parameter in chunk.named_parameters():
+                if "norm" in name:
+                    steps = torch.arange(parameter.numel()).remainder(7) / 7
+                    parameter.copy_(0.5 + steps)
+                if "bias" in name:
+                    parameter.normal_()
+    return actor
+
+
+def export(actor, folder, *, reader="sglang"):
+    actor.config.rl.rollout.engine = reader
+    writer = HuggingFaceExport(actor, MainRank(), folder / "staged", TOKENIZER)
+    writer.stage()
+    if actor.layout.is_main:
+        writer.write(folder)
+    return folder
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def chosen(logits, ids, ahead):
+    """[b, s - ahead]: log-probs of the tokens ``ahead`` places on."""
+    length = ids.size(1) - ahead
+    targets = ids[:, ahead:].unsqueeze(-1)
+    return logits[:, :length].log_softmax(-1).gather(-1, targets).squeeze(-1)
+
+
+class MiMoHead:
+    """MiMo's MTP layer as servers compute it, on the weights of a folder.
+
+    Args:
+        swapped: its input projection reads [embedding; hidden].
+    """
+
+    def __init__(self, folder: Path, model, *, swapped=False) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        prefix = "model.mtp_layers.0."
+        self.own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.output = tensors["lm_head.weight"]
+        self.model, self.swapped = model, swapped
+        self.block = Qwen2DecoderLayer(model.config, 0).eval()
+        names = self.block.state_dict()
+        self.block.load_state_dict({name: self.own.pop(f"{name}") for name in names})
+
+    def norm(self, x, name):
+        eps = self.model.config.rms_norm_eps
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * self.own[f"{name}.weight"]
+
+    def logits(self, hidden, ids):
+        """[b, s - 1, v], about the token two places on."""
+        hidden, places = hidden[:, :-1], positions(ids)[:, :-1]
+        embedded = self.model.get_input_embeddings()(ids[:, 1:])
+        parts = [self.norm(hidden, "hidden_layernorm"), self.norm(embedded, "token_layernorm")]
+        joined = torch.cat(parts[::-1] if self.swapped else parts, dim=-1)
+        rotary = self.model.model.rotary_emb(hidden, places)
+        state = joined @ self.own["input_proj.weight"].t()
+        state = self.block(state, attention_mask=None, position_embeddings=rotary)
+        state = state[0] if isinstance(state, tuple) else state
+        return self.norm(state, "final_layernorm") @ self.output.t()
+
+
+@torch.no_grad()
+def ours(actor, ids):
+    """[1 + K] log-probs, [b, s] each in the source frame."""
+    (model,) = actor.chunks
+    targets = head_targets(ids, actor.num_depths)
+    outputs = model.eval()(ids, positions(ids), None, request=HeadRequest(targets))
+    return [outputs.logprobs, *outputs.passes[0]] if actor.num_depths else [outputs.logprobs]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_trunk_gives_our_logprobs(layout, tmp_path, name):
+    config, ids = configure(name), random_ids()
+    actor = build(config, layout)
+    model = load(export(actor, tmp_path))
+    expected = ours(actor, ids)[0][:, :-1]
+    torch.testing.assert_close(chosen(model(ids).logits, ids, 1), expected, atol=1e-5, rtol=1e-5)
+    text = "cabbage"
+    assert HFTokenizer(tmp_path).encode(text) == TOKENIZER.encode(text)
+    assert HFTokenizer(tmp_path).decode([*TOKENIZER.encode(text), TOKENIZER.eos_id]) == text
+    assert HFTokenizer(tmp_path).eos_id == TOKENIZER.eos_id
+    assert not (tmp_path / "staged").exists()
+
+
+@pytest.mark.parametrize("name", ["mimo", "mimo_untied_biased"])
+@torch.no_grad()
+def test_the_head_gives_our_logprobs_by_the_formula_of_mimo(layout, tmp_path, name):
+    actor, ids = build(configure(name), layout), random_ids()
+    folder = export(actor, tmp_path)
+    model, expected = load(folder), ours(actor, ids)[1][:, :-2]
+    hidden = model.model(ids).last_hidden_state
+    found = chosen(MiMoHead(folder, model).logits(hidden, ids), ids, 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    swapped = chosen(MiMoHead(folder, model, swapped=True).logits(hidden, ids), ids, 2)
+    assert (swapped - expected).abs().mean() > 0.1
+
+
+def states_before_the_norm(model, ids):
+    kept = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    model(ids)
+    hook.remove()
+    return kept[0]
+
+
+@torch.no_grad()
+def test_a_reader_that_leaves_out_the_final_norm_gets_it_in_the_heads_norm(layout, tmp_path):
+    config, ids = configure("mimo"), random_ids()
+    config.model.norm_epsilon = 1e-6
+    actor = build(config, layout)
+    expected = ours(actor, ids)[1][:, :-2]
+
+    def gap(reader, name):
+        (tmp_path / name).mkdir()
+        folder = export(actor, tmp_path / name, reader=reader)
+        model = load(folder)
+        hidden = states_before_the_norm(model, ids)
+        found = chosen(MiMoHead(folder, model).logits(hidden, ids), ids, 2)
+        return (found - expected).abs().mean().item()
+
+    assert gap("vllm", "nearly") < 0.2 * gap("sglang", "without")
+    for name, parameter in actor.chunks[0].named_parameters():
+        if name == "decoder.final_layernorm.weight":
+            parameter.fill_(1.3)
+    expected = ours(actor, ids)[1][:, :-2]
+    assert gap("vllm", "exact") < 1e-5
+
+
+def export_of_ranks(name, folder):
+    config = configure(name, split=2)
+    actor = build(config, initialize(config))
+    export(actor, Path(folder))
+    ids = random_ids()
+    rows = [[0, 1], [2, 3]]
+    return actor.get_inference_log_probs(ids, parts=rows, lengths=None, temperature=1.0)
+
+
+@pytest.mark.parametrize("name", ["mimo", "qwen2"])
+@torch.no_grad()
+def test_a_split_model_is_put_together(tmp_path, name):
+    expected = run_ranks(export_of_ranks, 4, name, str(tmp_path))[0][:, :-1]
+    ids = random_ids()
+    found = chosen(load(tmp_path)(ids).logits, ids, 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
