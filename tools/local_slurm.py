@@ -129,7 +129,8 @@ class Cluster:
         """Submit the RL job as a user does; returns its id."""
         words = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir}.out"]
         words += ["slurm/rl.sbatch", "--config", "conf/rl/tiny.yaml", f"run_dir={run_dir}"]
-        words += [f"rl.steps={STEPS}"]
+        # drafts of a fixed length: `auto` follows the clock, and the two runs are compared
+        words += [f"rl.steps={STEPS}", "rl.rollout.speculative.mode=fixed"]
         return self.command("bash", "-c", 'source "$OCC_SITE"; exec "$@"', "bash", *words)
 
     def state(self, job: str) -> str:

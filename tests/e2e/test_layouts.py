@@ -15,7 +15,9 @@ from tests.e2e.conftest import (
     torchrun,
 )
 
-ARGUMENTS = ("rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2")
+# drafts of a fixed length: `auto` follows the clock, and two runs log different ones
+FIXED = "rl.rollout.speculative.mode=fixed"
+ARGUMENTS = ("rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2", FIXED)
 
 
 PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")

@@ -26,7 +26,13 @@ def flatten(value, prefix=""):
 
 
 SETTINGS = {
-    "rl": ("rl.steps=4", "mtp.preset=occ_decoupled", "mtp.trunk.ema=0.5"),
+    "rl": (
+        "rl.steps=4",
+        "mtp.preset=occ_decoupled",
+        "mtp.trunk.ema=0.5",
+        # `auto` follows the clock
+        "rl.rollout.speculative.mode=fixed",
+    ),
     "pretrain": ("pretrain.steps=8", "pretrain.save_every=2", "pretrain.log_every=1"),
 }
 

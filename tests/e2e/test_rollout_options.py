@@ -27,9 +27,9 @@ def same_training(folder, other):
 def test_a_run_is_the_same_with_and_without_drafts(run, pretrained):
     start = f"rl.init_from={pretrained(2)}"
     arguments = (*QUICK, "mtp.num_layers=2", start)
-    off = run("rl", "off", *arguments, f"{SPECULATIVE}={{mode: off, draft_length: 3}}")
-    fixed = run("rl", "fixed", *arguments)
-    auto = run("rl", "auto", *arguments, f"{SPECULATIVE}.mode=auto")
+    off = run("rl", "off", *arguments, f"{SPECULATIVE}.mode=off")
+    fixed = run("rl", "fixed", *arguments, f"{SPECULATIVE}={{mode: fixed, draft_length: 2}}")
+    auto = run("rl", "auto", *arguments)
     assert texts(off) == texts(fixed) == texts(auto)
     same_training(fixed, off)
     same_training(auto, off)
@@ -43,7 +43,7 @@ def test_a_run_is_the_same_with_and_without_drafts(run, pretrained):
 
 
 def test_speculative_sampling_draws_other_tokens_and_learns_too(run, pretrained):
-    arguments = (*QUICK, f"rl.init_from={pretrained(1)}")
+    arguments = (*QUICK, f"rl.init_from={pretrained(1)}", f"{SPECULATIVE}.mode=fixed")
     coupled = run("rl", "coupled", *arguments)
     rejection = run("rl", "rejection", *arguments, f"{SPECULATIVE}.acceptance=rejection")
     assert texts(rejection) != texts(coupled)

@@ -24,7 +24,6 @@ from tools.export_checkpoint import main as export_checkpoint
 SERVED = (
     "rl.rollout.engine=vllm",
     "rl.rollout.batch_size=512",
-    "rl.rollout.speculative={mode: auto, draft_length: 3}",
 )
 
 
