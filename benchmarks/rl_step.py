@@ -67,6 +67,8 @@ UNEVEN = (
     f"rl.rollout.max_response_length={LIMIT}",
     "rl.rollout.batch_size=64",
     "rl.micro_batch_tokens=2048",
+    # the work of a step must not change: lengths stay as they are
+    "rl.optimizer.lr=1e-7",
 )
 PARTS = ("seconds", "generation", "reward", "logprobs", "training", "other")
 TRL = "TRL"
