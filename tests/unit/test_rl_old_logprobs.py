@@ -38,7 +38,7 @@ def test_updates_are_those_with_log_probs_of_training(preset, extra, cut):
             torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-5)
     for left, right in zip(theirs, lines, strict=True):
         assert left.keys() == right.keys()
-        assert right["logprob_gap/mean"] == pytest.approx(left["logprob_gap/mean"], rel=0.5)
+        assert 0 < left["logprob_gap/mean"] <= left["logprob_gap/max"] < 1e-6
         assert 0 < right["logprob_gap/mean"] <= right["logprob_gap/max"] < 1e-6
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_occ.mcore.cpu.attention import CoreAttention
+from megatron_occ.mcore.cpu.fused import SwiGLU
 from megatron_occ.mcore.cpu.modules import LatentSelfAttention, NormColumnParallelLinear, RMSNorm
 
 
@@ -59,6 +60,8 @@ def cpu_layer_spec(config: TransformerConfig, *, moe: bool = False) -> ModuleSpe
             attention.linear_q_up_proj = attention.linear_kv_up_proj = NormColumnParallelLinear
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.use_te_activation_func:
+        layer.mlp.submodules.activation_func = SwiGLU
     layer.sharded_state_dict_keys_map = _checkpoint_names(latent, moe)
     return spec
 
