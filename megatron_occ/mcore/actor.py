@@ -214,7 +214,7 @@ class MegatronGPTActor:
             lengths: tokens of each row: packed; None: padded.
             passes, temperature, entropy, distance: see ``HeadRequest``.
         """
-        targets = head_targets(ids, self.num_depths if passes else 0)
+        targets = head_targets(ids, self.num_depths)
         request = HeadRequest(targets, passes, temperature, entropy, distance)
         return Sequences(ids, lengths, request, payload)
 
