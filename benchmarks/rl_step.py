@@ -12,8 +12,9 @@ uneven
     of 512 responses has several times the mean, as in rollouts of reasoning models. The reward is
     a parity, so that half the responses succeed. Micro-batches are packed here.
 
-TRL trains the trunk alone, which is ``mtp.preset=none`` here; ``occ_decoupled``, which trains more,
-is there for information. Its settings are in ``peer_trl.py``.
+``old from rollout`` is ``rl.old_logprobs=rollout``: no forward pass for old log-probs, which TRL
+always makes. TRL trains the trunk alone, which is ``mtp.preset=none`` here; ``occ_decoupled``,
+which trains more, is there for information. TRL's settings are in ``peer_trl.py``.
 
     python -m benchmarks.rl_step [--run RUN] [--rounds 5] [--threads 1] [--only even] [--json FILE]
 
@@ -56,6 +57,7 @@ COMMON = (
 )
 SIDES = {
     "ours, none": ("mtp.preset=none",),
+    "ours, none, old from rollout": ("mtp.preset=none", "rl.old_logprobs=rollout"),
     "ours, occ_decoupled": ("mtp.preset=occ_decoupled",),
 }
 EVEN = ("rl.micro_batch_size=128",)
@@ -262,12 +264,12 @@ def print_table(title: str, steps: dict[str, list[TRLStep]]) -> None:
     """Medians of seconds; medians of TRL's time by a side's in the same round."""
     print(f"\n{title}: seconds of a step and of its parts")
     columns = "".join(f"{name:>11}" for name in PARTS)
-    print(f"   {'':<26}{columns}{'tokens':>9}{'reward':>8}{'TRL / it':>10}")
+    print(f"   {'':<30}{columns}{'tokens':>9}{'reward':>8}{'TRL / it':>10}")
     for name, each in steps.items():
         medians = (statistics.median(getattr(s, part) for s in each) for part in PARTS)
         ratios = (t.seconds / s.seconds for t, s in zip(steps[TRL], each, strict=True))
         print(
-            f"   {name:<26}{''.join(f'{value:>11.3f}' for value in medians)}"
+            f"   {name:<30}{''.join(f'{value:>11.3f}' for value in medians)}"
             f"{statistics.mean(s.tokens for s in each):>9,.0f}"
             f"{statistics.mean(s.mean_reward for s in each):>8.3f}"
             f"{statistics.median(ratios):>10.2f}"

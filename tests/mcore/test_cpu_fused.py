@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch.nn import functional
 
-from megatron_occ.mcore.cpu.fused import SwiGLU, rotate, rotate_packed
+from megatron_occ.mcore.cpu.fused import SwiGLU, rms_norm, rotate, rotate_packed
 
 
 def values(*shape, seed=0):
@@ -49,6 +49,17 @@ def test_swiglu_leaves_its_input_alone():
     before = joined.detach().clone()
     swiglu()(joined).sum().backward()
     assert torch.equal(joined, before)
+
+
+def test_rms_norm_and_its_gradients():
+    inputs, weight = values(3, 2, 8), values(8, seed=1)
+    expected = inputs / (inputs.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(rms_norm(inputs, weight, 1e-5), expected)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (inputs, weight))
+    narrow, of = (tensor.detach().bfloat16() for tensor in (inputs, weight))
+    torch.testing.assert_close(
+        rms_norm(narrow, of, 1e-5), functional.rms_norm(narrow, (8,), of, 1e-5), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("width", [6, 4])

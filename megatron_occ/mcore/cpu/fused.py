@@ -1,11 +1,11 @@
-"""SwiGLU and rotary embedding for the CPU, each one operation with a gradient of its own.
+"""SwiGLU, RMSNorm and rotary embedding for the CPU, each one operation with its own gradient.
 
 Written with single operations as Megatron has them, each makes a new tensor of the size of the
 activations for every step, and keeps several of them for the backward pass. On the CPU that costs
 more than the arithmetic. Here each pass allocates its result alone, and SwiGLU keeps its input and
 nothing else.
 
-Both are called at the places where Megatron calls TransformerEngine's kernels.
+SwiGLU and the rotation are called at the places where Megatron calls TransformerEngine's kernels.
 """
 
 from __future__ import annotations
@@ -49,6 +49,36 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu.out(gate, out=to_up)
         to_up.mul_(grad)
         return result
+
+
+def rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 1910.07467, eq. 4).
+
+    16-bit values go to torch's function, which computes in fp32.
+    """
+    if values.dtype.itemsize < 4:
+        return functional.rms_norm(values, weight.shape, weight, eps)
+    return _RMSNorm.apply(values, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, weight, eps):  # noqa: ANN001, ANN205
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        scale = norm.square_().div_(values.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(values, weight, scale)
+        return (values * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        values, weight, scale = ctx.saved_tensors
+        normed = values * scale
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        # with n = x / rms: dx = (g w - n mean(g w n)) / rms
+        mean = (product @ weight).div_(values.size(-1)).unsqueeze(-1)
+        torch.mul(grad, weight, out=product).addcmul_(normed, mean, value=-1)
+        return product.mul_(scale), grad_weight, None
 
 
 def rotate(states: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
