@@ -95,7 +95,12 @@ def rotate(states: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
 
 
 def rotate_packed(
-    states: Tensor, bounds: Tensor, angles: Tensor, cp_size: int = 1, cp_rank: int = 0
+    states: Tensor,
+    bounds: Tensor,
+    angles: Tensor,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    interleaved: bool = False,
 ) -> Tensor:
     """The same for packed sequences, each with positions from 0.
 
@@ -105,9 +110,11 @@ def rotate_packed(
         angles: [longest, 1, 1, r].
         cp_size: context-parallel ranks; one holds chunks r and 2 * cp - 1 - r of each sequence.
         cp_rank: this one.
+        interleaved: must be False; newer versions of Megatron-Core give it.
     """
     positions = _packed_positions(bounds, cp_size, cp_rank)
-    return rotate(states.unsqueeze(1), angles.index_select(0, positions)).squeeze(1)
+    turned = rotate(states.unsqueeze(1), angles.index_select(0, positions), interleaved)
+    return turned.squeeze(1)
 
 
 def _packed_positions(bounds: Tensor, size: int, rank: int) -> Tensor:
