@@ -19,6 +19,7 @@ from megatron_occ.inputs import read_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
 from megatron_occ.mcore.startup import initialize
+from megatron_occ.rl.calibration import regime_from
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
 FOLDER = Path("runs/benchmark_model")
@@ -60,7 +61,15 @@ def demo_model(
     if run is None and not list_checkpoints(folder / "checkpoints" / "pretrain"):
         command = [sys.executable, "-m", "megatron_occ", "pretrain", "--config", str(CONFIG)]
         subprocess.run([*command, f"run_dir={folder}"], check=True)
-    config = load_config([CONFIG], [f"run_dir={folder}", *overrides])
+    model = build_model([f"run_dir={folder}", *overrides], updates=updates)
+    _, newest = list_checkpoints(folder / "checkpoints" / "pretrain")[-1]
+    load_weights(newest, model.actor, json.loads((newest / "meta.json").read_text()))
+    return model
+
+
+def build_model(overrides: Sequence[str] = (), *, updates: int = 10**6) -> DemoModel:
+    """The same with random weights, those of the configuration's seed; see :func:`demo_model`."""
+    config = load_config([CONFIG], overrides)
     layout = initialize(config)
     task = build_task(config.data.task.name, **config.data.task.params)
     tokenizer = read_tokenizer(config, task)
@@ -70,9 +79,8 @@ def demo_model(
         layout,
         optimizer=config.rl.optimizer,
         total_updates=updates,
+        train_head=regime_from(config.mtp).trains_head,
     )
-    _, newest = list_checkpoints(folder / "checkpoints" / "pretrain")[-1]
-    load_weights(newest, actor, json.loads((newest / "meta.json").read_text()))
     return DemoModel(actor, config, tokenizer, task)
 
 

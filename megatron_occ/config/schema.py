@@ -264,6 +264,12 @@ class RLConfig:
         "tokens of a packed micro-batch at most (null: padded, of rl.micro_batch_size sequences)",
         minimum=2,
     )
+    old_logprobs: str = option(
+        "training",
+        "old log-probs: a forward pass of the training model, or those that the rollout sampled "
+        "with (no such pass)",
+        choices=("training", "rollout"),
+    )
     advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
     loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
     rollout: RolloutConfig = section(RolloutConfig, "generation")

@@ -191,6 +191,7 @@ def _reinforcement(config: Config) -> Iterator[str]:
             f"rl.dynamic_sampling.max_rounds={rl.dynamic_sampling.max_rounds}: no group could "
             "be replaced. Give at least 2, or rl.dynamic_sampling.enabled=false"
         )
+    yield from _old_logprobs(config)
     buffer, length = rl.overlong.buffer, rl.rollout.max_response_length
     if buffer > length:
         yield (
@@ -201,6 +202,25 @@ def _reinforcement(config: Config) -> Iterator[str]:
         yield (
             f"rl.overlong.penalty=0: rl.overlong.buffer={buffer} has no effect. Give a penalty "
             "above 0, or rl.overlong.buffer=0"
+        )
+
+
+def _old_logprobs(config: Config) -> Iterator[str]:
+    if config.rl.old_logprobs != "rollout":
+        return
+    cap, trunk = config.rl.loss.importance_cap, config.mtp.trunk
+    if cap is not None:
+        yield (
+            f"rl.loss.importance_cap={cap}: weighs the training model's old log-probs against the "
+            "rollout's, and rl.old_logprobs=rollout takes the rollout's for both. Give "
+            "rl.loss.importance_cap=null, or rl.old_logprobs=training"
+        )
+    uses_released = trunk.coefficient == "occ" and trunk.estimator == "released"
+    if trunk.signal != "none" and uses_released:
+        yield (
+            "mtp.trunk.estimator=released: also reads the old log-probs of the prompt, and "
+            "rl.old_logprobs=rollout has none. Give mtp.trunk.estimator=logprob, or "
+            "rl.old_logprobs=training"
         )
 
 

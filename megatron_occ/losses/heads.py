@@ -80,7 +80,11 @@ class Normalizers:
 
 @dataclass
 class LossReport:
-    """Parts of the loss that add up over micro-batches and ranks to mini-batch means."""
+    """Parts of the loss that add up over micro-batches and ranks to mini-batch means.
+
+    ``maxima`` are the exception: the largest value of all of them counts.
+    """
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
     calibration: CalibrationSums | None = None
+    maxima: dict[str, Tensor] = field(default_factory=dict)

@@ -68,15 +68,15 @@ class Regime:
     def passes(self) -> tuple[tuple[bool, bool], ...]:
         """Forward passes of the MTP block, each as (gradient to trunk, gradient to head).
 
-        The trunk pass comes first. One loss for both needs one pass; two losses need two, since a
-        parameter's gradient can't be told apart by the loss that it came from.
+        None where no loss of an MTP depth acts. The trunk pass comes first. One loss for both needs
+        one pass; two losses need two, since a parameter's gradient can't be told apart by the loss
+        that it came from.
         """
         to_trunk = self.trunk != "none"
         if to_trunk and self.head == "same_as_trunk":
             return ((True, True),)
         own_loss = self.head not in ("none", "same_as_trunk")
-        passes = ((True, False),) * to_trunk + ((False, True),) * own_loss
-        return passes or ((False, False),)
+        return ((True, False),) * to_trunk + ((False, True),) * own_loss
 
 
 @dataclass(frozen=True)

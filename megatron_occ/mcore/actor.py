@@ -209,7 +209,7 @@ class MegatronGPTActor:
         entropy: bool = False,
         distance: str | None = None,
     ) -> Sequences:
-        """A micro-batch that asks for the main head and all depths; see ``HeadRequest``.
+        """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
         Args:
             ids: [b, s] right-padded token ids.
@@ -253,6 +253,7 @@ class MegatronGPTActor:
         """Sums over micro-batches and data-parallel ranks, known to all stages."""
         summed = None
         if self.layout.is_last_stage:
+            maxima = self._largest([report.maxima for report in reports])
             names = sorted(reports[0].metrics)
             rows = [[r.metrics[n].double() for n in names] for r in reports]
             total = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
@@ -262,11 +263,22 @@ class MegatronGPTActor:
             if sums:
                 total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))
             self.layout.all_reduce_data_parallel(total)
-            summed = names, total.cpu() if self.layout.pipeline_size > 1 else total
-        names, total = self.layout.share_last_stage(summed)
+            if self.layout.pipeline_size > 1:
+                total = total.cpu()
+                maxima = {name: value.cpu() for name, value in maxima.items()}
+            summed = names, total, maxima
+        names, total, maxima = self.layout.share_last_stage(summed)
         rest = total[len(names) :]
         calibration = CalibrationSums.from_tensor(rest) if rest.numel() else None
-        return LossReport(dict(zip(names, total, strict=False)), calibration)
+        return LossReport(dict(zip(names, total, strict=False)), calibration, maxima)
+
+    def _largest(self, maxima: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The largest of micro-batches and data-parallel ranks."""
+        found = {}
+        for name in sorted(maxima[0]):
+            value = torch.stack([each[name] for each in maxima]).amax(0).double()
+            found[name] = self.layout.all_reduce_data_parallel(value, maximum=True)
+        return found
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.chunks:

@@ -34,7 +34,8 @@ class HeadRequest:
     Args:
         targets: [1+K, b, s] token ids in the source frame: position t of depth d predicts
             ``targets[d, :, t]``. [1, b, s] asks for the main head alone.
-        passes: MTP passes as (gradient to trunk, gradient to head), see ``Regime.passes``.
+        passes: MTP passes as (gradient to trunk, gradient to head), see ``Regime.passes``; without
+            any, the main head alone.
         temperature: divides main and MTP logits alike.
         entropy: return the main head's entropies.
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
@@ -104,8 +105,8 @@ class OCCGPTModel(GPTModel):
         placement = request.placement or place_padded(tuple(ids.shape), ids.device)
         with self._as_inner_stage():
             hidden = super().forward(*args, packed_seq_params=placement.packed, **kwargs)
-        depths = request.targets.size(0) - 1
-        targets = placement.take(request.targets)
+        targets = placement.take(request.targets if request.passes else request.targets[:1])
+        depths = targets.size(0) - 1
         states = [hidden]
         if self.mtp_process and depths:
             depth_ids = placement.as_input(targets[:depths])

@@ -23,7 +23,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_experts(config),
         **_layout(config),
         **_precision(config),
-        **_no_fusions(),
+        **_fusions(config),
     }
     kind = MLATransformerConfig if config.model.mla.enabled else TransformerConfig
     with warnings.catch_warnings():
@@ -127,13 +127,19 @@ def _precision(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _no_fusions() -> dict[str, bool]:
-    """Kernels that need apex or TransformerEngine, or that add noise between layouts."""
+def _fusions(config: Config) -> dict[str, bool]:
+    """No kernels that need apex or TransformerEngine, or that add noise between layouts.
+
+    On the CPU two of TransformerEngine's places are taken by ``cpu/fused.py``. Megatron's experts
+    and its latent attention have no such place.
+    """
+    on_cpu = not torch.cuda.is_available()
     return {
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": on_cpu and not config.model.mla.enabled,
+        "use_te_activation_func": on_cpu and config.model.moe.num_experts is None,
     }

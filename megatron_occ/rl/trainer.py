@@ -84,19 +84,23 @@ class GRPOTrainer:
                 rollouts.batch, rollouts.owners, self.config.rl, self.updater.actor
             )
             mini_batches = self.updater.compute_logprobs(mini_batches)
-            gap = self.updater.logprob_gap(mini_batches)
+            gap = {}
+            if not self.updater.reuses_rollout:
+                gap = self.updater.logprob_gap(mini_batches)
         with self.timers("train"):
             metrics = self.run_training(mini_batches)
         return {**rollouts.metrics, **gap, **metrics, **failures.since(self.layout)}
 
     def run_training(self, mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
         """One update for each mini-batch; returns their mean metrics."""
-        updates = []
+        updates, gap = [], {}
         for mini_batch in mini_batches:
             update = self.updater.run_update(mini_batch)
             self._warn(update.events)
             updates.append(update.metrics)
-        return {name: sum(m[name] for m in updates) / len(updates) for name in updates[0]}
+            gap |= update.gap
+        means = {name: sum(m[name] for m in updates) / len(updates) for name in updates[0]}
+        return means | gap
 
     def run_validation(self) -> dict[str, float]:
         """Validate the current policy and log the result."""

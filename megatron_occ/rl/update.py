@@ -11,20 +11,26 @@ import torch
 from megatron_occ.config.schema import Config
 from megatron_occ.losses import shift_to_source
 from megatron_occ.losses.calibration import CalibrationSums
-from megatron_occ.losses.heads import JointTargets, Normalizers
+from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
 from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
+_GAP_MEAN, _GAP_MAX = "logprob_gap/mean", "logprob_gap/max"
+
 
 @dataclass(frozen=True)
 class Update:
-    """Metrics of an update over all ranks, and what went wrong in it, one line each."""
+    """Metrics of an update over all ranks, and what went wrong in it, one line each.
+
+    ``gap`` holds the metrics of :meth:`PolicyUpdater.logprob_gap` where this update measured them.
+    """
 
     metrics: dict[str, float]
     events: list[str]
+    gap: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class _MicroBatch:
 
 
 class PolicyUpdater:
-    """Updates a policy on mini-batches; lambda is its only state.
+    """Updates a policy on mini-batches; lambda is its only state from step to step.
 
     Args:
         config: the run's configuration.
@@ -48,13 +54,19 @@ class PolicyUpdater:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
         self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
+        self.reuses_rollout = config.rl.old_logprobs == "rollout"
+        self._gap_is_due = False
 
     def compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Add old log-probs, and those of the reference policy if it is used.
 
-        The forward passes have the micro-batches that the updates will have.
+        The forward passes have the micro-batches that the updates will have. With
+        ``rl.old_logprobs=rollout`` old log-probs are those that the rollout sampled with.
         """
         rl = self.config.rl
+        self._gap_is_due = self.reuses_rollout
+        if self.reuses_rollout and rl.loss.kl_coefficient == 0:
+            return [mini.with_logprobs(_sampled(mini), None) for mini in mini_batches]
         ids = torch.cat([mini.rows.ids for mini in mini_batches])
         packed = mini_batches[0].lengths is not None
         arguments = {
@@ -62,7 +74,10 @@ class PolicyUpdater:
             "lengths": [n for mini in mini_batches for n in mini.lengths or ()] if packed else None,
             "temperature": rl.rollout.temperature,
         }
-        old = self.actor.get_inference_log_probs(ids, **arguments)
+        if self.reuses_rollout:
+            old = torch.cat([_sampled(mini) for mini in mini_batches])
+        else:
+            old = self.actor.get_inference_log_probs(ids, **arguments)
         reference = None
         if rl.loss.kl_coefficient > 0:
             reference = self.actor.get_init_policy_logprobs(ids, **arguments)
@@ -80,28 +95,36 @@ class PolicyUpdater:
         gaps, count = [], 0
         for mini in mini_batches:
             mask = shift_to_source(mini.rows.response_mask, 0) > 0
-            sampled = shift_to_source(mini.rows.rollout_logprobs, 0)
-            difference = (mini.rows.old_logprobs - sampled).abs()
+            difference = (mini.rows.old_logprobs - _sampled(mini)).abs()
             gaps.append(torch.where(mask, difference, 0.0).double())
             count = count + mask.sum().double()
         gap, layout = torch.cat(gaps), self.actor.layout
         total = layout.all_reduce_data_parallel(torch.stack((gap.sum(), count)))
         largest = layout.all_reduce_data_parallel(gap.max(), maximum=True)
         return {
-            "logprob_gap/mean": float(total[0] / total[1].clamp(min=1)),
-            "logprob_gap/max": float(largest),
+            _GAP_MEAN: float(total[0] / total[1].clamp(min=1)),
+            _GAP_MAX: float(largest),
         }
 
     def run_update(self, mini_batch: MiniBatch) -> Update:
-        """One optimizer update, on a mini-batch with log-probs."""
+        """One optimizer update, on a mini-batch from :meth:`compute_logprobs`.
+
+        Where the old log-probs are the rollout's, the first update after that also tells how far
+        the training forward pass is from them: the weights have not moved yet.
+        """
+        measures_gap, self._gap_is_due = self._gap_is_due, False
         parts = self._with_constants(mini_batch)
         normalizers = self._normalizers(parts)
         used = self.coefficients.before_update(lambda: self._forward_sums(parts))
         weights = to_device(used, self.actor.layout.device)
-        report = self.actor.get_loss_and_metrics(
-            self._for_training(parts),
-            lambda outputs, targets: self.loss(outputs, targets, normalizers, weights),
-        )
+
+        def loss(outputs: HeadOutputs, targets: JointTargets) -> tuple[torch.Tensor, LossReport]:
+            value, report = self.loss(outputs, targets, normalizers, weights)
+            if measures_gap:
+                _add_gap(report, outputs, targets, normalizers)
+            return value, report
+
+        report = self.actor.get_loss_and_metrics(self._for_training(parts), loss)
         step = self.actor.finish_training_step()
         report = on_host(report)
         metrics = update_metrics(report, step)
@@ -111,7 +134,8 @@ class PolicyUpdater:
             events.append("released lambda not finite in a micro-batch: using 0")
         if step.skipped:
             events.append(SKIPPED)
-        return Update(metrics, events)
+        names = (_GAP_MEAN, _GAP_MAX) if measures_gap else ()
+        return Update(metrics, events, {name: metrics.pop(name) for name in names})
 
     def state_dict(self) -> dict[str, Any]:
         """State of the calibration."""
@@ -143,7 +167,7 @@ class PolicyUpdater:
         regime = self.loss.regime
         return self._micro_batches(
             parts,
-            passes=regime.passes if self.actor.num_depths else (),
+            passes=regime.passes,
             entropy=True,
             distance=regime.head if regime.head in ("soft_ce", "tv") else None,
         )
@@ -156,6 +180,20 @@ class PolicyUpdater:
             )
             for part in parts
         ]
+
+
+def _sampled(mini_batch: MiniBatch) -> torch.Tensor:
+    """Log-probs of the rollout, source frame."""
+    return shift_to_source(mini_batch.rows.rollout_logprobs, 0)
+
+
+def _add_gap(
+    report: LossReport, outputs: HeadOutputs, targets: JointTargets, normalizers: Normalizers
+) -> None:
+    difference = (outputs.logprobs.detach() - targets.old_logprobs[0]).abs().double()
+    gap = torch.where(targets.mask[0] > 0, difference, 0.0)
+    report.metrics[_GAP_MEAN] = gap.sum() / normalizers.tokens[0]
+    report.maxima[_GAP_MAX] = gap.max()
 
 
 def _policy_settings(config: Config) -> PolicySettings:

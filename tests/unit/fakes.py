@@ -225,12 +225,16 @@ class FakeActor:
         reduce = self.layout.all_reduce_data_parallel
         names = reports[0].metrics
         metrics = {n: reduce(sum(r.metrics[n].double() for r in reports)) for n in names}
+        maxima = {
+            n: reduce(torch.stack([r.maxima[n] for r in reports]).amax(0), maximum=True)
+            for n in reports[0].maxima
+        }
         if reports[0].calibration is None:
-            return LossReport(metrics)
+            return LossReport(metrics, maxima=maxima)
         sums = reports[0].calibration
         for report in reports[1:]:
             sums = sums + report.calibration
-        return LossReport(metrics, type(sums).from_tensor(reduce(sums.to_tensor())))
+        return LossReport(metrics, type(sums).from_tensor(reduce(sums.to_tensor())), maxima)
 
 
 def _main(model, ids, temperature):

@@ -97,7 +97,8 @@ def test_the_loss_of_every_preset_in_plain_python(preset, temperature):
     for mini in mini_batches(trainer):
         main, *depths = per_token(actor, mini.rows, temperature)
         metrics = trainer.updater.run_update(mini).metrics
-        lambdas = [metrics[f"lambda/mtp_{k}"] for k in (1, 2)]
+        runs_mtp = preset != "none"
+        lambdas = [metrics[f"lambda/mtp_{k}"] if runs_mtp else 0.0 for k in (1, 2)]
         policy = mean(w * clipped(d) for w, d in zip(lambdas, depths, strict=True))
         ce = mean(map(cross_entropy, depths))
         mtp = {
@@ -110,7 +111,7 @@ def test_the_loss_of_every_preset_in_plain_python(preset, temperature):
         }
         assert actor.losses[-1] == pytest.approx(clipped(main) + mtp[preset], abs=1e-6)
         assert metrics["loss/policy"] == pytest.approx(clipped(main), abs=1e-6)
-        for k, tokens in enumerate(depths, start=1):
+        for k, tokens in enumerate(depths if runs_mtp else (), start=1):
             assert metrics[f"loss/mtp_{k}"] == pytest.approx(cross_entropy(tokens), abs=1e-6)
 
 
@@ -210,11 +211,25 @@ def test_clamp_bounds_the_lambda_that_is_used():
     assert all(low <= update["lambda/mtp_1"] <= high for update in bounded)
 
 
-@pytest.mark.parametrize(("preset", "fixed"), [("none", 0.0), ("ce", 0.1), ("policy", 1.0)])
+@pytest.mark.parametrize(("preset", "fixed"), [("detach", 0.0), ("ce", 0.1), ("policy", 1.0)])
 def test_fixed_weights_are_logged_as_lambda(preset, fixed):
     trainer, _ = four_updates(f"mtp.preset={preset}")
     metrics = run_updates(trainer)[0]
     assert (metrics["lambda/mtp_1"], metrics["lambda/mtp_2"]) == (fixed, fixed)
+
+
+def test_a_frozen_head_without_effect_on_the_trunk_is_not_run():
+    trainer, actor = four_updates("mtp.preset=none")
+    build, asked = actor.micro_batch, []
+
+    def spy(*args, passes, **rest):
+        asked.append(passes)
+        return build(*args, passes=passes, **rest)
+
+    actor.micro_batch = spy
+    metrics = run_updates(trainer)[0]
+    assert set(asked) == {()}
+    assert not [name for name in metrics if "mtp" in name or "calibration" in name]
 
 
 def test_regime_of_the_configuration():

@@ -28,6 +28,9 @@ Random-number state of activation recomputation
 ``multi_latent_attention.TELinear``
     Megatron asks whether a layer is an instance of it; without TransformerEngine it is no class.
     We put a class without instances in its place.
+``rope_utils.fused_apply_rotary_pos_emb`` and its form for packed sequences
+    Megatron assumes TransformerEngine's kernels where ``apply_rope_fusion`` is on. We put those of
+    ``fused.py`` there.
 ``Tensor.type()`` in the constructors of the distributed and the 16-bit optimizer
     Megatron assumes names such as ``torch.cuda.FloatTensor`` and refuses others.
     For the time of these constructors a CPU tensor answers with the CUDA name.
@@ -45,12 +48,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from torch.utils._device import _device_constructors
+
+from megatron_occ.mcore.cpu.fused import rotate, rotate_packed
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +125,9 @@ def apply_cpu_backend() -> bool:
         moe_utils.te_general_gemm = None
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = type("NoTELinear", (), {})
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotate
+        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
         optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
     _applied = True

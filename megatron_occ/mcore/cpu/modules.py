@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_occ.mcore.cpu.fused import rms_norm
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm with the constructor that Megatron's specs call.
@@ -26,6 +28,10 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., hidden_size] normed."""
+        return rms_norm(values, self.weight, self.eps)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
@@ -48,8 +54,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
         """[..., input_size] to [..., output_size / tensor-parallel size], and no bias."""
-        shape, weight = (input_.size(-1),), self.layer_norm_weight
-        normed = functional.rms_norm(input_, shape, weight, self.eps)
+        normed = rms_norm(input_, self.layer_norm_weight, self.eps)
         return super().forward(normed, *arguments, **options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -9,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -19,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_occ.mcore.cpu.attention import CoreAttention
+from megatron_occ.mcore.cpu.fused import SwiGLU
 from megatron_occ.mcore.cpu.modules import LatentSelfAttention, NormColumnParallelLinear, RMSNorm
 
 
@@ -59,8 +63,15 @@ def cpu_layer_spec(config: TransformerConfig, *, moe: bool = False) -> ModuleSpe
             attention.linear_q_up_proj = attention.linear_kv_up_proj = NormColumnParallelLinear
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.use_te_activation_func:
+        _mlp_parts(layer.mlp).activation_func = SwiGLU
     layer.sharded_state_dict_keys_map = _checkpoint_names(latent, moe)
     return spec
+
+
+def _mlp_parts(mlp: ModuleSpec | functools.partial) -> MLPSubmodules:
+    """Parts of a dense feed-forward layer: newer versions of Megatron-Core have a partial there."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 def _checkpoint_names(latent: bool, moe: bool) -> dict[str, str]:
