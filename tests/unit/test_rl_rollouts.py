@@ -61,6 +61,7 @@ def test_batch_advantages_metrics_and_readable_samples_by_hand():
             "rollout/truncated": 13 / 16,  # "a" and the twelve long ones
             "rollout/dropped_groups": 0,
             "rollout/tokens": 80,
+            "draft/acceptance_length": 1,
         }
     )
     assert rollouts.events == []
