@@ -44,7 +44,7 @@ from megatron_occ.rollout import Request, SamplingSettings
 
 BATCHES = {1: 12, 16: 128, 64: 512}
 PLAIN, DEEP = "transformers", 12
-SHORT, LONG, PLACES, GROUPS = 16, 128, 64, 24
+SHORT, LONG, PLACES, GROUPS = 16, 128, 64, 40
 SPECULATIONS = {
     "plain": Speculation(),
     "1 draft": Speculation(1),

@@ -79,6 +79,7 @@ def test_responses_of_very_uneven_lengths(layout, monkeypatch, kind, length):
     monkeypatch.setattr(
         decoding, "rows_to_swap", lambda needed: (found := swap(needed), swaps.append(found))[0]
     )
+    monkeypatch.setattr(decoding, "LOOK_EVERY", 1)
     limits = [4, 4, 60, 4, 4, 4, 50, *[4] * 30]
     wanted = requests([prompts()[i % 6] for i in range(len(limits))], limits=limits)
     arguments = settings(stop_ids=(), max_response_length=60)

@@ -149,13 +149,15 @@ def long_rows(needed: np.ndarray) -> tuple[int, float]:
     Returns:
         That number, 0: no row; and the price of attention, in keys.
     """
-    rows = len(needed)
-    longest_behind = np.append(np.maximum.accumulate(needed[::-1])[::-1], 0)
-    longest_before = np.insert(np.maximum.accumulate(needed), 0, 0)
-    price = rows * longest_behind + np.arange(rows + 1) * longest_before
-    best = int(price[:rows].argmin())
-    if price[best] > WORTH * price[0]:
-        best = 0
+    rows, whole = len(needed), len(needed) * int(needed.max())
+    # no cut is cheaper than what the rows need themselves
+    if needed.sum() > WORTH * whole:
+        return 0, float(whole)
+    price = rows * np.maximum.accumulate(needed[::-1])[::-1]
+    price[1:] += np.arange(1, rows) * np.maximum.accumulate(needed)[:-1]
+    best = int(price.argmin())
+    if price[best] > WORTH * whole:
+        return 0, float(whole)
     return best, float(price[best])
 
 

@@ -18,6 +18,9 @@ from megatron_occ.rollout import DraftStatistics, Generation, Request, SamplingS
 from megatron_occ.rollout.draft_length import DraftLength
 from megatron_occ.rollout.engine import ABORT, LENGTH, STOP
 
+# cycles between looks at which rows are long: they grow slowly
+LOOK_EVERY = 8
+
 
 class Decoding:
     """State of one call.
@@ -50,7 +53,7 @@ class Decoding:
         self.prefix: Prefix | None = None
         # the request in each row
         self.owners: list[int | None] = [None] * slots.rows
-        self.active = 0
+        self.active = self.cycles = 0
         self.generation = Generation(
             [[] for _ in requests], [[] for _ in requests], [ABORT] * len(requests)
         )
@@ -77,7 +80,9 @@ class Decoding:
     def _cycle(self, length: int) -> None:
         """Draft, verify, commit."""
         started, counted = time.perf_counter(), DraftStatistics()
-        self._bring_long_rows_forward()
+        if self.cycles % LOOK_EVERY == 0:
+            self._bring_long_rows_forward()
+        self.cycles += 1
         # a rank without sequences keeps those company that share its experts
         rows = max(self.active, 1) if self.company.shares else self.active
         verified = self.passes.draft_and_verify(rows, length)

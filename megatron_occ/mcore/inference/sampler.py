@@ -71,14 +71,14 @@ class TokenSampler:
             draft_logprobs: k of [n, v]; empty with coupled drafts.
             numbers: [n, k + 1, streams] uniform numbers.
         """
+        if hidden.size(0) * hidden.size(1) * self.trunk.vocabulary <= CHUNK_LOGITS:
+            return self._verify(hidden, drafts, draft_logprobs, numbers)
         parts = [
             self._verify(
                 hidden[rows], drafts[rows], [each[rows] for each in draft_logprobs], numbers[rows]
             )
             for rows in self._chunks(*hidden.shape[:2])
         ]
-        if len(parts) == 1:
-            return parts[0]
         return Verified(
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.logprobs for part in parts]),
@@ -93,7 +93,10 @@ class TokenSampler:
         if self.greedy:
             tokens = cut.argmax(-1).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
-        elif self.coupled or each == 1:
+        elif each == 1:
+            tokens = sample_from_uniform(cut, numbers[:, 0, DRAW]).unsqueeze(1)
+            accepted = torch.zeros(rows, dtype=torch.long, device=tokens.device)
+        elif self.coupled:
             tokens = sample_from_uniform(cut, numbers[:, :, DRAW].flatten()).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         else:

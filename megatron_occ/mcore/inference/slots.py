@@ -177,6 +177,10 @@ class Slots:
 
 def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:
     """Count drafts; those behind the end of a response were not needed and don't count."""
+    if proposed == 0:
+        drafts.passes += len(count)
+        drafts.tokens += int(count.sum())
+        return
     depths = np.arange(1, proposed + 1)
     cut, kept = (count <= accepted)[:, None], np.minimum(accepted, count)[:, None]
     decided = ~cut | (depths <= count[:, None])
