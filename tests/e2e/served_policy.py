@@ -14,6 +14,9 @@ from tests.unit.fake_servers import FakeVllm
 
 # it tells of the MTP layer, which is not part of the model
 logging.getLogger("transformers").setLevel(logging.ERROR)
+# while a model is loaded, transformers puts a function that does nothing in place of the one that ties
+# weights: two at a time leave it there, and every later model of the process without an output layer
+LOADING = threading.Lock()
 
 
 class ServedPolicy(FakeVllm):
@@ -28,7 +31,7 @@ class ServedPolicy(FakeVllm):
         self.updates.append(Path(folder).name)
         if self.stuck is not None and len(self.updates) > self.stuck:
             return
-        with self.model_lock:
+        with self.model_lock, LOADING:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.no_grad()
