@@ -14,8 +14,8 @@ from tests.unit.fake_servers import FakeVllm
 
 # it tells of the MTP layer, which is not part of the model
 logging.getLogger("transformers").setLevel(logging.ERROR)
-# while a model is loaded, transformers puts a function that does nothing in place of the one that ties
-# weights: two at a time leave it there, and every later model of the process without an output layer
+# while a model is loaded, transformers puts a function that does nothing in place of the one that
+# ties weights: two at a time leave it there, and later models of the process lack an output layer
 LOADING = threading.Lock()
 
 
