@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # part of the price of one look at all rows that a second look at some must stay below
-WORTH = 0.75
+WORTH = 0.9
 
 
 @dataclass(frozen=True)
