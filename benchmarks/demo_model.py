@@ -18,7 +18,7 @@ from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.inputs import read_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
-from megatron_occ.mcore.startup import initialize
+from megatron_occ.mcore.startup import Layout, initialize
 from megatron_occ.rl.calibration import regime_from
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
@@ -73,14 +73,7 @@ def build_model(overrides: Sequence[str] = (), *, updates: int = 10**6) -> DemoM
     layout = initialize(config)
     task = build_task(config.data.task.name, **config.data.task.params)
     tokenizer = read_tokenizer(config, task)
-    actor = MegatronGPTActor(
-        config,
-        tokenizer.vocab_size,
-        layout,
-        optimizer=config.rl.optimizer,
-        total_updates=updates,
-        train_head=regime_from(config.mtp).trains_head,
-    )
+    actor = _actor(config, tokenizer, layout, updates)
     return DemoModel(actor, config, tokenizer, task)
 
 
@@ -88,11 +81,16 @@ def demo_model_of(demo: DemoModel, layers: int) -> DemoModel:
     """Random weights of the same sizes, with another number of trunk layers, beside the first."""
     config = copy.deepcopy(demo.config)
     config.model.num_layers = layers
-    actor = MegatronGPTActor(
-        config,
-        demo.tokenizer.vocab_size,
-        demo.actor.layout,
-        optimizer=config.rl.optimizer,
-        total_updates=1,
-    )
+    actor = _actor(config, demo.tokenizer, demo.actor.layout, 1)
     return replace(demo, actor=actor, config=config)
+
+
+def _actor(config: Config, tokenizer: Tokenizer, layout: Layout, updates: int) -> MegatronGPTActor:
+    return MegatronGPTActor(
+        config,
+        tokenizer.vocab_size,
+        layout,
+        optimizer=config.rl.optimizer,
+        total_updates=updates,
+        train_head=regime_from(config.mtp).trains_head,
+    )

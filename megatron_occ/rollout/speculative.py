@@ -28,6 +28,8 @@ def coupled_accept(draft_tokens: Tensor, target_tokens: Tensor) -> Tensor:
     Returns:
         [n] in 0 .. k; ``target_tokens[:, :accepted + 1]`` are the tokens to commit.
     """
+    if draft_tokens.size(1) == 0:
+        return draft_tokens.new_zeros(len(draft_tokens))
     same = draft_tokens == target_tokens[:, : draft_tokens.size(1)]
     return same.long().cumprod(1).sum(1)
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -115,10 +116,10 @@ class Decoding:
         """Prefill the prompts of the next ``count`` requests and some more; 0: keep company."""
         prompts = [(0,)]
         if count:
-            waiting = [self.prompts[index] for index in self.waiting]
+            wanted = {self.prompts[index] for index in islice(self.waiting, count)}
             # rows get free one at a time: read ahead, not a prompt for each of them
-            ahead = max(len(set(waiting[:count])), self.slots.rows // 4)
-            prompts = choose_prompts(waiting, ahead)
+            ahead = max(len(wanted), self.slots.rows // 4)
+            prompts = choose_prompts((self.prompts[index] for index in self.waiting), ahead)
         longest = self.company.largest([max(map(len, prompts))])[0]
         found = self.passes.prefill(prompts, longest, reads=reads)
         if count:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.mcore.inference.cache import Cache, Tokens, write
-from megatron_occ.mcore.inference.layers import Company, MTPModule
+from megatron_occ.mcore.inference.layers import MTPModule
 from megatron_occ.mcore.inference.trunk import Placer, Trunk
 from megatron_occ.mcore.mtp_layer import inner_layer
 
@@ -30,26 +30,31 @@ class DraftState:
     """What the depths remember of each row.
 
     Args:
-        cache: of the depths' attention layers.
+        drafter: has the depths.
+        rows: sequences.
+        length: tokens of one at most.
+
+    Attributes:
+        cache: of the depths' attention layers, and behind them ``hidden``.
         hidden: for each depth its input, the hidden states of the one before, [rows, length, h].
         done: [K, rows] last position whose entry in the depth's cache is final, -1: none; known to
             the host.
     """
 
-    def __init__(self, trunk: Trunk, drafter: Drafter, cache: Cache) -> None:
+    def __init__(self, drafter: Drafter, rows: int, length: int) -> None:
+        trunk, depths = drafter.trunk, len(drafter.modules)
+        shapes = [module.layer.attention.cached for module in drafter.modules]
+        shapes += [[(trunk.config.hidden_size,)]] * depths
         device = torch.cuda.current_device()
-        size = (cache.rows, cache.length, trunk.config.hidden_size)
-        self.cache = cache
-        self.hidden = [torch.zeros(size, dtype=trunk.dtype, device=device) for _ in drafter.modules]
-        self.done = np.full((len(self.hidden), cache.rows), -1)
+        self.cache = Cache(shapes, rows, length, dtype=trunk.dtype, device=device)
+        self.hidden = [kept for (kept,) in self.cache.layers[depths:]]
+        self.done = np.full((depths, rows), -1)
 
     def copy_rows(
         self, source: DraftState, rows: Sequence[int], targets: Sequence[int], length: int
     ) -> None:
         """Take over rows of ``source``, of which ``length`` tokens count."""
         self.cache.copy_rows(source.cache, rows, targets, length)
-        for mine, theirs in zip(self.hidden, source.hidden, strict=True):
-            mine[targets, :length] = theirs[rows, :length]
         self.done[:, targets] = source.done[:, rows]
 
 
@@ -58,22 +63,18 @@ class Drafter:
 
     Args:
         trunk: of this rank; its last chunk holds depths, embedding and output layer.
-        company: see ``layers.Company``.
     """
 
-    def __init__(self, trunk: Trunk, company: Company) -> None:
-        self.trunk, self.company = trunk, company
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk, self.company = trunk, trunk.company
         self.modules = [
-            MTPModule(layer, inner_layer(layer), trunk.config, trunk.tensor, company)
+            MTPModule(layer, inner_layer(layer), trunk.config, trunk.tensor, self.company)
             for layer in trunk.chunks[-1].mtp.layers
         ]
 
     def new_state(self, rows: int, length: int) -> DraftState:
         """For empty rows."""
-        shapes = [module.layer.attention.cached for module in self.modules]
-        device = torch.cuda.current_device()
-        cache = Cache(shapes, rows, length, dtype=self.trunk.dtype, device=device)
-        return DraftState(self.trunk, self, cache)
+        return DraftState(self, rows, length)
 
     def read_prompts(
         self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray, longest: int

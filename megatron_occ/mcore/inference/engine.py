@@ -123,7 +123,7 @@ class MegatronEngine:
         # the weights may have moved in memory since the last call
         trunk, drafter = Trunk(self._chunks(), self.company), None
         if self.speculation.length > 0 and trunk.is_last:
-            drafter = Drafter(trunk, self.company)
+            drafter = Drafter(trunk)
         passes = Passes(trunk, drafter, slots, sampling)
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_occ.mcore.inference.cache import Cache, write
 from megatron_occ.mcore.inference.drafter import Drafter, DraftState
+from megatron_occ.mcore.inference.slots import pad_right
 from megatron_occ.mcore.inference.trunk import Placer, Trunk
 
 # tokens, padding included, of a pass over prompts
@@ -36,7 +37,7 @@ class Prefix:
     longest: int
 
 
-def choose_prompts(waiting: Sequence[tuple[int, ...]], wanted: int) -> list[tuple[int, ...]]:
+def choose_prompts(waiting: Iterable[tuple[int, ...]], wanted: int) -> list[tuple[int, ...]]:
     """The next ``wanted`` different prompts, fewer where they would pass the token budget.
 
     Args:
@@ -74,8 +75,7 @@ def prefill(
         reads: let the depths read the prompts too; if not they do at the first draft.
     """
     device = torch.cuda.current_device()
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    ids = torch.tensor(padded, device=device)
+    ids = pad_right(prompts, longest, device)
     known = np.array([len(prompt) for prompt in prompts])
     cache = trunk.new_cache(len(prompts), longest)
     tokens = placer.from_start(cache, len(prompts), longest)

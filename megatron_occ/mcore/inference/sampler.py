@@ -93,10 +93,7 @@ class TokenSampler:
         if self.greedy:
             tokens = cut.argmax(-1).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
-        elif each == 1:
-            tokens = sample_from_uniform(cut, numbers[:, 0, DRAW]).unsqueeze(1)
-            accepted = torch.zeros(rows, dtype=torch.long, device=tokens.device)
-        elif self.coupled:
+        elif self.coupled or each == 1:
             tokens = sample_from_uniform(cut, numbers[:, :, DRAW].flatten()).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         else:

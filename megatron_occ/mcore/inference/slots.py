@@ -31,6 +31,12 @@ class Verified:
         return Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
 
 
+def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
+    """[n, width] token ids, behind each prompt zeros."""
+    padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+    return torch.tensor(padded, device=device)
+
+
 class Slots:
     """Rows of tokens, filled again as soon as one is finished.
 
@@ -88,9 +94,8 @@ class Slots:
             uniform: [n, responses * streams].
         """
         lengths = np.array([len(prompt) for prompt in prompts])
-        padded = [[*prompt, *[0] * (lengths.max() - len(prompt))] for prompt in prompts]
-        targets = torch.tensor(rows, device=self.device)
-        self.ids[targets, : lengths.max()] = torch.tensor(padded, device=self.device)
+        targets, width = torch.tensor(rows, device=self.device), int(lengths.max())
+        self.ids[targets, :width] = pad_right(prompts, width, self.device)
         self.uniform[targets] = uniform.view(len(rows), *self.uniform.shape[1:]).to(self.device)
         self.start[rows] = self.known[rows] = lengths
         self.end[rows] = lengths + np.array(limits)
@@ -177,15 +182,11 @@ class Slots:
 
 def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:
     """Count drafts; those behind the end of a response were not needed and don't count."""
+    drafts.passes += len(count)
+    drafts.tokens += int(count.sum())
     if proposed == 0:
-        drafts.passes += len(count)
-        drafts.tokens += int(count.sum())
         return
     depths = np.arange(1, proposed + 1)
     cut, kept = (count <= accepted)[:, None], np.minimum(accepted, count)[:, None]
     decided = ~cut | (depths <= count[:, None])
-    drafts.add(
-        DraftStatistics(
-            decided.sum(0).tolist(), (depths <= kept).sum(0).tolist(), len(count), int(count.sum())
-        )
-    )
+    drafts.add(DraftStatistics(decided.sum(0).tolist(), (depths <= kept).sum(0).tolist()))

@@ -137,6 +137,14 @@ class Client:
                 message = f"{url}: {type(error).__name__}: {error}"
                 raise TransportError(message[: len(url) + EXCERPT], True) from None
 
+    def answers(self, path: str, timeout: float) -> bool:
+        """Whether the path is answered with success, in the client's own time or ``timeout``."""
+        try:
+            self.raw("GET", path, timeout=min(timeout, self._timeout))
+        except TransportError:
+            return False
+        return True
+
     def cancel(self) -> None:
         """End every call under way that was given a ``stop``, from any thread."""
         with self._lock:

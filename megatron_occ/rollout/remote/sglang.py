@@ -84,11 +84,7 @@ class SglangServer:
 
     def healthy(self) -> bool:
         """See ``Server``: ``/health`` has an empty answer with status 200."""
-        try:
-            self.client.raw("GET", "/health", timeout=min(30.0, self._settings.timeout))
-        except TransportError:
-            return False
-        return True
+        return self.client.answers("/health", 30.0)
 
     def sample(
         self,

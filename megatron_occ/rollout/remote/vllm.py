@@ -106,11 +106,7 @@ class VllmServer:
 
     def healthy(self) -> bool:
         """See ``Server``: ``/health`` has an empty answer with status 200."""
-        try:
-            self.client.raw("GET", "/health", timeout=min(10.0, self._settings.timeout))
-        except TransportError:
-            return False
-        return True
+        return self.client.answers("/health", 10.0)
 
     def sample(
         self,
