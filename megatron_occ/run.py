@@ -199,6 +199,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
     assert train is not None, "inputs of another command"
     assert held_out is not None, "inputs of another command"
     meta = run.describe({"prompts": train.fingerprint()})
+    regime = regime_from(config.mtp)
     # Megatron's modules refer to each other in circles: two models must not stay in memory
     gc.collect()
     actor = MegatronGPTActor(
@@ -207,7 +208,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         run.layout,
         optimizer=rl.optimizer,
         total_updates=derive(config, run.layout.world_size).rl_updates,
-        train_head=regime_from(config.mtp).trains_head,
+        train_head=regime.trains_head,
     )
     if start is not None:
         load_weights(start, actor, meta)
@@ -223,7 +224,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         trainer = GRPOTrainer(
             config,
             PolicyUpdater(config, actor),
-            RolloutSource(sampler, train, rl, config.seed),
+            RolloutSource(sampler, train, rl, config.seed, keep_states=regime.head_on_rollouts),
             validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed, part=RL_PART),
             logger=run.metrics,
             rollout_log=rollout_log,

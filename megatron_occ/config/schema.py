@@ -88,6 +88,12 @@ class HeadConfig:
         choices=("same_as_trunk", "none", "ce", "soft_ce", "tv", "policy"),
     )
     weight: float = option(0.1, "weight of a loss of its own", minimum=0)
+    states: str = option(
+        "training",
+        "trunk states that a soft_ce or tv loss is taken on: of the policy's training pass, or "
+        "those that the rollout verified tokens with, of all responses drawn",
+        choices=("training", "rollout"),
+    )
     clip_grad: float = option(
         1.0, "largest gradient norm of the head's parameters (0: no clip)", minimum=0
     )

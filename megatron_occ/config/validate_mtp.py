@@ -38,9 +38,35 @@ def mtp_problems(config: Config) -> Iterator[str]:
             f"mtp.trunk.weight=0: mtp.trunk.signal={trunk.signal} would have no effect. Give a "
             "weight above 0, or mtp.trunk.signal=none"
         )
+    if head.states == "rollout":
+        yield from _states_of_rollouts(config)
     yield from _clamp(trunk)
     if trunk.coefficient == "occ":
         yield from _calibration(trunk, config.rl.mini_batches)
+
+
+def _states_of_rollouts(config: Config) -> Iterator[str]:
+    """Who cannot train the head on the states that rollouts verified tokens with."""
+    parallel, signal = config.parallel, config.mtp.head.signal
+    remedy = "Give mtp.head.states=training"
+    if signal in ("ce", "policy"):
+        yield (
+            f"mtp.head.states=rollout: mtp.head.signal={signal} is about tokens that the policy is "
+            "trained on, not about what the main head predicts. Set mtp.head.signal=soft_ce or tv, "
+            "or mtp.head.states=training"
+        )
+    if config.rl.rollout.engine != "megatron":
+        yield (
+            f"mtp.head.states=rollout: servers (rl.rollout.engine={config.rl.rollout.engine}) "
+            f"return no hidden states. {remedy}, or rl.rollout.engine=megatron"
+        )
+    for name, why in (
+        ("pipeline", "the states are on the last stage, and Megatron's schedule runs all of them"),
+        ("expert", "ranks that share experts take their micro-batches in step"),
+    ):
+        size = getattr(parallel, name)
+        if size > 1:
+            yield f"mtp.head.states=rollout: with parallel.{name}={size} {why}. {remedy}"
 
 
 def _clamp(trunk: TrunkConfig) -> Iterator[str]:

@@ -144,6 +144,12 @@ RL_SWITCHES = (
         zero=0,
     ),
     Switch(
+        "mtp.head.signal",
+        _is("none", "same_as_trunk"),
+        ("mtp.head.states",),
+        "mtp.head.signal=soft_ce or tv",
+    ),
+    Switch(
         "rl.micro_batch_tokens",
         _is_given,
         ("rl.micro_batch_size",),

@@ -54,6 +54,17 @@ class JointTargets:
 
 
 @dataclass(frozen=True)
+class HeadTargets:
+    """Constants of one micro-batch that trains the head alone.
+
+    Args:
+        mask: as in :class:`JointTargets`.
+    """
+
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class Normalizers:
     """Global counts over all micro-batches and data-parallel ranks, one per head: [1+K]."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_occ.losses.alignment import shift_to_source, shift_to_tokens
 from megatron_occ.losses.calibration import CalibrationSums, calibration_sums, released_coefficient
+from megatron_occ.losses.head_loss import describe_heads, mean_distances
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.policy import clipped_policy_loss
@@ -49,6 +50,8 @@ class Regime:
         estimator: ``logprob`` or ``released`` (used with ``trunk_weight=None``).
         lambda_plus: scale of the released formula, the f of the released code.
         clamp: bounds of the released formula's coefficient (the calibrator bounds the paper's).
+        head_on_rollouts: the head's own loss, ``soft_ce`` or ``tv``, is taken on trunk states that
+            rollouts left, see ``HeadLoss``; the joint loss leaves it out.
     """
 
     trunk: str = "none"
@@ -58,15 +61,27 @@ class Regime:
     estimator: str = "logprob"
     lambda_plus: float = 1.0
     clamp: tuple[float | None, float | None] = (None, None)
+    head_on_rollouts: bool = False
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a loss of its own trains the head."""
+        return self.head not in ("none", "same_as_trunk")
 
     @property
     def trains_head(self) -> bool:
         """Whether any gradient reaches the MTP head's own parameters."""
-        return any(to_head for _, to_head in self.passes)
+        return self.head_on_rollouts or any(to_head for _, to_head in self.passes)
+
+    @property
+    def distance(self) -> str | None:
+        """Distance of the head to the main head that the joint loss needs."""
+        wanted = self.head in ("soft_ce", "tv") and not self.head_on_rollouts
+        return self.head if wanted else None
 
     @property
     def passes(self) -> tuple[tuple[bool, bool], ...]:
-        """Forward passes of the MTP block, each as (gradient to trunk, gradient to head).
+        """MTP passes of the joint loss, each as (gradient to trunk, gradient to head).
 
         None where no loss of an MTP depth acts. The trunk pass comes first. One loss for both needs
         one pass; two losses need two, since a parameter's gradient can't be told apart by the loss
@@ -75,8 +90,8 @@ class Regime:
         to_trunk = self.trunk != "none"
         if to_trunk and self.head == "same_as_trunk":
             return ((True, True),)
-        own_loss = self.head not in ("none", "same_as_trunk")
-        return ((True, False),) * to_trunk + ((False, True),) * own_loss
+        own_pass = self.has_own_loss and not self.head_on_rollouts
+        return ((True, False),) * to_trunk + ((False, True),) * own_pass
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,8 @@ class JointLoss:
             return loss, report
         depths = outputs.passes[0].size(0)
         report.calibration = _calibration(outputs, targets)
-        _describe_heads(outputs, targets, normalizers, report.metrics)
+        if not self.regime.head_on_rollouts:
+            describe_heads(outputs, targets.mask, normalizers, report.metrics)
         if self.regime.trunk != "none":
             weights = self._trunk_weights(outputs, targets, coefficients, depths)
             if self._is_released:
@@ -120,7 +136,7 @@ class JointLoss:
             for k, value in enumerate(losses.detach(), start=1):
                 report.metrics[f"loss/trunk_mtp_{k}"] = value
             loss = loss + (weights.to(losses.dtype) * losses).sum()
-        if self.regime.head not in ("none", "same_as_trunk"):
+        if self.regime.has_own_loss and not self.regime.head_on_rollouts:
             losses = self._head_losses(outputs, targets, normalizers)
             loss = loss + self.regime.head_weight * losses.mean()
         return loss, report
@@ -214,10 +230,7 @@ class JointLoss:
     ) -> Tensor:
         if self.regime.head in ("ce", "policy"):
             return self._depth_losses(self.regime.head, outputs.passes[-1], targets, normalizers)
-        assert outputs.distance is not None, f"{self.regime.head} needs the distance of the heads"
-        pairs = enumerate(outputs.distance, start=1)
-        means = [masked_sum(d, targets.mask[k]) / normalizers.tokens[k] for k, d in pairs]
-        return torch.stack(means)
+        return mean_distances(outputs, targets.mask, normalizers)
 
 
 def calibration_report(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, LossReport]:
@@ -255,16 +268,3 @@ def _answer_non_finite(
         metrics[f"lambda/mtp_{k}"] = weight
     metrics["calibration/non_finite"] = (~finite).sum()
     return weights
-
-
-def _describe_heads(
-    outputs: HeadOutputs,
-    targets: JointTargets,
-    normalizers: Normalizers,
-    metrics: dict[str, Tensor],
-) -> None:
-    for k, logprobs in enumerate(outputs.passes[-1].detach(), start=1):
-        mask, tokens = targets.mask[k], normalizers.tokens[k]
-        metrics[f"loss/mtp_{k}"] = -masked_sum(logprobs, mask) / tokens
-        if outputs.agreement is not None:
-            metrics[f"agreement/mtp_{k}"] = masked_sum(outputs.agreement[k - 1], mask) / tokens

@@ -208,6 +208,7 @@ class MegatronGPTActor:
         temperature: float = 1.0,
         entropy: bool = False,
         distance: str | None = None,
+        states: Tensor | None = None,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
@@ -215,10 +216,10 @@ class MegatronGPTActor:
             ids: [b, s] right-padded token ids.
             payload: for the loss function.
             lengths: tokens of each row: packed; None: padded.
-            passes, temperature, entropy, distance: see ``HeadRequest``.
+            passes, temperature, entropy, distance, states: see ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
-        request = HeadRequest(targets, passes, temperature, entropy, distance)
+        request = HeadRequest(targets, passes, temperature, entropy, distance, states=states)
         return Sequences(ids, lengths, request, payload)
 
     def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
@@ -254,11 +255,12 @@ class MegatronGPTActor:
         summed = None
         if self.layout.is_last_stage:
             maxima = self._largest([report.maxima for report in reports])
-            names = sorted(reports[0].metrics)
-            rows = [[r.metrics[n].double() for n in names] for r in reports]
+            # micro-batches of the policy and of the head alone report different things
+            names = sorted({name for report in reports for name in report.metrics})
             total = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
-            if names:
-                total = torch.stack([torch.stack(row) for row in rows]).sum(0)
+            for place, name in enumerate(names):
+                parts = [r.metrics[name].double() for r in reports if name in r.metrics]
+                total[place] = torch.stack(parts).sum()
             sums = [r.calibration for r in reports if r.calibration is not None]
             if sums:
                 total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))
@@ -275,8 +277,8 @@ class MegatronGPTActor:
     def _largest(self, maxima: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The largest of micro-batches and data-parallel ranks."""
         found = {}
-        for name in sorted(maxima[0]):
-            value = torch.stack([each[name] for each in maxima]).amax(0).double()
+        for name in sorted({name for each in maxima for name in each}):
+            value = torch.stack([each[name] for each in maxima if name in each]).amax(0).double()
             found[name] = self.layout.all_reduce_data_parallel(value, maximum=True)
         return found
 

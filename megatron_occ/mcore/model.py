@@ -40,6 +40,8 @@ class HeadRequest:
         entropy: return the main head's entropies.
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
         placement: of the b * s tokens in the model's input; None: as they are.
+        states: [b, s, h] hidden states of the trunk after its final norm: the trunk is not run, and
+            no gradient reaches it. On one pipeline stage alone.
     """
 
     targets: Tensor
@@ -48,6 +50,17 @@ class HeadRequest:
     entropy: bool = False
     distance: str | None = None
     placement: Placement | None = None
+    states: Tensor | None = None
+
+
+class _KeptStates(torch.nn.Module):
+    """In the trunk's place: its input is what the trunk has computed before."""
+
+    # Megatron looks for the tensors of another pipeline stage here
+    input_tensor = None
+
+    def forward(self, *, hidden_states: Tensor, **_arguments: Any) -> Tensor:
+        return hidden_states
 
 
 class OCCGPTModel(GPTModel):
@@ -80,6 +93,10 @@ class OCCGPTModel(GPTModel):
         self._block_arguments: dict[str, Any] = {}
         self._build_mtp, self._frozen_mtp = build_mtp, None
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
+        # not a submodule: it has no weights, and is the decoder for the time of one call
+        kept = _KeptStates()
+        kept.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
+        self.__dict__["_kept_states"] = kept
         if self.mtp_process:
             for parameter in self.mtp.parameters():
                 parameter.is_mtp_head = True
@@ -103,8 +120,9 @@ class OCCGPTModel(GPTModel):
             return super().forward(*args, **kwargs)
         ids = args[0]
         placement = request.placement or place_padded(tuple(ids.shape), ids.device)
-        with self._as_inner_stage():
-            hidden = super().forward(*args, packed_seq_params=placement.packed, **kwargs)
+        with self._as_inner_stage(), self._instead_of_trunk(request, placement) as states:
+            arguments = kwargs | states
+            hidden = super().forward(*args, packed_seq_params=placement.packed, **arguments)
         targets = placement.take(request.targets if request.passes else request.targets[:1])
         depths = targets.size(0) - 1
         states = [hidden]
@@ -134,6 +152,24 @@ class OCCGPTModel(GPTModel):
             yield
         finally:
             self.post_process, self.mtp_process = saved
+
+    @contextmanager
+    def _instead_of_trunk(
+        self, request: HeadRequest, placement: Placement
+    ) -> Iterator[dict[str, Tensor]]:
+        """The argument of Megatron's forward that gives it the request's states, if it has any."""
+        if request.states is None:
+            yield {}
+            return
+        states = placement.take_states(request.states)
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            states = states.chunk(group.size())[group.rank()]
+        decoder, self.decoder = self.decoder, self.__dict__["_kept_states"]
+        try:
+            yield {"decoder_input": states}
+        finally:
+            self.decoder = decoder
 
     def _keep_block_arguments(self, _module: Any, _args: tuple, kwargs: dict[str, Any]) -> None:
         names = ("rotary_pos_emb", "packed_seq_params", "sequence_len_offset")

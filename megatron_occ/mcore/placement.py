@@ -4,7 +4,8 @@ Trainers and losses see sequences as rows of a padded batch [b, s]. The model ma
 into one row, padded to a multiple, and cut over context-parallel ranks, each of which holds two
 chunks of every sequence, one from its front and its mirror image from its back, so that causal
 attention is the same work for all (the order of TransformerEngine and Megatron-Core). A
-:class:`Placement` moves integer ids in and log-probs out; activations are never moved.
+:class:`Placement` moves integer ids (or kept states) in and log-probs out; activations are never
+moved.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ class Placement:
     def take(self, values: Tensor) -> Tensor:
         """This rank's part of constants [..., b, s], [..., n]; 0 in padding."""
         return functional.pad(values.flatten(-2), (0, 1)).index_select(-1, self.local)
+
+    def take_states(self, states: Tensor) -> Tensor:
+        """Hidden states [b, s, h] as the model lays them out, [length, rows, h]; 0 in padding."""
+        whole = functional.pad(states.flatten(0, 1), (0, 0, 0, 1))
+        return whole.index_select(0, self.local).unflatten(0, (-1, self.rows))
 
     def as_input(self, taken: Tensor) -> Tensor:
         """[..., n] in the shape of the model's input, [..., rows, length]."""

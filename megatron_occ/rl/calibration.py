@@ -26,6 +26,7 @@ def regime_from(config: MTPConfig) -> Regime:
         estimator=trunk.estimator,
         lambda_plus=trunk.lambda_plus,
         clamp=(low, high),
+        head_on_rollouts=head.states == "rollout",
     )
 
 

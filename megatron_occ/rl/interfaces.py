@@ -113,6 +113,7 @@ class Actor(Protocol):
         temperature: float = 1.0,
         entropy: bool = False,
         distance: str | None = None,
+        states: Tensor | None = None,
     ) -> Any: ...
 
     def get_loss_and_metrics(

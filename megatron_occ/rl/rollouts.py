@@ -14,6 +14,7 @@ from megatron_occ.data.splits import mix64
 from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
+from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
 from megatron_occ.rollout import DraftStatistics
 from megatron_occ.rollout.engine import LENGTH
@@ -29,6 +30,7 @@ class Rollouts:
         metrics: over all ranks.
         samples: of this rank, to read.
         events: warnings.
+        head: all responses that this rank drew, with states, where they train the head.
     """
 
     batch: RolloutBatch
@@ -36,6 +38,7 @@ class Rollouts:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     events: list[str]
+    head: HeadRows | None = None
 
 
 class RolloutSource:
@@ -46,10 +49,20 @@ class RolloutSource:
         stream: training prompts.
         config: section ``rl``.
         seed: of sampling.
+        keep_states: hand on the trunk states of all responses, to train the head on.
     """
 
-    def __init__(self, sampler: Sampler, stream: PromptStream, config: RLConfig, seed: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        stream: PromptStream,
+        config: RLConfig,
+        seed: int,
+        *,
+        keep_states: bool = False,
+    ) -> None:
         self.sampler, self.stream, self.config, self.seed = sampler, stream, config, seed
+        self.keep_states = keep_states
         self.actor = sampler.actor
         self.position = 0
 
@@ -95,6 +108,7 @@ class RolloutSource:
             seeds=[seed for _, seed in pairs],
             temperature=self.config.rollout.temperature,
             timers=timers,
+            keep_states=self.keep_states,
         )
 
     def _useful_groups(self, samples: Samples) -> list[bool]:
@@ -148,6 +162,7 @@ class RolloutSource:
             self._metrics(drawn, rewards, dropped),
             self._readable(samples, rewards[rows], advantages),
             events,
+            HeadRows.of(drawn, size, layout) if self.keep_states else None,
         )
 
     def _width(self, samples: Samples) -> int:

@@ -17,7 +17,10 @@ from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, Sampli
 
 @dataclass
 class Samples:
-    """Responses of whole groups, one entry a response, and how drafts fared in all of them."""
+    """Responses of whole groups, one entry a response, and how drafts fared in all of them.
+
+    ``states`` has an entry a response too where the engine was asked for states, none elsewhere.
+    """
 
     records: list[PromptRecord] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
@@ -27,13 +30,14 @@ class Samples:
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
+    states: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def take(self, rows: list[int]) -> Samples:
-        """The given responses."""
-        names = [f.name for f in fields(self) if f.name != "drafts"]
+        """The given responses, without states."""
+        names = [f.name for f in fields(self) if f.name not in ("drafts", "states")]
         return Samples(*([getattr(self, name)[row] for row in rows] for name in names))
 
     def extend(self, other: Samples) -> None:
@@ -72,12 +76,26 @@ class Sampler:
     max_prompt_length: int
 
     def __call__(
-        self, records: list[PromptRecord], *, seeds: list[int], temperature: float, timers: Timers
+        self,
+        records: list[PromptRecord],
+        *,
+        seeds: list[int],
+        temperature: float,
+        timers: Timers,
+        keep_states: bool = False,
     ) -> Samples:
-        """One response to each record; ``seeds`` names each response's random numbers."""
+        """One response to each record.
+
+        Args:
+            records: prompts and answers.
+            seeds: of each response's random numbers.
+            temperature: of sampling.
+            timers: of the parts.
+            keep_states: with the trunk's hidden states, see ``SamplingSettings``.
+        """
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
-            sampling = replace(self.sampling, temperature=temperature)
+            sampling = replace(self.sampling, temperature=temperature, keep_states=keep_states)
             self.engine.update_weights(self.actor.version)
             generation = self.engine.generate(
                 [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
@@ -94,6 +112,7 @@ class Sampler:
             texts,
             scores,
             generation.drafts,
+            generation.states,
         )
 
     def _score(self, records: list[PromptRecord], texts: list[str]) -> list[float]:

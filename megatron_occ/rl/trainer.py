@@ -16,6 +16,7 @@ from megatron_occ.observe.metrics import MetricsLogger, RolloutLog
 from megatron_occ.observe.progress import Progress, Timers
 from megatron_occ.rl.batch import MiniBatch
 from megatron_occ.rl.exchange import distribute
+from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.interfaces import Collectives
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.update import PolicyUpdater
@@ -88,14 +89,22 @@ class GRPOTrainer:
             if not self.updater.reuses_rollout:
                 gap = self.updater.logprob_gap(mini_batches)
         with self.timers("train"):
-            metrics = self.run_training(mini_batches)
+            metrics = self.run_training(mini_batches, rollouts.head)
         return {**rollouts.metrics, **gap, **metrics, **failures.since(self.layout)}
 
-    def run_training(self, mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
-        """One update for each mini-batch; returns their mean metrics."""
+    def run_training(
+        self, mini_batches: Sequence[MiniBatch], head: HeadRows | None = None
+    ) -> dict[str, float]:
+        """One update for each mini-batch; returns their mean metrics.
+
+        Args:
+            mini_batches: of the step.
+            head: responses that train the head, a share of them in each update.
+        """
         updates, gap = [], {}
-        for mini_batch in mini_batches:
-            update = self.updater.run_update(mini_batch)
+        for number, mini_batch in enumerate(mini_batches):
+            share = None if head is None else head.share(number, len(mini_batches))
+            update = self.updater.run_update(mini_batch, share)
             self._warn(update.events)
             updates.append(update.metrics)
             gap |= update.gap

@@ -11,10 +11,18 @@ import torch
 from megatron_occ.config.schema import Config
 from megatron_occ.losses import shift_to_source
 from megatron_occ.losses.calibration import CalibrationSums
-from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
+from megatron_occ.losses.head_loss import HeadLoss
+from megatron_occ.losses.heads import (
+    HeadOutputs,
+    HeadTargets,
+    JointTargets,
+    LossReport,
+    Normalizers,
+)
 from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
 from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
+from megatron_occ.rl.head_rows import HeadBatch, HeadRows
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
@@ -54,6 +62,7 @@ class PolicyUpdater:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
         self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
+        self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
         self.reuses_rollout = config.rl.old_logprobs == "rollout"
         self._gap_is_due = False
 
@@ -106,8 +115,13 @@ class PolicyUpdater:
             _GAP_MAX: float(largest),
         }
 
-    def run_update(self, mini_batch: MiniBatch) -> Update:
-        """One optimizer update, on a mini-batch from :meth:`compute_logprobs`.
+    def run_update(self, mini_batch: MiniBatch, head: HeadRows | None = None) -> Update:
+        """One optimizer update.
+
+        Args:
+            mini_batch: from :meth:`compute_logprobs`.
+            head: responses with trunk states that train the head in this update, see
+                ``mtp.head.states``.
 
         Where the old log-probs are the rollout's, the first update after that also tells how far
         the training forward pass is from them: the weights have not moved yet.
@@ -115,16 +129,24 @@ class PolicyUpdater:
         measures_gap, self._gap_is_due = self._gap_is_due, False
         parts = self._with_constants(mini_batch)
         normalizers = self._normalizers(parts)
+        head_parts = self._head_batches(head)
+        head_normalizers = self._normalizers(head_parts) if head_parts else None
         used = self.coefficients.before_update(lambda: self._forward_sums(parts))
         weights = to_device(used, self.actor.layout.device)
 
-        def loss(outputs: HeadOutputs, targets: JointTargets) -> tuple[torch.Tensor, LossReport]:
+        def loss(
+            outputs: HeadOutputs, targets: JointTargets | HeadTargets
+        ) -> tuple[torch.Tensor, LossReport]:
+            if isinstance(targets, HeadTargets):
+                return self.head_loss(outputs, targets, head_normalizers)
             value, report = self.loss(outputs, targets, normalizers, weights)
             if measures_gap:
                 _add_gap(report, outputs, targets, normalizers)
             return value, report
 
-        report = self.actor.get_loss_and_metrics(self._for_training(parts), loss)
+        # the policy's come last: gradients may be reduced while the last micro-batch goes backward
+        batches = self._for_head(head_parts) + self._for_training(parts)
+        report = self.actor.get_loss_and_metrics(batches, loss)
         step = self.actor.finish_training_step()
         report = on_host(report)
         metrics = update_metrics(report, step)
@@ -152,7 +174,25 @@ class PolicyUpdater:
             for rows, lengths in mini_batch.micro_batches()
         ]
 
-    def _normalizers(self, parts: list[_MicroBatch]) -> Normalizers:
+    def _head_batches(self, rows: HeadRows | None) -> list[HeadBatch]:
+        if rows is None:
+            return []
+        return list(rows.batches(self.config.rl, self.actor.num_depths, self.actor.layout.device))
+
+    def _for_head(self, parts: list[HeadBatch]) -> list[Any]:
+        return [
+            self.actor.micro_batch(
+                part.ids,
+                part.targets,
+                passes=((False, True),),
+                temperature=self.config.rl.rollout.temperature,
+                distance=self.loss.regime.head,
+                states=part.states,
+            )
+            for part in parts
+        ]
+
+    def _normalizers(self, parts: Sequence[_MicroBatch | HeadBatch]) -> Normalizers:
         counts = torch.stack([Normalizers.count(part.targets.mask) for part in parts]).sum(0)
         return Normalizers.from_counts(self.actor.layout.all_reduce_data_parallel(counts))
 
@@ -169,7 +209,7 @@ class PolicyUpdater:
             parts,
             passes=regime.passes,
             entropy=True,
-            distance=regime.head if regime.head in ("soft_ce", "tv") else None,
+            distance=regime.distance,
         )
 
     def _micro_batches(self, parts: list[_MicroBatch], **wanted: Any) -> list[Any]:

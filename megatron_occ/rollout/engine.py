@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 STOP, LENGTH, ABORT = "stop", "length", "abort"
 
 
@@ -24,6 +27,7 @@ class SamplingSettings:
         stop_strings: texts that end a response; the tokens that complete one stay in it.
         top_p: probability mass that stays, 1: all.
         top_k: number of tokens that stay, None: all.
+        keep_states: return the trunk's hidden states too; the embedded engine alone can.
     """
 
     temperature: float
@@ -32,6 +36,7 @@ class SamplingSettings:
     stop_strings: tuple[str, ...] = ()
     top_p: float = 1.0
     top_k: int | None = None
+    keep_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,15 @@ class Generation:
             under softmax(logits).
         finish_reasons: n of ``stop``, ``length`` and ``abort``.
         drafts: of all n together.
+        states: with ``keep_states`` n tensors on the CPU, [tokens - 1, h] of prompt and response:
+            hidden states of the trunk, after its final norm, at all tokens but the last; or empty.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
+    states: list[Tensor] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):
@@ -142,7 +150,11 @@ class RolloutEngine(Protocol):
 def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
     """One generation of ``count`` requests from those of ranks that took every n-th of them."""
     merged = Generation([[]] * count, [[]] * count, [ABORT] * count)
+    if any(share.states for share in shares):
+        merged.states = [torch.empty(0)] * count
     for first, share in enumerate(shares):
+        if share.states:
+            merged.states[first :: len(shares)] = share.states
         merged.tokens[first :: len(shares)] = share.tokens
         merged.logprobs[first :: len(shares)] = share.logprobs
         merged.finish_reasons[first :: len(shares)] = share.finish_reasons

@@ -59,6 +59,35 @@ def test_processes_equal_one(one, pretrained, tmp_path, layout):
     assert [line["response"] for line in sampled[0]] == [line["response"] for line in sampled[1]]
 
 
+# the head learns on trunk states of rollouts, those of dropped groups included
+STATES = (
+    "mtp.preset=null",
+    "mtp.trunk.signal=policy",
+    "mtp.trunk.coefficient=occ",
+    "mtp.head={signal: soft_ce, states: rollout}",
+    "rl.algorithm=dapo",
+    "rl.dynamic_sampling.max_rounds=2",
+)
+
+
+@pytest.fixture(scope="module")
+def one_on_states(pretrained, tmp_path_factory):
+    """The run of a single process."""
+    run = Runner(tmp_path_factory.mktemp("one"))
+    return run("rl", "states", f"rl.init_from={pretrained(2)}", *ARGUMENTS, *STATES)
+
+
+@pytest.mark.parametrize("layout", ["data", "context", "sequence, packed"])
+def test_heads_trained_on_states_of_rollouts_are_those_of_one_process(
+    one_on_states, pretrained, tmp_path, layout
+):
+    ranks, overrides = LAYOUTS[layout]
+    start = f"rl.init_from={pretrained(2)}"
+    several = launch(tmp_path / "run", ranks, start, *STATES, *overrides)
+    assert all(line["rollout/dropped_groups"] > 0 for line in metrics(one_on_states, "rl"))
+    assert_same_numbers(several, one_on_states)
+
+
 @pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
 def test_processes_go_on_with_the_run_of_one(run, one, pretrained, tmp_path, monkeypatch, layout):
     start = f"rl.init_from={pretrained(2)}"

@@ -62,6 +62,34 @@ def test_every_algorithm_runs_with_a_calibrated_coefficient(run, pretrained, alg
         assert math.isfinite(line[f"lambda/mtp_{depths}"])
 
 
+@pytest.mark.parametrize("trunk", ["none", "policy"])
+@pytest.mark.parametrize("head", ["soft_ce", "tv"])
+def test_states_of_the_rollout_train_the_head_as_those_of_the_training_pass(
+    run, pretrained, head, trunk
+):
+    """In the first update of a step the policy is the one that drew the responses."""
+    arguments = (
+        "mtp.preset=null",
+        "mtp.num_layers=2",
+        f"rl.init_from={pretrained(2)}",
+        f"mtp.head.signal={head}",
+        f"mtp.trunk.signal={trunk}",
+        "mtp.trunk.coefficient=fixed",
+        "rl.mini_batches=1",
+        "rl.rollout.speculative.mode=fixed",
+    )
+    usual = run("rl", "training", *arguments)
+    kept = run("rl", "rollout", *arguments, "mtp.head.states=rollout")
+    for line, expected in zip(metrics(kept, "rl"), metrics(usual, "rl"), strict=True):
+        missing = expected.keys() - line.keys()
+        # nothing of the depths is known about the trunk's gradient where they have no pass in it
+        assert all(name.startswith(("calibration/", "lambda/")) for name in missing)
+        assert (trunk == "none") == bool(missing)
+        assert line["grad_norm/head"] > 0
+        for name in line.keys() - {"phase"}:
+            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
 def test_an_mtp_regime_without_mtp_layers_is_refused(run):
     with pytest.raises(SystemExit, match=r"mtp\.num_layers"):
         run("rl", "run", "mtp.num_layers=0", "mtp.preset=occ")

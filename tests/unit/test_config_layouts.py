@@ -15,6 +15,7 @@ TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
 MOE = "model.moe.num_experts=8"
 MLA = "model.mla={enabled: true, kv_lora_rank: 8, qk_head_dim: 8, qk_rope_head_dim: 4}"
 PP4 = "parallel.pipeline=4 model.num_layers=4 mtp.num_layers=2"
+STATES = "mtp.head={signal: tv, states: rollout}"
 VPP = "parallel.pipeline=2 parallel.virtual_pipeline=2 model.num_layers=4"
 
 
@@ -56,6 +57,26 @@ LAYOUTS = [
         2,
         "model.hidden_size=33: is not divisible by parallel.tensor=2",
         "Change one",
+    ),
+    # states of rollouts
+    (
+        f"{STATES} rl.rollout.engine=vllm rl.rollout.server.urls=['http://host:8000'] "
+        "rl.rollout.batch_size=512",
+        1,
+        "mtp.head.states=rollout: servers (rl.rollout.engine=vllm)",
+        "mtp.head.states=training, or rl.rollout.engine=megatron",
+    ),
+    (
+        f"{STATES} parallel.pipeline=2",
+        2,
+        "mtp.head.states=rollout: with parallel.pipeline=2 the states are on the last stage",
+        "mtp.head.states=training",
+    ),
+    (
+        f"{STATES} parallel.expert=2 {MOE}",
+        2,
+        "mtp.head.states=rollout: with parallel.expert=2 ranks that share experts",
+        "mtp.head.states=training",
     ),
     # stages
     ("parallel.virtual_pipeline=2", 1, "parallel.virtual_pipeline=2: with parallel.pipeline=1", ""),

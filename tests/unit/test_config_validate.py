@@ -54,6 +54,16 @@ REFUSED = [
         "mtp.head.signal=same_as_trunk",
         "mtp.head.signal=ce",
     ),
+    (
+        "mtp.preset=detach mtp.head.states=rollout",
+        "mtp.head.states=rollout: mtp.head.signal=ce is about",
+        "soft_ce or tv",
+    ),
+    (
+        "mtp.head={signal: policy, states: rollout}",
+        "mtp.head.states=rollout: mtp.head.signal=policy is about",
+        "mtp.head.states=training",
+    ),
     ("rl.mini_batches=1", "rl.mini_batches=1: with mtp.trunk.coefficient=occ", "rl.mini_batches=2"),
     (
         "mtp.trunk.estimator=released mtp.trunk.statistics=current",

@@ -86,7 +86,7 @@ def test_without_mtp_layers_nothing_of_mtp_is_logged():
 def test_step_metrics_are_means_over_the_updates():
     trainer, _ = four_updates("mtp.preset=policy")
     update, made = trainer.updater.run_update, []
-    trainer.updater.run_update = lambda mini: made.append(update(mini)) or made[-1]
+    trainer.updater.run_update = lambda *given: made.append(update(*given)) or made[-1]
     metrics = trainer.run_step()
     assert len(made) == 4
     updates = [update.metrics for update in made]

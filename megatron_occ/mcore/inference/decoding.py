@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
+import torch
 
 from megatron_occ.mcore.inference.cache import rows_to_swap
 from megatron_occ.mcore.inference.passes import Passes
@@ -58,6 +59,8 @@ class Decoding:
         self.generation = Generation(
             [[] for _ in requests], [[] for _ in requests], [ABORT] * len(requests)
         )
+        if sampling.keep_states and passes.state is not None:
+            self.generation.states = [torch.empty(0)] * len(requests)
 
     def run(self, aborted: threading.Event) -> Generation:
         """Answer all requests; after ``aborted`` is set, with what is there."""
@@ -157,6 +160,9 @@ class Decoding:
 
     def _answer(self, reasons: dict[int, str]) -> None:
         """Answer the requests in these rows, and free the rows."""
+        if self.generation.states:
+            for row, states in zip(reasons, self.passes.states(list(reasons)), strict=True):
+                self.generation.states[self.owners[row]] = states
         found = self.slots.responses(list(reasons))
         for (row, reason), (tokens, logprobs) in zip(reasons.items(), found, strict=True):
             owner = self.owners[row]

@@ -122,7 +122,7 @@ class MegatronEngine:
         slots = self._new_slots(len(requests), prompt, sampling)
         # the weights may have moved in memory since the last call
         trunk, drafter = Trunk(self._chunks(), self.company), None
-        if self.speculation.length > 0 and trunk.is_last:
+        if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
             drafter = Drafter(trunk)
         passes = Passes(trunk, drafter, slots, sampling)
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)

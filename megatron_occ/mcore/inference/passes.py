@@ -92,6 +92,16 @@ class Passes:
         if self.state is not None:
             self.state.copy_rows(self.state, rows, targets, length)
 
+    def states(self, rows: Sequence[int]) -> list[Tensor]:
+        """Trunk states of rows at all tokens but the last, [tokens - 1, h] each, on the CPU.
+
+        Where drafts are made; the depths read them from there.
+        """
+        if self.state is None:
+            return []
+        kept = self.state.hidden[0]
+        return [kept[row, : int(self.slots.known[row]) - 1].to("cpu", copy=True) for row in rows]
+
     def _draft(self, places: Tensor, numbers: Tensor) -> list[Tensor]:
         """Put drafts at ``places`` [n, k] of the rows; returns what they were drawn from."""
         distributions: list[Tensor] = []
