@@ -26,9 +26,10 @@ def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, 
     use = {"KV cache": int(tokens * each * layers * width)}
     if not held.has_output:
         return use
-    drafts = 0
+    drafts, depths = 0, config.mtp.num_layers
     if settings.speculative.mode != "off" and drafts_on_last_stage(config):
-        drafts, depths = settings.speculative.draft_length, config.mtp.num_layers
+        drafts = settings.speculative.draft_length
+    if drafts or config.mtp.head.states == "rollout":
         kept = depths * (each + config.model.hidden_size)
         use["drafts: cache, hidden states"] = int(tokens * kept * width)
     logits = rows * (drafts + 1) * held.vocabulary * config.parallel.tensor
