@@ -1,4 +1,4 @@
-"""The command line: ``megatron-occ {demo, pretrain, rl, eval, report}``.
+"""The command line: ``megatron-occ {demo, pretrain, rl, eval, report, convert}``.
 
 Help, ``--print-config`` and refused configurations answer without importing torch.
 """
@@ -22,6 +22,7 @@ from megatron_occ.config import (
     to_yaml,
     validate,
 )
+from megatron_occ.convert.cli import main as convert
 
 _COMMANDS = {
     "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
@@ -29,6 +30,7 @@ _COMMANDS = {
     "rl": "reinforcement learning with verifiable rewards (pretrains first without rl.init_from)",
     "eval": "validate a checkpoint on held-out problems",
     "report": "write report.html of a run folder again",
+    "convert": "checkpoints from and to Hugging Face: convert {import,export,inspect} --help",
 }
 
 
@@ -37,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Ctrl-C exits with 130, as shells expect of a command that SIGINT ended.
     """
-    options = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["convert"]:
+        convert(given[1:])
+        return
+    options = _parse(given)
     quiet = _rank() != 0 or getattr(options, "dry_run", False)
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s")
     try:
@@ -71,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-occ", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in _COMMANDS.items():
+        if name == "convert":
+            commands.add_parser(name, help=text, add_help=False)
+            continue
         command = commands.add_parser(
             name,
             help=text,

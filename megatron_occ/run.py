@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_occ.config import check_resumed, load_config, save_config
+from megatron_occ.config.identity import describe
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.data.prompts import PromptStream
@@ -32,7 +33,6 @@ from megatron_occ.inputs import (
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
     check_weights,
-    describe,
     list_checkpoints,
     load_checkpoint,
     load_weights,

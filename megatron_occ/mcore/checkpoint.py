@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_occ.config.identity import free_settings
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.versions import check_written_by, installed_version
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{6,})")
 # of the optimizer's state; weights of any format can be read
 _FORMAT = 2
-# settings of the model that its weights do not depend on
-_FREE = ("max_position_embeddings", "init_std")
 
 
 def save_checkpoint(
@@ -52,7 +50,7 @@ def save_checkpoint(
         step: of the trainer.
         actor: weights and optimizer.
         trainer_state: plain values and tensors, equal on all ranks.
-        meta: JSON-ready; see :func:`describe`.
+        meta: JSON-ready; see ``config.identity.describe``.
         keep: how many checkpoints stay.
     """
     target = folder / checkpoint_name(step)
@@ -70,6 +68,7 @@ def save_checkpoint(
             **meta,
             "layout": _layout(actor.config, actor.layout.world_size),
             "step": step,
+            "free": free_settings(actor.config),
             "format": _FORMAT,
             "megatron_core": installed_version(),
         }
@@ -113,9 +112,17 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
     Raises:
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
-    check_weights(path, meta)
-    load_model(actor, _load(model_state(actor), path))
+    stored = check_weights(path, meta)
+    wanted = model_state(actor)
+    if "source" in stored:
+        # a converted one: layers leave nothing there but weights
+        wanted = {name: _tensors_of(chunk) for name, chunk in wanted.items()}
+    load_model(actor, _load(wanted, path))
     actor.optimizer.megatron.reload_model_params()
+
+
+def _tensors_of(chunk: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in chunk.items() if not isinstance(value, ShardedObject)}
 
 
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -172,23 +179,6 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def describe(config: Config, tokenizer_state: dict[str, Any], data: dict[str, str]) -> dict:
-    """What a checkpoint has to agree with to be loaded.
-
-    Args:
-        config: of the run.
-        tokenizer_state: identity of the tokenizer.
-        data: fingerprint of each data source by name.
-    """
-    model = asdict(config.model)
-    return {
-        "model": {name: value for name, value in model.items() if name not in _FREE},
-        "mtp_layers": config.mtp.num_layers,
-        "tokenizer": tokenizer_state,
-        "data": data,
-    }
-
-
 def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Compare a checkpoint's ``meta.json`` with what this run expects; returns it.
 
@@ -215,13 +205,18 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_weights(path: Path, meta: dict[str, Any]) -> None:
+def check_weights(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """Compare what the weights depend on: model, depths and tokenizer, not the data.
+
+    A converted checkpoint that came without a tokenizer goes with any.
 
     Raises:
         ValueError: as :func:`check_meta`.
     """
-    check_meta(path, {name: meta[name] for name in ("model", "mtp_layers", "tokenizer")})
+    found = check_meta(path, {name: meta[name] for name in ("model", "mtp_layers")})
+    if found.get("tokenizer") is not None or "source" not in found:
+        check_meta(path, {"tokenizer": meta["tokenizer"]})
+    return found
 
 
 def _layout(config: Config, world_size: int) -> dict[str, Any]:
@@ -248,7 +243,10 @@ def model_state(actor: MegatronGPTActor) -> dict[str, Any]:
 def load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
     """Take over what was loaded for :func:`model_state`."""
     for index, chunk in enumerate(actor.chunks):
-        chunk.load_state_dict(state.get(f"model{index}", {}))
+        found = state.get(f"model{index}", {})
+        # Megatron's layers have a state besides their weights; a converted checkpoint has none
+        rest = {k: v for k, v in chunk.state_dict().items() if k.endswith("_extra_state")}
+        chunk.load_state_dict(rest | found)
 
 
 def _sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The policy's weights as a Hugging Face folder, from any layout."""
+"""The policy's weights as a Hugging Face folder for a rollout server, from any layout."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_occ.convert import write_folder
-from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.config.validate_servers import architecture
+from megatron_occ.convert.before_norm import BeforeFinalNorm
+from megatron_occ.convert.distributed import DistributedReader
+from megatron_occ.convert.exporting import Reader, plan_export, write_weights
+from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
+from megatron_occ.data.tokenizers import CharTokenizer, Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import model_state, read_tensors
+from megatron_occ.mcore.checkpoint import model_state
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.rollout import EngineError
 
 
 class HuggingFaceExport:
     """Writes the weights in two moves: all ranks to a scratch folder, the main one converts.
-
-    The main rank holds all weights in the memory of its CPU meanwhile, twice.
 
     Args:
         actor: the policy.
@@ -45,9 +47,29 @@ class HuggingFaceExport:
         torch.distributed.barrier()
 
     def write(self, folder: Path) -> None:
-        """What was staged last, see ``convert.write_folder``; called on the main rank."""
-        tensors = read_tensors(self._scratch, self._main.alone)
-        write_folder(folder, tensors, self._actor.config, self._tokenizer)
+        """What was staged last; called on the main rank.
+
+        Args:
+            folder: exists.
+        """
+        config, tokenizer = self._actor.config, self._tokenizer
+        reader: Reader = DistributedReader(self._scratch)
+        if config.rl.rollout.engine == "vllm":
+            reader = BeforeFinalNorm(reader)
+        vocab_size = config.model.vocab_size or tokenizer.vocab_size
+        plan = plan_export(
+            reader,
+            config.model,
+            config.mtp.num_layers,
+            vocab_size,
+            architecture=architecture(config),
+            tokenizer=tokenizer.state(),
+        )
+        write_weights(plan, reader, folder, quiet=True)
+        if isinstance(tokenizer, CharTokenizer):
+            write_characters(tokenizer.alphabet, folder)
+        else:
+            copy_side_files(Path(config.tokenizer.path), folder)
         shutil.rmtree(self._scratch)
 
     def _clear(self) -> None:

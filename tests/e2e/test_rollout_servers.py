@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_occ.cli import main
 from megatron_occ.rl import trainer
 from tests.e2e.conftest import (
-    TINY,
     Killed,
     assert_same_numbers,
     kill_after,
@@ -19,7 +19,6 @@ from tests.e2e.conftest import (
     torchrun,
 )
 from tests.e2e.served_policy import ServedPolicy
-from tools.export_checkpoint import main as export_checkpoint
 
 SERVED = (
     "rl.rollout.engine=vllm",
@@ -142,10 +141,10 @@ def test_every_process_ends_with_the_message(run, pretrained, serve):
     assert "serves old" in done.stderr
 
 
-def test_the_tool_exports_what_a_run_gives_its_servers(run, pretrained, serve, tmp_path):
-    arguments = ["--config", str(TINY), "--checkpoint", str(pretrained(1)), SERVED[0]]
-    folder, none = tmp_path / "exported", "mtp.num_layers=0"
-    export_checkpoint([*arguments, "--output", str(folder)])
+def test_the_command_exports_what_a_run_gives_its_servers(run, pretrained, serve, tmp_path):
+    folder = tmp_path / "exported"
+    arguments = ["convert", "export", str(pretrained(1)), str(folder), "--reader", "vllm"]
+    main(arguments)
     run("eval", "run", "--checkpoint", str(pretrained(1)), *at(serve()))
     given = run.folder / "run" / "rollout_weights" / "version-0"
     assert (folder / "config.json").read_text() == (given / "config.json").read_text()
@@ -153,6 +152,4 @@ def test_the_tool_exports_what_a_run_gives_its_servers(run, pretrained, serve, t
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(SystemExit, match="is there already"):
-        export_checkpoint([*arguments, "--output", str(folder)])
-    with pytest.raises(SystemExit, match=r"mtp_layers is 1, this run has 0"):
-        export_checkpoint([*arguments, none, "--output", str(tmp_path / "other")])
+        main(arguments)

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from megatron_occ.config.identity import describe
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
-    describe,
     list_checkpoints,
     load_checkpoint,
     load_weights,

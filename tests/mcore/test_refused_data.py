@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_occ.config.identity import describe
 from megatron_occ.data import CharTokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import describe, load_weights, save_checkpoint
+from megatron_occ.mcore.checkpoint import load_weights, save_checkpoint
 from megatron_occ.mcore.corpus import IndexedCorpus, write_corpus
 from tests.mcore.conftest import VOCABULARY, small_config
 

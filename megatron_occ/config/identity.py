@@ -1,0 +1,33 @@
+"""What a checkpoint has to agree with to be loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_occ.config.schema import Config
+
+# settings of the model that its weights do not depend on
+FREE = ("max_position_embeddings", "init_std")
+
+
+def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[str, str]) -> dict:
+    """Content of a checkpoint's ``meta.json`` that is compared.
+
+    Args:
+        config: of the run.
+        tokenizer_state: identity of the tokenizer; None: any will do.
+        data: fingerprint of each data source by name.
+    """
+    model = asdict(config.model)
+    return {
+        "model": {name: value for name, value in model.items() if name not in FREE},
+        "mtp_layers": config.mtp.num_layers,
+        "tokenizer": tokenizer_state,
+        "data": data,
+    }
+
+
+def free_settings(config: Config) -> dict[str, Any]:
+    """Settings of the model that a checkpoint tells of, and that need not agree."""
+    return {name: getattr(config.model, name) for name in FREE}

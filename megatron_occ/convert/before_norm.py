@@ -1,0 +1,47 @@
+"""MiMo for vLLM, whose MTP layer reads another state of the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_occ.convert.exporting import Reader
+from megatron_occ.convert.slots import Slot
+
+
+class BeforeFinalNorm:
+    """Weights for a reader whose MTP layer gets the trunk's state before the final norm.
+
+    The state of Megatron-Core and of SGLang has passed it, that of vLLM's MiMo has not. Norm after
+    norm is one norm whose weight is the product, up to a factor that depends on the token, the root
+    mean square of what the first one gives. That is near the root mean square of the first norm's
+    weight, which is divided out here: drafts on vLLM are nearly those of the trainer, and exactly
+    those where the norm's weights are equal. Responses are the same in any case.
+
+    Args:
+        reader: of the weights as they are.
+    """
+
+    _FINAL = "decoder.final_layernorm.weight"
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """See ``DistributedReader``."""
+        self._reader.check(slots)
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """See ``DistributedReader``."""
+        return self._reader.dtype(slot)
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """See ``DistributedReader``; of the norm of hidden states the product."""
+        found = self._reader.tensor(slot)
+        if not slot.name.endswith(".hnorm.weight"):
+            return found
+        final = Slot(self._FINAL, self._FINAL, slot.shape, slot.shape, (0,))
+        wide = self._reader.tensor(final).float()
+        return (found.float() * wide / wide.square().mean().sqrt()).to(found.dtype)

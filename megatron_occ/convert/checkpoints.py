@@ -1,0 +1,141 @@
+"""A checkpoint of this project, converted or of a run, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_occ.config.schema import Config
+from megatron_occ.convert.before_norm import BeforeFinalNorm
+from megatron_occ.convert.distributed import DistributedReader
+from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
+from megatron_occ.convert.importing import SIDE_FOLDER
+from megatron_occ.convert.plan import model_config
+from megatron_occ.convert.source import read_json
+from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
+from megatron_occ.convert.workspace import Workspace
+from megatron_occ.data.tokenizers import CharTokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself.
+
+    Args:
+        folder: of the checkpoint.
+        meta: content of its ``meta.json``.
+        config: section ``model`` and ``mtp.num_layers``.
+        vocab_size: ids that exist.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+    config: Config
+    vocab_size: int
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read ``meta.json``.
+
+    Raises:
+        FolderError: there is none, or it lacks entries.
+    """
+    file = folder / "meta.json"
+    if not file.is_file():
+        raise FolderError(f"{folder}: is no checkpoint of this project: it has no meta.json")
+    meta = read_json(file)
+    try:
+        model = {**meta["model"], **meta.get("free", {})}
+        sections = {k: v for k, v in model.items() if isinstance(v, dict)}
+        values = {k: v for k, v in model.items() if k not in sections}
+        for name, entries in sections.items():
+            values |= {f"{name}.{key}": value for key, value in entries.items()}
+        config = model_config(values)
+        config.mtp.num_layers = meta["mtp_layers"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"{file}: can't be read: {error!r}") from None
+    return Checkpoint(folder, meta, config, _vocabulary(meta, config, file))
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    target: Path,
+    *,
+    architecture: str | None = None,
+    like: Path | None = None,
+    drop_mtp: bool = False,
+    dtype: torch.dtype | None = None,
+    shard: int = SHARD,
+    force: bool = False,
+    before_final_norm: bool = False,
+    dry_run: bool = False,
+) -> ExportPlan:
+    """Write a Hugging Face folder; continues where an interrupted call ended.
+
+    Args:
+        checkpoint: folder.
+        target: folder to write.
+        architecture: family; None: that of ``like``, or the one that fits the model.
+        like: folder whose config and tokenizer files to keep; None: those that came with the
+            weights, where the checkpoint is a converted one.
+        drop_mtp: leave the MTP layers behind.
+        dtype: of the weights; None: as they are.
+        shard: bytes of a file at most.
+        force: replace the target.
+        before_final_norm: for a reader of MiMo's MTP layer as vLLM is, see ``BeforeFinalNorm``.
+        dry_run: plan alone.
+
+    Raises:
+        FolderError: what does not fit, or the target is there.
+    """
+    found = read_checkpoint(checkpoint)
+    if like is None and (checkpoint / SIDE_FOLDER).is_dir():
+        like = checkpoint / SIDE_FOLDER
+    origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
+    reader: Reader = DistributedReader(checkpoint)
+    if before_final_norm:
+        reader = BeforeFinalNorm(reader)
+    plan = plan_export(
+        reader,
+        found.config.model,
+        0 if drop_mtp else found.config.mtp.num_layers,
+        found.vocab_size,
+        architecture=architecture,
+        like=read_json(like / "config.json") if like is not None and architecture is None else None,
+        duplicates=origin.get("duplicates"),
+        dtype=dtype,
+        expert_bias=getattr(torch, origin.get("expert_bias") or "float32"),
+        tokenizer=tokenizer,
+    )
+    if like is None and tokenizer is not None and tokenizer["kind"] != "char":
+        raise FolderError(
+            f"{checkpoint}: the tokenizer is not part of it. Give --like FOLDER, the folder that "
+            "the tokenizer comes from"
+        )
+    if dry_run:
+        return plan
+    identity = [str(checkpoint.resolve()), plan.content, [str(o) for o in plan.outputs]]
+    identity += [shard, before_final_norm, (checkpoint / ".metadata").stat().st_mtime_ns]
+    workspace = Workspace(target, identity, force=force)
+    write_weights(plan, reader, workspace.folder, shard=shard)
+    if like is not None:
+        copy_side_files(like, workspace.folder)
+    elif tokenizer is not None:
+        write_characters(tokenizer["alphabet"], workspace.folder)
+    workspace.publish()
+    return plan
+
+
+def _vocabulary(meta: dict[str, Any], config: Config, file: Path) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    tokenizer = meta.get("tokenizer") or {}
+    if "alphabet" in tokenizer:
+        return CharTokenizer(tokenizer["alphabet"]).vocab_size
+    if "vocab_size" in tokenizer:
+        return tokenizer["vocab_size"]
+    raise FolderError(f"{file}: does not say how many token ids there are")

@@ -1,0 +1,313 @@
+"""From a distributed checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_occ.config.identity import FREE
+from megatron_occ.config.schema_model import MLAConfig, ModelConfig, MoEConfig
+from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.families import family_for
+from megatron_occ.convert.plan import model_config
+from megatron_occ.convert.shards import (
+    Output,
+    shard_name,
+    split_into_shards,
+    write_index,
+    write_shard,
+)
+from megatron_occ.convert.slots import Slot, model_slots
+from megatron_occ.convert.table import Family, Move, expand
+from megatron_occ.convert.transforms import head_sizes
+from megatron_occ.data.tokenizers import CharTokenizer
+from megatron_occ.observe.progress import Progress
+
+SHARD = 5 << 30
+
+
+class Reader(Protocol):
+    """Parameters to write; ``DistributedReader`` is one."""
+
+    def dtype(self, slot: Slot) -> torch.dtype: ...
+
+    def tensor(self, slot: Slot) -> Tensor: ...
+
+    def check(self, slots: Sequence[Slot]) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What is written.
+
+    Args:
+        family: of the folder.
+        model: section ``model``, with what the family always has.
+        depths: MTP depths.
+        outputs: tensors in the order in which they are written.
+        places: of each output by name: the move that it comes from, and its place in that.
+        absent: names of slots that the checkpoint lacks and the family has: biases of zero, and
+            the output layer of a tied model.
+        content: of ``config.json``.
+    """
+
+    family: Family
+    model: ModelConfig
+    depths: int
+    outputs: list[Output]
+    places: dict[str, tuple[Move, int]]
+    absent: frozenset[str]
+    content: dict[str, Any]
+
+
+def default_architecture(model: ModelConfig, depths: int) -> str:
+    """The family that has what a model has.
+
+    Args:
+        model: section ``model``.
+        depths: MTP depths.
+    """
+    if model.mla.enabled:
+        return "DeepseekV3ForCausalLM"
+    if model.moe.num_experts is not None:
+        return "Glm4MoeForCausalLM"
+    if depths:
+        return "MiMoForCausalLM"
+    if model.qk_layernorm:
+        return "Qwen3ForCausalLM"
+    return "Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"
+
+
+def plan_export(
+    reader: Reader,
+    model: ModelConfig,
+    depths: int,
+    vocab_size: int,
+    *,
+    architecture: str | None = None,
+    like: Mapping[str, Any] | None = None,
+    duplicates: bool | None = None,
+    dtype: torch.dtype | None = None,
+    expert_bias: torch.dtype = torch.float32,
+    tokenizer: Mapping[str, Any] | None = None,
+) -> ExportPlan:
+    """Decide what is written.
+
+    Args:
+        reader: of the checkpoint.
+        model: section ``model``.
+        depths: MTP depths to write.
+        vocab_size: ids that exist.
+        architecture: family; None: that of ``like``, or the one that fits.
+        like: ``config.json`` to keep, as that of the folder that the weights came from.
+        duplicates: write what the family's MTP layers repeat; None: as the family does.
+        dtype: of the weights; None: as they are.
+        expert_bias: dtype of the biases in the choice of experts.
+        tokenizer: identity of the tokenizer, for the ids of special tokens; None: not known.
+
+    Raises:
+        FolderError: the model does not fit the family, or ``like``, or lacks tensors.
+    """
+    if architecture is None and like is not None:
+        (architecture,) = like["architectures"]
+    try:
+        family = family_for(architecture or default_architecture(model, depths))
+        if depths and family.depths_key is None:
+            raise ValueError(
+                f"{family.architecture} has no MTP layers, the checkpoint has {depths}: give "
+                "--mtp drop, or another --family"
+            )
+        wanted = _as_family(family, model, vocab_size)
+        slots = model_slots(wanted, depths, vocab_size)
+        present = model_slots(model, depths, vocab_size).keys()
+        moves = list(expand(family, wanted, slots))
+        content = _content(family, wanted, depths, vocab_size, like)
+    except ValueError as error:
+        raise FolderError(str(error)) from None
+    reader.check([slot for slot in slots.values() if slot.name in present])
+    absent = frozenset(slots.keys() - present)
+    outputs, places = [], {}
+    for move in moves:
+        kind = dtype or (torch.float32 if move.slot.name in absent else reader.dtype(move.slot))
+        if move.slot.single:
+            kind = expert_bias
+        shapes = move.transform.shapes(move.slot.shape, wanted)
+        for place, (name, shape) in enumerate(zip(move.theirs, shapes, strict=True)):
+            outputs.append(Output(name, shape, kind))
+            places[name] = (move, place)
+    usual = max((o.dtype for o in outputs), key=[o.dtype for o in outputs].count)
+    outputs = [
+        replace(o, dtype=usual) if places[o.name][0].slot.name in absent else o for o in outputs
+    ]
+    if family.writes_duplicates if duplicates is None else duplicates:
+        by_name = {output.name: output for output in outputs}
+        for name, original in family.duplicate_names(wanted, depths).items():
+            outputs.append(replace(by_name[original], name=name))
+            places[name] = places[original]
+    if like is None and tokenizer is not None:
+        content |= _special_ids(tokenizer)
+    content["torch_dtype"] = str(usual).removeprefix("torch.")
+    content.pop("dtype", None)
+    return ExportPlan(family, wanted, depths, outputs, places, absent, content)
+
+
+def write_weights(
+    plan: ExportPlan, reader: Reader, folder: Path, *, shard: int = SHARD, quiet: bool = False
+) -> int:
+    """Write shards, index and ``config.json``; shards that are there already stay.
+
+    One tensor is in memory at a time, with the parameter that it comes from.
+
+    Args:
+        plan: what is written.
+        reader: of the checkpoint.
+        folder: exists.
+        shard: bytes of a shard at most.
+        quiet: no progress bar.
+
+    Returns:
+        The number of shards.
+    """
+    shards = split_into_shards(plan.outputs, shard)
+    parts = _Parts(plan, reader)
+    done = 0
+    with Progress(len(plan.outputs), "export", enabled=not quiet) as progress:
+
+        def read(name: str) -> Tensor:
+            nonlocal done
+            done += 1
+            progress.update(done)
+            return parts.tensor(name)
+
+        for number, outputs in enumerate(shards):
+            file = folder / shard_name(number, len(shards))
+            if file.is_file():
+                done += len(outputs)
+                continue
+            write_shard(file, outputs, read)
+    write_index(folder, shards)
+    (folder / "config.json").write_text(json.dumps(plan.content, indent=1))
+    for file in folder.glob("*.safetensors"):
+        # readable by others, as config.json is: a server may be another user
+        shutil.copymode(folder / "config.json", file)
+    return len(shards)
+
+
+class _Parts:
+    """The tensors of a plan; a parameter that several come from is read once."""
+
+    def __init__(self, plan: ExportPlan, reader: Reader) -> None:
+        self._plan, self._reader = plan, reader
+        self._last: tuple[str, list[Tensor]] = ("", [])
+
+    def tensor(self, name: str) -> Tensor:
+        move, place = self._plan.places[name]
+        slot = move.slot
+        if self._last[0] != slot.name:
+            self._last = ("", [])
+            whole = self._whole(slot)
+            self._last = (slot.name, move.transform.split(whole, self._plan.model))
+        return self._last[1][place]
+
+    def _whole(self, slot: Slot) -> Tensor:
+        if slot.name not in self._plan.absent:
+            return self._reader.tensor(slot)
+        if slot.name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+            return self._reader.tensor(replace(slot, name=name, key=name))
+        return torch.zeros(slot.shape)
+
+
+def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model with what this family always has; what it never has is refused.
+
+    Queries, keys and values without bias are the same as with one of zeros, an output layer that
+    is tied to the embedding the same as a copy of it.
+    """
+    wanted = replace(model, vocab_size=vocab_size)
+    if family.always_biased:
+        wanted = replace(wanted, qkv_bias=True)
+    if family.always_untied:
+        wanted = replace(wanted, tie_embeddings=False)
+    content = family.describe(wanted) | {"vocab_size": vocab_size}
+    ours, theirs = (_spelled_out(m) for m in (wanted, model_config(family.settings(content)).model))
+    problems = [
+        f"model.{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return wanted
+
+
+def _spelled_out(model: ModelConfig) -> dict[str, Any]:
+    """Values by key, defaults that depend on other values filled in."""
+    _, groups, channels = head_sizes(model)
+    moe = model.moe
+    if moe.num_experts is None:
+        moe = MoEConfig()
+    else:
+        width = moe.ffn_hidden_size or model.ffn_hidden_size
+        factor = moe.scaling_factor or 1.0
+        moe = replace(moe, ffn_hidden_size=width, scaling_factor=factor, bias_update_rate=0.0)
+    mla = model.mla if model.mla.enabled else MLAConfig()
+    heads = dict(num_query_groups=groups, kv_channels=None if mla.enabled else channels)
+    values = asdict(replace(model, moe=moe, mla=mla, **heads))
+    return {
+        name: value
+        for key, entry in values.items()
+        for name, value in (
+            {f"{key}.{k}": v for k, v in entry.items()} if isinstance(entry, dict) else {key: entry}
+        ).items()
+    }
+
+
+def _content(
+    family: Family,
+    model: ModelConfig,
+    depths: int,
+    vocab_size: int,
+    like: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """``config.json``; the number of MTP layers is that of the tensors that are written."""
+    described = family.describe(model) | {"vocab_size": vocab_size}
+    if like is None:
+        content = {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            **described,
+        }
+    else:
+        theirs = _spelled_out(model_config(family.settings(like)).model)
+        differing = [
+            f"model.{key}={value!r}, there {theirs[key]!r}"
+            for key, value in _spelled_out(model).items()
+            if value != theirs[key] and key not in (*FREE, "tie_embeddings", "qkv_bias")
+        ]
+        if differing:
+            raise ValueError(
+                f"the model is not that of the config.json to keep: {'; '.join(differing)}"
+            )
+        content = {k: v for k, v in like.items() if k != "quantization_config"}
+    if family.depths_key is not None:
+        content.pop("num_mtp_layers", None)
+        content[family.depths_key] = depths
+    return content
+
+
+def _special_ids(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    known = CharTokenizer if tokenizer["kind"] == "char" else SimpleNamespace(**tokenizer)
+    return {
+        "bos_token_id": None,
+        "eos_token_id": known.eos_id,
+        "pad_token_id": known.pad_id,
+    }

@@ -1,0 +1,237 @@
+"""Rules and settings that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.table import Rule
+from megatron_occ.convert.transforms import GATE_UP, QKV, head_sizes
+
+TOP = (
+    Rule("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    Rule("decoder.final_layernorm.weight", "model.norm.weight"),
+    Rule("output_layer.weight", "lm_head.weight"),
+)
+ATTENTION = (
+    Rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    Rule(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        QKV,
+    ),
+    Rule(
+        "self_attention.linear_qkv.bias",
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        QKV,
+    ),
+    Rule("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+    Rule("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+    Rule("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+)
+LATENT_ATTENTION = (
+    Rule("input_layernorm.weight", "input_layernorm.weight"),
+    Rule("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight"),
+    Rule("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight"),
+    Rule("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight"),
+    Rule("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight"),
+    Rule("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
+    Rule("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight"),
+    Rule("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight"),
+    Rule("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+)
+DENSE_MLP = (
+    Rule("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+    Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GATE_UP),
+    Rule("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+)
+EXPERT_MLP = (
+    Rule("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+    Rule("mlp.router.weight", "mlp.gate.weight"),
+    Rule("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+    Rule(
+        "mlp.experts.{e}.linear_fc1.weight",
+        ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        GATE_UP,
+    ),
+    Rule("mlp.experts.{e}.linear_fc2.weight", "mlp.experts.{e}.down_proj.weight"),
+    Rule(
+        "mlp.shared_experts.linear_fc1.weight",
+        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        GATE_UP,
+    ),
+    Rule("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
+)
+# DeepSeek-V3 (arXiv 2412.19437, section 2.2) and who follows it
+MTP = (
+    Rule("enorm.weight", "enorm.weight"),
+    Rule("hnorm.weight", "hnorm.weight"),
+    Rule("eh_proj.weight", "eh_proj.weight"),
+    Rule("final_layernorm.weight", "shared_head.norm.weight"),
+)
+# embedding and output layer, which the layers of MTP share with the trunk
+MTP_DUPLICATES = (
+    ("model.layers.{n}.embed_tokens.weight", "model.embed_tokens.weight"),
+    ("model.layers.{n}.shared_head.head.weight", "lm_head.weight"),
+)
+ROTARY_TABLES = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+
+def dense_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the kind that all families have.
+
+    Raises:
+        ValueError: an entry that is missing, or that Megatron-Core's GPT as built here has not.
+    """
+    for key, allowed in (
+        ("hidden_act", ("silu",)),
+        ("mlp_bias", (False,)),
+        ("use_sliding_window", (False,)),
+        ("use_bias", (False,)),
+        ("attention_dropout", (0, 0.0)),
+    ):
+        accept(hf, key, *allowed)
+    return {
+        "num_layers": need(hf, "num_hidden_layers"),
+        "hidden_size": need(hf, "hidden_size"),
+        "ffn_hidden_size": need(hf, "intermediate_size"),
+        "num_attention_heads": need(hf, "num_attention_heads"),
+        "max_position_embeddings": need(hf, "max_position_embeddings"),
+        "vocab_size": need(hf, "vocab_size"),
+        "norm_epsilon": need(hf, "rms_norm_eps"),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "init_std": hf.get("initializer_range", 0.02),
+        **rotary_settings(hf),
+    }
+
+
+def head_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads of grouped-query attention."""
+    return {
+        "num_query_groups": hf.get("num_key_value_heads"),
+        "kv_channels": hf.get("head_dim"),
+    }
+
+
+def rotary_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and part of the rotary embedding, from where any release of transformers puts them."""
+    parameters = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or parameters
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(
+            f"rope_scaling has the type {kind!r}: scaled rotary embeddings are not built here, and "
+            "every position would be wrong. Only unscaled ones can be converted"
+        )
+    base = parameters.get("rope_theta", hf.get("rope_theta"))
+    if base is None:
+        raise ValueError("rope_theta is missing")
+    if base != int(base):
+        raise ValueError(f"rope_theta={base}: is no whole number")
+    part = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    return {"rotary_base": int(base), "rotary_percent": float(part)}
+
+
+def expert_settings(hf: Mapping[str, Any], experts: str = "n_routed_experts") -> dict[str, Any]:
+    """Experts of DeepSeek-V3's kind: sigmoid scores with a bias, shared experts, groups."""
+    accept(hf, "scoring_func", "sigmoid")
+    accept(hf, "score_function", "sigmoid")
+    accept(hf, "topk_method", "noaux_tc")
+    accept(hf, "norm_topk_prob", True)
+    accept(hf, "moe_layer_freq", 1)
+    width, groups = need(hf, "moe_intermediate_size"), hf.get("n_group") or 1
+    shared = hf.get("n_shared_experts", hf.get("num_shared_experts")) or 0
+    return {
+        "moe.num_experts": need(hf, experts),
+        "moe.top_k": need(hf, "num_experts_per_tok"),
+        "moe.ffn_hidden_size": width,
+        "moe.shared_ffn_hidden_size": shared * width or None,
+        "moe.first_dense_layers": hf.get("first_k_dense_replace") or 0,
+        "moe.score_function": "sigmoid",
+        "moe.expert_bias": True,
+        "moe.scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        "moe.groups": groups if groups > 1 else None,
+        "moe.top_groups": hf.get("topk_group") if groups > 1 else None,
+    }
+
+
+def need(hf: Mapping[str, Any], key: str) -> Any:
+    """An entry that must be there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if hf.get(key) is None:
+        raise ValueError(f"{key} is missing")
+    return hf[key]
+
+
+def accept(hf: Mapping[str, Any], key: str, *allowed: Any) -> None:
+    """Refuse an entry that asks for something else; one that is missing asks for the first value.
+
+    Raises:
+        ValueError: names entry, value and what is allowed.
+    """
+    value = hf.get(key)
+    if value is not None and value not in allowed:
+        raise ValueError(f"{key}={value!r}: only {', '.join(map(repr, allowed))} can be converted")
+
+
+def describe_dense(model: ModelConfig) -> dict[str, Any]:
+    """Entries of ``config.json`` that all families have."""
+    content = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "attention_dropout": 0.0,
+    }
+    if model.rotary_percent != 1:
+        content["partial_rotary_factor"] = model.rotary_percent
+    return content
+
+
+def describe_heads(model: ModelConfig) -> dict[str, Any]:
+    """Entries of grouped-query attention."""
+    heads, groups, channels = head_sizes(model)
+    return {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": channels}
+
+
+def describe_experts(model: ModelConfig) -> dict[str, Any]:
+    """Entries of DeepSeek-V3's experts.
+
+    Raises:
+        ValueError: experts of another kind.
+    """
+    moe = model.moe
+    if moe.score_function != "sigmoid" or not moe.expert_bias:
+        raise ValueError(
+            f"model.moe.score_function={moe.score_function}, model.moe.expert_bias="
+            f"{str(moe.expert_bias).lower()}: this architecture has sigmoid scores with a bias"
+        )
+    width = moe.ffn_hidden_size or model.ffn_hidden_size
+    shared = moe.shared_ffn_hidden_size or 0
+    if shared % width:
+        raise ValueError(
+            f"model.moe.shared_ffn_hidden_size={shared}: is no multiple of the experts' width, "
+            f"{width}, which this architecture has"
+        )
+    return {
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": width,
+        "n_shared_experts": shared // width,
+        "first_k_dense_replace": moe.first_dense_layers,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": moe.scaling_factor or 1.0,
+        "n_group": moe.groups or 1,
+        "topk_group": moe.top_groups or 1,
+    }

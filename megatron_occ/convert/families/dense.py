@@ -1,0 +1,84 @@
+"""Dense models: Llama, Qwen2, Qwen3, and MiMo, which is Qwen2 with MTP layers (arXiv 2505.07608).
+
+MiMo's MTP layer, with h the trunk's state and e the embedding of the next token, is
+
+    final_layernorm(Block(input_proj [hidden_layernorm(h); token_layernorm(e)]))
+
+after ``mimo_mtp.py`` in vLLM and SGLang; Megatron-Core's projection reads [e; h].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.families.common import (
+    ATTENTION,
+    DENSE_MLP,
+    ROTARY_TABLES,
+    TOP,
+    accept,
+    dense_settings,
+    describe_dense,
+    describe_heads,
+    head_settings,
+)
+from megatron_occ.convert.table import Family, Rule
+from megatron_occ.convert.transforms import SWAP_HALVES
+
+
+def _whole_heads(hf: Mapping[str, Any], biased: bool) -> dict[str, Any]:
+    accept(hf, "attention_bias", biased)
+    accept(hf, "partial_rotary_factor", 1.0)
+    return dense_settings(hf) | head_settings(hf) | {"qkv_bias": biased}
+
+
+def _llama_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return _whole_heads(hf, False)
+
+
+def _qwen2_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return _whole_heads(hf, True)
+
+
+def _qwen3_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return _whole_heads(hf, False) | {"qk_layernorm": True}
+
+
+def _describe(model: ModelConfig) -> dict[str, Any]:
+    return describe_dense(model) | describe_heads(model) | {"attention_bias": model.qkv_bias}
+
+
+def _dense(architecture: str, model_type: str, settings: Any, **more: Any) -> Family:
+    return Family(
+        architecture,
+        model_type,
+        settings,
+        _describe,
+        **{"depths_key": None, "ignored": ROTARY_TABLES, **more},
+        top=TOP,
+        layer=ATTENTION + DENSE_MLP,
+    )
+
+
+LLAMA = _dense("LlamaForCausalLM", "llama", _llama_settings)
+QWEN2 = _dense("Qwen2ForCausalLM", "qwen2", _qwen2_settings, always_biased=True)
+QWEN3 = _dense("Qwen3ForCausalLM", "qwen3", _qwen3_settings)
+MIMO = _dense(
+    "MiMoForCausalLM",
+    # whose settings it has: transformers and servers then need no code from the folder
+    "qwen2",
+    _qwen2_settings,
+    always_biased=True,
+    # MTP layers of servers read an output layer of their own
+    always_untied=True,
+    depths_key="num_nextn_predict_layers",
+    mtp_prefix="model.mtp_layers.{k}.",
+    mtp=(
+        Rule("enorm.weight", "token_layernorm.weight"),
+        Rule("hnorm.weight", "hidden_layernorm.weight"),
+        Rule("eh_proj.weight", "input_proj.weight", SWAP_HALVES),
+        Rule("final_layernorm.weight", "final_layernorm.weight"),
+    ),
+)

@@ -1,0 +1,93 @@
+"""Ling 2.0 (Ling-mini, -flash and -1T): grouped-query attention, experts, MTP layers.
+
+Names as in ``modeling_bailing_moe_v2.py``, which comes with the checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.families.common import (
+    DENSE_MLP,
+    EXPERT_MLP,
+    accept,
+    dense_settings,
+    describe_dense,
+    describe_experts,
+    describe_heads,
+    expert_settings,
+    head_settings,
+)
+from megatron_occ.convert.table import Family, Rule
+from megatron_occ.convert.transforms import PLAIN_QKV
+
+
+def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    accept(hf, "use_qkv_bias", False)
+    accept(hf, "router_dtype", "fp32")
+    accept(hf, "moe_router_enable_expert_bias", True)
+    if hf.get("rotary_dim") is not None:
+        part = hf["rotary_dim"] / hf["head_dim"]
+        accept(hf, "partial_rotary_factor", part)
+        hf = {**hf, "partial_rotary_factor": part}
+    return (
+        dense_settings(hf)
+        | head_settings(hf)
+        | expert_settings(hf, "num_experts")
+        | {"qk_layernorm": bool(hf.get("use_qk_norm", True))}
+    )
+
+
+def _describe(model: ModelConfig) -> dict[str, Any]:
+    experts = describe_experts(model)
+    experts["num_experts"] = experts.pop("n_routed_experts")
+    experts["num_shared_experts"] = experts.pop("n_shared_experts")
+    experts["score_function"] = experts.pop("scoring_func")
+    return (
+        describe_dense(model)
+        | describe_heads(model)
+        | experts
+        | {
+            "use_qkv_bias": False,
+            "use_qk_norm": model.qk_layernorm,
+            "moe_router_enable_expert_bias": True,
+            "router_dtype": "fp32",
+        }
+    )
+
+
+def _renamed(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Its router's bias has a name of its own."""
+    bias = Rule("mlp.router.expert_bias", "mlp.gate.expert_bias")
+    return tuple(bias if rule.ours == bias.ours else rule for rule in rules)
+
+
+LING2 = Family(
+    "BailingMoeV2ForCausalLM",
+    "bailing_moe",
+    _settings,
+    _describe,
+    depths_key="num_nextn_predict_layers",
+    top=(
+        Rule("embedding.word_embeddings.weight", "model.word_embeddings.weight"),
+        Rule("decoder.final_layernorm.weight", "model.norm.weight"),
+        Rule("output_layer.weight", "lm_head.weight"),
+    ),
+    layer=(
+        Rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        Rule("self_attention.linear_qkv.weight", "attention.query_key_value.weight", PLAIN_QKV),
+        Rule("self_attention.q_layernorm.weight", "attention.query_layernorm.weight"),
+        Rule("self_attention.k_layernorm.weight", "attention.key_layernorm.weight"),
+        Rule("self_attention.linear_proj.weight", "attention.dense.weight"),
+        *DENSE_MLP,
+        *_renamed(EXPERT_MLP),
+    ),
+    mtp=(
+        Rule("enorm.weight", "enorm.weight"),
+        Rule("hnorm.weight", "hnorm.weight"),
+        Rule("eh_proj.weight", "eh_proj.weight"),
+        Rule("final_layernorm.weight", "final_layernorm.weight"),
+    ),
+)

@@ -1,0 +1,305 @@
+"""What becomes of every tensor of a folder, decided before a byte is copied."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_occ.config import ConfigError, load_config
+from megatron_occ.config.schema import Config
+from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.families import family_of
+from megatron_occ.convert.fresh import FRESH
+from megatron_occ.convert.slots import Slot, model_slots
+from megatron_occ.convert.source import FP8, SCALE, Source
+from megatron_occ.convert.table import Family, Move, expand
+
+# of a list of tensors in a message
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class MTPChoice:
+    """What becomes of the MTP layers.
+
+    Args:
+        kind: ``keep``, ``drop``, ``init`` (there are none: add fresh ones) or ``expand`` (add
+            copies of the last depth).
+        depths: K afterwards, with ``init`` and ``expand``.
+    """
+
+    kind: str
+    depths: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> MTPChoice:
+        """From ``keep``, ``drop``, ``init:K`` or ``expand:K``.
+
+        Raises:
+            ValueError: anything else.
+        """
+        kind, _, number = text.partition(":")
+        if kind in ("keep", "drop") and not number:
+            return cls(kind)
+        if kind in ("init", "expand") and number.isdigit() and int(number) > 0:
+            return cls(kind, int(number))
+        raise ValueError(f"--mtp {text}: is none of keep, drop, init:K, expand:K (K at least 1)")
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A folder's conversion.
+
+    Args:
+        family: of the folder.
+        config: our configuration: section ``model`` and ``mtp.num_layers``.
+        moves: one for each parameter; a move without names is a fresh one, see ``fresh``.
+        dtypes: of each parameter in the checkpoint, by name.
+        duplicates: tensors that repeat another one, by name.
+        dropped: tensors that are left behind on request.
+        source_depths: MTP depths of the folder.
+    """
+
+    family: Family
+    config: Config
+    moves: list[Move]
+    dtypes: dict[str, torch.dtype]
+    duplicates: dict[str, str]
+    dropped: list[str]
+    source_depths: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters in the checkpoint."""
+        return sum(self.size(move.slot) for move in self.moves)
+
+    def size(self, slot: Slot) -> int:
+        """Bytes of a parameter in the checkpoint."""
+        return math.prod(slot.shape) * self.dtypes[slot.name].itemsize
+
+
+def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> ImportPlan:
+    """Account for every tensor.
+
+    Args:
+        source: the folder.
+        mtp: what becomes of its MTP layers.
+        dtype: of the checkpoint; None: each tensor keeps its own (fp8 becomes bf16).
+
+    Raises:
+        FolderError: a family that can't be converted; tensors that are missing, unknown, or of
+            another shape or dtype than ``config.json`` says.
+    """
+    family, config = read_model(source)
+    found = _source_depths(source, family, config)
+    depths = _depths(mtp, found, family)
+    config.mtp.num_layers = depths
+    model, rows = config.model, config.model.vocab_size
+    assert rows is not None, "every family reads it"
+    kept = min(depths, found)
+    moves = list(expand(family, model, model_slots(model, kept, rows)))
+    extra = _more_depths(model_slots(model, depths, rows), moves, kept, mtp)
+    duplicates = {
+        name: original
+        for name, original in family.duplicate_names(model, found).items()
+        if name in source.entries
+    }
+    if model.tie_embeddings and "lm_head.weight" in source.entries:
+        duplicates["lm_head.weight"] = _embedding_name(family)
+    dropped = [
+        name
+        for depth in range(kept, found)
+        for name in _below(source, _mtp_prefix(family, model.num_layers, depth))
+    ]
+    _account(source, family, moves, [*duplicates, *dropped])
+    _check(source, moves, config)
+    dtypes = {move.slot.name: _dtype(source, move, dtype) for move in (*moves, *extra)}
+    fallback = dtype or max(dtypes.values(), key=list(dtypes.values()).count)
+    for move in extra:
+        if not move.theirs and not move.slot.single:
+            dtypes[move.slot.name] = fallback
+    _check_stacks([*moves, *extra], dtypes)
+    return ImportPlan(
+        family, config, [*moves, *extra], dtypes, duplicates, sorted(set(dropped)), found
+    )
+
+
+def read_model(source: Source) -> tuple[Family, Config]:
+    """The family of a folder, and our configuration of its model.
+
+    Raises:
+        FolderError: what ``config.json`` asks for that can't be built.
+    """
+    file = source.folder / "config.json"
+    try:
+        family = family_of(source.config)
+        return family, model_config(family.settings(source.config))
+    except ConfigError as error:
+        raise FolderError([f"{file}: {problem}" for problem in error.problems]) from None
+    except ValueError as error:
+        raise FolderError(f"{file}: {error}") from None
+
+
+def model_config(settings: dict[str, Any]) -> Config:
+    """A configuration with these values of section ``model``."""
+    given = [f"model.{key}={json.dumps(value)}" for key, value in settings.items()]
+    return load_config([], given)
+
+
+def _embedding_name(family: Family) -> str:
+    (rule,) = [rule for rule in family.top if rule.ours.startswith("embedding.")]
+    return rule.names[0]
+
+
+def _mtp_prefix(family: Family, layers: int, depth: int) -> str:
+    return family.mtp_prefix.format(n=layers + depth, k=depth)
+
+
+def _below(source: Source, prefix: str) -> list[str]:
+    return [name for name in source.entries if name.startswith(prefix)]
+
+
+def _source_depths(source: Source, family: Family, config: Config) -> int:
+    """MTP depths that the folder has tensors of; ``config.json`` has to agree."""
+    if family.depths_key is None:
+        return 0
+    said = source.config.get(family.depths_key) or 0
+    layers, found = config.model.num_layers, 0
+    while _below(source, _mtp_prefix(family, layers, found)):
+        found += 1
+    if said != found:
+        prefix = _mtp_prefix(family, layers, min(said, found))
+        raise FolderError(
+            f"{source.folder / 'config.json'}: {family.depths_key}={said}, but there are tensors "
+            f"of {found} MTP layers ({prefix}* and so on). Correct the entry, or get the whole "
+            "checkpoint"
+        )
+    return found
+
+
+def _depths(mtp: MTPChoice, found: int, family: Family) -> int:
+    """K afterwards."""
+    if mtp.kind == "keep":
+        return found
+    if mtp.kind == "drop":
+        return 0
+    if mtp.kind == "init" and found:
+        raise FolderError(
+            f"--mtp init:{mtp.depths}: {family.architecture} brings {found} MTP layers. Use keep, "
+            f"or expand:{found + mtp.depths} to add copies of the last one"
+        )
+    if mtp.kind == "expand" and found == 0:
+        raise FolderError(
+            f"--mtp expand:{mtp.depths}: there is no MTP layer to copy. Use init:{mtp.depths}"
+        )
+    if mtp.kind == "expand" and mtp.depths <= found:
+        raise FolderError(
+            f"--mtp expand:{mtp.depths}: there are {found} MTP layers already. Give a larger number"
+        )
+    return mtp.depths
+
+
+def _more_depths(
+    slots: dict[str, Slot], moves: list[Move], kept: int, mtp: MTPChoice
+) -> list[Move]:
+    """Moves of the depths that the folder does not have."""
+    by_name = {move.slot.name: move for move in moves}
+    extra = []
+    for slot in slots.values():
+        if slot.name in by_name:
+            continue
+        if mtp.kind == "init":
+            extra.append(Move(slot, (), FRESH))
+            continue
+        last = re.sub(r"^mtp\.layers\.\d+\.", f"mtp.layers.{kept - 1}.", slot.name)
+        extra.append(replace(by_name[last], slot=slot))
+    return extra
+
+
+def _account(source: Source, family: Family, moves: list[Move], others: list[str]) -> None:
+    """Every tensor has a place, and every place a tensor."""
+    used = {name for move in moves for name in move.theirs}
+    missing = sorted(used - source.entries.keys())
+    scales = {n + SCALE for n, e in source.entries.items() if e.dtype == FP8}
+    known = used | set(others) | (scales & source.entries.keys())
+    unknown = [
+        name
+        for name in sorted(source.entries.keys() - known)
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{source.folder}: {_listed(missing, 'is missing', 'are missing')}")
+    for name in unknown[:_SHOWN]:
+        file = source.entries[name].file
+        problems.append(f"{file}: {name} has no place in {family.architecture} as configured")
+    if len(unknown) > _SHOWN:
+        problems.append(f"{source.folder}: and {len(unknown) - _SHOWN} more without a place")
+    lost = sorted(scales - source.entries.keys())
+    problems += [
+        f"{source.entries[n.removesuffix(SCALE)].file}: {n.removesuffix(SCALE)} is fp8, and its "
+        f"scales {n} are missing"
+        for n in lost[:_SHOWN]
+        if n.removesuffix(SCALE) in used
+    ]
+    if problems:
+        raise FolderError(problems)
+
+
+def _listed(names: list[str], one: str, many: str) -> str:
+    if len(names) == 1:
+        return f"{names[0]} {one}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more} {many}"
+
+
+def _check(source: Source, moves: Iterable[Move], config: Config) -> None:
+    """Shapes as the model has them, and one dtype for what becomes one tensor."""
+    problems = []
+    for move in moves:
+        shapes = move.transform.shapes(move.slot.shape, config.model)
+        for name, shape in zip(move.theirs, shapes, strict=True):
+            entry = source.entries[name]
+            if entry.shape != shape:
+                problems.append(
+                    f"{entry.file}: {name} has the shape {list(entry.shape)}, config.json makes it "
+                    f"{list(shape)}"
+                )
+        dtypes = {source.dtype(name) for name in move.theirs}
+        if len(dtypes) > 1:
+            file, names = source.entries[move.theirs[0]].file, ", ".join(move.theirs)
+            problems.append(f"{file}: {names} have different dtypes: {_spelled(dtypes)}")
+    if problems:
+        raise FolderError(problems)
+
+
+def _dtype(source: Source, move: Move, wanted: torch.dtype | None) -> torch.dtype:
+    if move.slot.single:
+        return torch.float32
+    if wanted is not None or not move.theirs:
+        return wanted or torch.float32
+    return source.dtype(move.theirs[0])
+
+
+def _check_stacks(moves: list[Move], dtypes: dict[str, torch.dtype]) -> None:
+    """A checkpoint's tensor has one dtype, whatever layers are stacked in it."""
+    found: dict[str, set[torch.dtype]] = {}
+    for move in moves:
+        found.setdefault(move.slot.key, set()).add(dtypes[move.slot.name])
+    problems = [
+        f"{key}: the layers have different dtypes ({_spelled(kinds)}). Give --dtype"
+        for key, kinds in found.items()
+        if len(kinds) > 1
+    ]
+    if problems:
+        raise FolderError(problems)
+
+
+def _spelled(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
