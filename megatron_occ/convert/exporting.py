@@ -291,7 +291,7 @@ def _content(
         differing = [
             f"model.{key}={value!r}, there {theirs[key]!r}"
             for key, value in _spelled_out(model).items()
-            if value != theirs[key] and key not in (*FREE, "tie_embeddings", "qkv_bias")
+            if value != theirs[key] and key not in FREE
         ]
         if differing:
             raise ValueError(

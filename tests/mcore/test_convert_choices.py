@@ -1,0 +1,155 @@
+"""MTP layers kept, left behind, copied or made anew; fp8 weights; other dtypes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_occ.convert.checkpoints import export_checkpoint, read_checkpoint
+from megatron_occ.convert.distributed import DistributedReader
+from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.importing import import_folder
+from megatron_occ.convert.plan import MTPChoice
+from megatron_occ.convert.slots import model_slots
+from tests.mcore.convert_folders import LAYERS, make_folder, read_tensors, write_tensors
+
+
+def weights(checkpoint):
+    """All parameters of a checkpoint by name."""
+    found = read_checkpoint(checkpoint)
+    slots = model_slots(found.config.model, found.config.mtp.num_layers, found.vocab_size)
+    reader = DistributedReader(checkpoint)
+    assert reader.keys() == {slot.key for slot in slots.values()}
+    return {name: reader.tensor(slot) for name, slot in slots.items()}
+
+
+def convert(folder, target, mtp="keep", **options):
+    import_folder(folder, target, mtp=MTPChoice.parse(mtp), **options)
+    return weights(target)
+
+
+def depth(tensors, number):
+    prefix = f"mtp.layers.{number}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", ["mimo", "deepseek"])
+def test_drop_leaves_the_layers_behind_and_says_so(tmp_path, name):
+    folder = make_folder(tmp_path / "hf", name, 2)
+    kept, dropped = (convert(folder, tmp_path / each, each) for each in ("keep", "drop"))
+    assert dropped.keys() == {key for key in kept if not key.startswith("mtp.")}
+    assert all(torch.equal(dropped[key], kept[key]) for key in dropped)
+    export_checkpoint(tmp_path / "drop", tmp_path / "back")
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert content["num_nextn_predict_layers"] == 0
+    export_checkpoint(tmp_path / "keep", tmp_path / "also", drop_mtp=True)
+    assert read_tensors(tmp_path / "also").keys() == read_tensors(tmp_path / "back").keys()
+
+
+@pytest.mark.parametrize("name", ["mimo", "glm"])
+def test_expand_copies_the_last_depth(tmp_path, name):
+    folder = make_folder(tmp_path / "hf", name, 2)
+    tensors = convert(folder, tmp_path / "mcore", "expand:4")
+    first, last = depth(tensors, 0), depth(tensors, 1)
+    assert not torch.equal(first["eh_proj.weight"], last["eh_proj.weight"])
+    for number in (2, 3):
+        copied = depth(tensors, number)
+        assert copied.keys() == last.keys()
+        assert all(torch.equal(copied[key], last[key]) for key in last)
+    export_checkpoint(tmp_path / "mcore", tmp_path / "back")
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert content["num_nextn_predict_layers"] == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama tied", "glm"])
+def test_init_makes_layers_as_megatron_initialises(tmp_path, name):
+    folder = make_folder(tmp_path / "hf", name)
+    tensors = convert(folder, tmp_path / "mcore", "init:2")
+    assert len(depth(tensors, 0)) == len(depth(tensors, 1)) > 8
+    for key, value in depth(tensors, 1).items():
+        if key.endswith(("layernorm.weight", "norm.weight", "layer_norm_weight")):
+            assert torch.equal(value, torch.ones_like(value)), key
+        elif value.dim() == 1:
+            assert not value.any(), key
+        else:
+            scaled = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = 0.02 / (2 * LAYERS) ** 0.5 if scaled else 0.02
+            assert value.std() == pytest.approx(std, rel=0.2), key
+            assert not torch.equal(value, depth(tensors, 0)[key])
+    again = convert(folder, tmp_path / "again", "init:2")
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "mtp", "message"),
+    [
+        ("mimo", 1, "init:1", "brings 1 MTP layers. Use keep, or expand:2"),
+        ("llama", 0, "expand:2", "no MTP layer to copy. Use init:2"),
+        ("mimo", 2, "expand:2", "there are 2 MTP layers already"),
+    ],
+)
+def test_a_choice_that_does_not_fit_is_refused(tmp_path, name, depths, mtp, message):
+    folder = make_folder(tmp_path / "hf", name, depths)
+    with pytest.raises(FolderError, match=message):
+        convert(folder, tmp_path / "mcore", mtp)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("text", ["", "keep:1", "init", "init:0", "init:x", "more"])
+def test_a_choice_is_spelled_right_or_refused(text):
+    with pytest.raises(ValueError, match="none of keep, drop, init:K, expand:K"):
+        MTPChoice.parse(text)
+
+
+def test_a_model_with_added_depths_needs_a_family_that_has_them(tmp_path):
+    convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
+    with pytest.raises(FolderError, match="LlamaForCausalLM has no MTP layers, the checkpoint has"):
+        export_checkpoint(tmp_path / "mcore", tmp_path / "back")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "mimo", architecture="MiMoForCausalLM")
+    found, source = read_tensors(tmp_path / "mimo"), read_tensors(tmp_path / "hf")
+    assert all(torch.equal(found[key], source[key]) for key in source)
+    assert not found["model.layers.0.self_attn.q_proj.bias"].any()
+
+
+def test_a_dtype_is_that_of_all_weights_but_the_bias_of_the_experts(tmp_path):
+    folder = make_folder(tmp_path / "hf", "glm", 1)
+    single = convert(folder, tmp_path / "as_is")
+    tensors = convert(folder, tmp_path / "mcore", dtype=torch.bfloat16)
+    for key, value in tensors.items():
+        expected = torch.float32 if "expert_bias" in key else torch.bfloat16
+        assert value.dtype == expected, key
+        assert torch.equal(value, single[key].to(expected))
+
+
+def test_fp8_blocks_are_multiplied_out(tmp_path):
+    folder = make_folder(tmp_path / "hf", "deepseek", 1)
+    generator, block = torch.Generator().manual_seed(5), (16, 8)
+    tensors, expected = {}, {}
+    for name, tensor in read_tensors(folder).items():
+        is_matrix = "proj" in name and "eh_proj" not in name
+        if not is_matrix:
+            tensors[name] = expected[name] = tensor.to(torch.bfloat16)
+            continue
+        rows, columns = tensor.shape
+        grid = (-(-rows // block[0]), -(-columns // block[1]))
+        scale = 0.5 + torch.rand(grid, generator=generator)
+        quantized = tensor.to(torch.float8_e4m3fn)
+        tensors |= {name: quantized, f"{name}_scale_inv": scale}
+        # the definition, entry by entry
+        whole = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        expected[name] = (quantized.float() * whole[:rows, :columns]).to(torch.bfloat16)
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(content))
+    write_tensors(folder, tensors, shards=2)
+    convert(folder, tmp_path / "mcore")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "back")
+    found = read_tensors(tmp_path / "back")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "quantization_config" not in content
+    assert content["torch_dtype"] == "bfloat16"
