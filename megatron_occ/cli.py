@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_occ.config import (
     Config,
@@ -19,15 +20,21 @@ from megatron_occ.config import (
     derive,
     help_text,
     load_config,
+    pretrains_first,
     to_yaml,
     validate,
 )
-from megatron_occ.convert.cli import main as convert
+from megatron_occ.convert_cli import main as convert
+
+if TYPE_CHECKING:
+    from megatron_occ.inputs import Inputs
+    from megatron_occ.run import Run
 
 _COMMANDS = {
     "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
     "pretrain": "pretrain a model with MTP layers",
-    "rl": "reinforcement learning with verifiable rewards (pretrains first without rl.init_from)",
+    "rl": "reinforcement learning with verifiable rewards (pretrains first, unless rl.init_from or "
+    "model.from_hf gives weights)",
     "eval": "validate a checkpoint on held-out problems",
     "report": "write report.html of a run folder again",
     "convert": "checkpoints from and to Hugging Face: convert {import,export,inspect} --help",
@@ -129,7 +136,7 @@ def _dispatch(options: argparse.Namespace) -> None:
     if options.command == "report":
         _report(options.run_dir)
         return
-    config = load_config(_config_files(options), options.overrides)
+    config = _load(options)
     if options.print_config:
         print(to_yaml(config), end="")
         return
@@ -141,6 +148,18 @@ def _dispatch(options: argparse.Namespace) -> None:
     if options.command != "eval":
         _check_run_folder(Path(config.run_dir), options.resume)
     _run(options, config)
+
+
+def _load(options: argparse.Namespace) -> Config:
+    """The configuration, with the values of the folder in ``model.from_hf``."""
+    given = _config_files(options), options.overrides
+    config = load_config(*given)
+    if config.model.from_hf is None:
+        return config
+    # imported late: it brings torch
+    from megatron_occ.convert.settings import folder_settings
+
+    return load_config(*given, folder=folder_settings(Path(config.model.from_hf)))
 
 
 def _config_files(options: argparse.Namespace) -> list[Path]:
@@ -181,14 +200,25 @@ def _run(options: argparse.Namespace, config: Config) -> None:
             runs.pretrain(run, inputs)
             run.finish("pretrain")
             return
-        start = Path(config.rl.init_from) if config.rl.init_from else runs.pretrain(run, inputs)
-        runs.reinforce(run, inputs, start)
+        runs.reinforce(run, inputs, _first_weights(run, inputs))
         run.finish("rl")
     except EngineError as error:
         # the kind that is told without a traceback, and known without torch
         raise ValueError(str(error)) from error
     finally:
         shutdown()
+
+
+def _first_weights(run: Run, inputs: Inputs) -> Path | None:
+    """Checkpoint that RL starts from, which may have to be trained or converted first."""
+    from megatron_occ import run as runs
+
+    config = run.config
+    if config.rl.init_from is not None:
+        return Path(config.rl.init_from)
+    if config.model.from_hf is not None:
+        return runs.converted(run)
+    return runs.pretrain(run, inputs)
 
 
 def _report(folder: Path) -> None:
@@ -248,7 +278,7 @@ def _plan(config: Config, command: str, world_size: int) -> str:
         f"ranks              {world_size} (tensor {parallel.tensor}, context {parallel.context}, "
         f"data {sizes.data_parallel}, pipeline {parallel.pipeline})",
     ]
-    if (config.rl.init_from is None and config.pretrain.steps) or command == "pretrain":
+    if pretrains_first(config) or command == "pretrain":
         lines.append(
             f"pretraining        {sizes.pretrain_updates} updates of {config.pretrain.batch_size} "
             f"sequences, {sizes.pretrain_micro_batches} micro-batches a rank"

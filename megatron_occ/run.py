@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.config import check_resumed, load_config, save_config
+from megatron_occ.config import check_resumed, load_config, pretrains_first, save_config
 from megatron_occ.config.identity import describe
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
+from megatron_occ.convert.importing import import_folder
+from megatron_occ.convert.settings import choice_for
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Task, build_task
 from megatron_occ.data.tokenizers import Tokenizer
@@ -38,7 +40,9 @@ from megatron_occ.mcore.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.mcore.startup import Layout, barrier, initialize
+from megatron_occ.mcore.versions import installed_version
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.calibration import regime_from
@@ -86,7 +90,7 @@ class Run:
         """
         config, trains = self.config, command in ("rl", "demo")
         start = config.rl.init_from if trains else None
-        pretrains = command == "pretrain" or (trains and start is None)
+        pretrains = command == "pretrain" or (trains and pretrains_first(config))
         if start is not None:
             check_weights(Path(start), self.describe({}))
         return read_inputs(
@@ -182,6 +186,8 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
         optimizer=config.pretrain.optimizer,
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
     )
+    if config.model.from_hf is not None and run.latest("pretrain") is None:
+        load_weights(converted(run), actor, meta)
     phase = _Phase(run, "pretrain", actor, meta)
     with _validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate:
         trainer = PretrainTrainer(
@@ -190,6 +196,25 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
         phase.attach(trainer)
         trainer.fit()
     return run.latest("pretrain")
+
+
+def converted(run: Run) -> Path:
+    """Checkpoint of the weights in ``model.from_hf``, in the run's folder; called by all ranks.
+
+    Raises:
+        ValueError: the folder can't be converted.
+    """
+    config, target = run.config, run.folder / "from_hf"
+    assert config.model.from_hf is not None, "there is nothing to convert"
+    folder = Path(config.model.from_hf)
+
+    def convert() -> None:
+        if not target.exists():
+            mtp = choice_for(folder, config.mtp.num_layers)
+            import_folder(folder, target, mtp=mtp, megatron_core=installed_version())
+
+    MainRank().run(convert)
+    return target
 
 
 def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:

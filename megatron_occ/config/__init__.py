@@ -9,7 +9,7 @@ from megatron_occ.config.presets import PRESETS
 from megatron_occ.config.resume import check_resumed
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import Sizes, derive
-from megatron_occ.config.validate import validate
+from megatron_occ.config.validate import pretrains_first, validate
 
 __all__ = [
     "PRESETS",
@@ -21,6 +21,7 @@ __all__ = [
     "flat_values",
     "help_text",
     "load_config",
+    "pretrains_first",
     "reference_markdown",
     "save_config",
     "to_yaml",

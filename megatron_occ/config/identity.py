@@ -9,6 +9,8 @@ from megatron_occ.config.schema import Config
 
 # settings of the model that its weights do not depend on
 FREE = ("max_position_embeddings", "init_std")
+# where they came from says nothing about them
+_LEFT_OUT = (*FREE, "from_hf")
 
 
 def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[str, str]) -> dict:
@@ -21,7 +23,7 @@ def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[
     """
     model = asdict(config.model)
     return {
-        "model": {name: value for name, value in model.items() if name not in FREE},
+        "model": {name: value for name, value in model.items() if name not in _LEFT_OUT},
         "mtp_layers": config.mtp.num_layers,
         "tokenizer": tokenizer_state,
         "data": data,

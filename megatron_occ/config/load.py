@@ -19,7 +19,23 @@ from megatron_occ.config.sources import Given, dump, read_file, read_override
 _INTERPOLATION = "${"
 
 
-def load_config(config_paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+# what may be given beside the values of a folder: context, initialisation, and what is added
+_BESIDE_A_FOLDER = (
+    "model.max_position_embeddings",
+    "model.init_std",
+    "model.moe.bias_update_rate",
+    "mtp.num_layers",
+    "tokenizer.kind",
+    "tokenizer.path",
+)
+
+
+def load_config(
+    config_paths: Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    *,
+    folder: Mapping[str, Any] | None = None,
+) -> Config:
     """The configuration that files and overrides describe, with presets expanded.
 
     Later wins: defaults, then the yaml files from left to right (a file comes after what it
@@ -30,6 +46,8 @@ def load_config(config_paths: Sequence[str | Path] = (), overrides: Sequence[str
     Args:
         config_paths: yaml files; ``include`` in a file is relative to that file.
         overrides: ``dotted.key=value`` with the value in YAML.
+        folder: values that ``model.from_hf`` brings, by key; files and overrides must not
+            contradict them.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range, malformed yaml, missing file,
@@ -41,13 +59,17 @@ def load_config(config_paths: Sequence[str | Path] = (), overrides: Sequence[str
     for given in _read_all(config_paths, overrides):
         _put(values, given)
         origins[open_parent(given.key) or given.key] = given.origin
+    for key, value in (folder or {}).items():
+        if key not in origins:
+            values[key] = value
+            origins[key] = f"model.from_hf={values['model.from_hf']}"
     chosen = _interpolate(values, PRESETS, origins)
     for key, value in preset_values(chosen).items():
         if key not in origins:
             values[key] = value
     values |= _interpolate(values, values, origins)
     values = _check(values, origins)
-    conflicts = preset_conflicts(values, origins)
+    conflicts = preset_conflicts(values, origins) + _folder_conflicts(values, folder or {}, origins)
     if conflicts:
         raise ConfigError(conflicts)
     return _build(Config, "", values)
@@ -75,6 +97,17 @@ def _put(values: dict[str, Any], given: Given) -> None:
     if not isinstance(values[owner], dict):
         raise ConfigError(f"{given.origin}: {owner} = {spell(values[owner])} has no entries to set")
     values[owner] = {**values[owner], given.key.rpartition(".")[2]: given.value}
+
+
+def _folder_conflicts(
+    values: Mapping[str, Any], folder: Mapping[str, Any], origins: Mapping[str, str]
+) -> list[str]:
+    return [
+        f"{origins[key]}: {key} = {spell(values[key])} contradicts model.from_hf="
+        f"{values['model.from_hf']}, whose config.json makes it {spell(value)}. Leave it out"
+        for key, value in folder.items()
+        if values[key] != value and key not in _BESIDE_A_FOLDER
+    ]
 
 
 def _interpolate(

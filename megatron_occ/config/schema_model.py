@@ -45,6 +45,10 @@ class MLAConfig:
 
 @dataclass
 class ModelConfig:
+    from_hf: str | None = option(
+        None,
+        "Hugging Face folder that gives this section, MTP layers, tokenizer and first weights",
+    )
     num_layers: int = option(3, "transformer layers of the trunk", minimum=1)
     hidden_size: int = option(96, "width of the residual stream", minimum=1)
     ffn_hidden_size: int = option(384, "width of the gated MLP", minimum=1)

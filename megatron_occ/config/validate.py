@@ -29,7 +29,7 @@ def validate(config: Config, *, command: str, world_size: int = 1) -> None:
         config: the configuration; also one that was built or changed in Python.
         command: "pretrain", "rl", "demo" or "eval". Only the phases that the command runs are
             checked, so that one file can serve all commands; "rl" and "demo" include pretraining
-            where ``rl.init_from`` is null.
+            where ``rl.init_from`` and ``model.from_hf`` are null.
         world_size: ranks in all.
 
     Raises:
@@ -40,6 +40,12 @@ def validate(config: Config, *, command: str, world_size: int = 1) -> None:
     problems = _value_problems(config) or list(_problems(config, command, world_size))
     if problems:
         raise ConfigError(problems)
+
+
+def pretrains_first(config: Config) -> bool:
+    """Whether RL begins with pretraining: it has no weights to start from."""
+    has_weights = config.rl.init_from is not None or config.model.from_hf is not None
+    return not has_weights and config.pretrain.steps > 0
 
 
 def _value_problems(config: Config) -> list[str]:
@@ -55,7 +61,7 @@ def _value_problems(config: Config) -> list[str]:
 
 def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     trains = command in ("rl", "demo")
-    first = trains and config.rl.init_from is None and config.pretrain.steps > 0
+    first = trains and pretrains_first(config)
     pretrains = command == "pretrain" or first
     yield from _tokenizer(config)
     yield from model_problems(config)

@@ -232,7 +232,7 @@ def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConf
     Queries, keys and values without bias are the same as with one of zeros, an output layer that
     is tied to the embedding the same as a copy of it.
     """
-    wanted = replace(model, vocab_size=vocab_size)
+    wanted = replace(model, vocab_size=vocab_size, from_hf=None)
     if family.always_biased:
         wanted = replace(wanted, qkv_bias=True)
     if family.always_untied:

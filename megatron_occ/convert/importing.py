@@ -19,7 +19,7 @@ from megatron_occ.convert.fresh import fresh_weights
 from megatron_occ.convert.plan import ImportPlan, MTPChoice, plan_import
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.source import Source
-from megatron_occ.convert.tokenizer_files import copy_side_files
+from megatron_occ.convert.tokenizer_files import copy_side_files, has_tokenizer
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import HFTokenizer
 from megatron_occ.observe.progress import Progress
@@ -142,7 +142,7 @@ def _meta(source: Source, plan: ImportPlan, megatron_core: str | None) -> dict[s
 
 def _tokenizer_state(folder: Path) -> dict[str, Any] | None:
     """None where the folder has no tokenizer: the checkpoint then goes with any."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         return None
     try:
         return HFTokenizer(folder).state()

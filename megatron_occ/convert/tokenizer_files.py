@@ -12,6 +12,11 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
 _OWN = ("config.json", "plan.json")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy what lies beside the weights, as it is: nothing of it is run.
 
@@ -44,5 +49,7 @@ def write_characters(alphabet: str, folder: Path) -> None:
     fast = Fast(models.WordLevel(vocabulary, unk_token=pad))
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     fast.decoder = decoders.Fuse()
-    written = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=eos, pad_token=pad)
+    written = PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token=eos, pad_token=pad, unk_token=pad
+    )
     written.save_pretrained(folder)

@@ -78,12 +78,12 @@ def kill_after(monkeypatch, trainer_class, step):
     monkeypatch.setattr(trainer_class, "run_step", run_step)
 
 
-def torchrun(folder, ranks, *arguments):
+def torchrun(folder, ranks, *arguments, config=TINY):
     """The command ``rl`` in several processes, for five minutes at most; returns how it ended."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(TINY)]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(config)]
     command += [f"run_dir={folder}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,0 +1,139 @@
+"""A converted checkpoint against transformers: logits of the trunk and of each MTP depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_occ.config.identity import describe
+from megatron_occ.config.schema import Config
+from megatron_occ.convert.checkpoints import read_checkpoint
+from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.families import family_of
+from megatron_occ.convert.source import read_json
+from megatron_occ.convert.table import Family
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.rl.batch import head_targets
+
+ROWS, TOKENS = 4, 16
+# of fp32 logits; a wrong convention gives differences of the size of the logits
+LIMIT = 1e-3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest difference of log-probs, trunk first, and what could not be compared."""
+
+    gaps: list[float]
+    missing: str = ""
+
+    def __str__(self) -> str:
+        names = ["trunk", *(f"MTP depth {k}" for k in range(1, len(self.gaps)))]
+        found = ", ".join(f"{n} {gap:.1e}" for n, gap in zip(names, self.gaps, strict=True))
+        return (
+            f"verified against transformers, largest difference of log-probs in fp32: {found}"
+            + (f"; {self.missing}" if self.missing else "")
+        )
+
+
+def verify(folder: Path, checkpoint: Path) -> Comparison:
+    """Compare random ids under both; whole models in memory, one process.
+
+    Args:
+        folder: Hugging Face's, that the checkpoint was made of.
+        checkpoint: the result.
+
+    Raises:
+        FolderError: they differ, or transformers can't run the model.
+    """
+    found = read_checkpoint(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, found.vocab_size, (ROWS, TOKENS), generator=generator)
+    ours = _ours(checkpoint, found.config, found.vocab_size, ids)
+    theirs, missing = _theirs(folder, ids, len(ours) - 1)
+    gaps = []
+    for depth, logits in enumerate(theirs):
+        length = TOKENS - 1 - depth
+        targets = ids[:, 1 + depth :].unsqueeze(-1)
+        expected = logits[:, :length].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+        gaps.append(float((ours[depth][:, :length] - expected).abs().max()))
+    result = Comparison(gaps, missing)
+    if not all(gap <= LIMIT for gap in gaps):
+        raise FolderError(f"{checkpoint}: is not what transformers computes: {result}")
+    return result
+
+
+@torch.no_grad()
+def _ours(checkpoint: Path, config: Config, vocab_size: int, ids: Tensor) -> list[Tensor]:
+    config.model.max_position_embeddings = max(config.model.max_position_embeddings, TOKENS)
+    layout = initialize(config)
+    try:
+        with torch.enable_grad():
+            actor = MegatronGPTActor(
+                config, vocab_size, layout, optimizer=config.rl.optimizer, total_updates=1
+            )
+        meta = describe(config, read_json(checkpoint / "meta.json").get("tokenizer"), {})
+        load_weights(checkpoint, actor, meta)
+        (model,) = actor.chunks
+        on_device = ids.to(layout.device)
+        places = torch.arange(TOKENS, device=layout.device).expand_as(on_device)
+        request = HeadRequest(head_targets(on_device, actor.num_depths))
+        outputs = model.eval()(on_device, places, None, request=request)
+        heads = outputs.passes[0] if actor.num_depths else ()
+        return [values.float().cpu() for values in (outputs.logprobs, *heads)]
+    finally:
+        shutdown()
+
+
+@torch.no_grad()
+def _theirs(folder: Path, ids: Tensor, depths: int) -> tuple[list[Tensor], str]:
+    """Logits by transformers, and what it cannot run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # it tells of tensors that it leaves alone
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
+    except (ValueError, OSError, ImportError) as error:
+        raise FolderError(f"{folder}: transformers can't run it: {error}") from None
+    output = model(ids, output_hidden_states=True)
+    found, hidden = [output.logits], output.hidden_states[-1]
+    if depths == 0:
+        return found, ""
+    heads = _mtp_model(model, family_of(read_json(folder / "config.json")), depths)
+    if heads is None:
+        return found, "MTP layers not compared: transformers has none for this architecture"
+    if len(heads.layers) < depths:
+        depths, note = len(heads.layers), "depths that were added have nothing to compare with"
+    else:
+        note = ""
+    places = torch.arange(TOKENS).expand_as(ids)
+    for depth in range(depths):
+        ahead, hidden = slice(depth + 1, None), hidden[:, : TOKENS - depth - 1]
+        hidden = heads.forward_layer(depth, hidden, places[:, ahead], None, input_ids=ids[:, ahead])
+        found.append(model.lm_head(hidden))
+    return found, note
+
+
+def _mtp_model(model: Any, family: Family, depths: int) -> Any:
+    """transformers' MTP layers, None for a family that it has none for."""
+    from transformers.modeling_layers import MtpModel
+
+    if family.mtp_prefix != family.layer_prefix or family.depths_key is None:
+        return None
+    first = model.config.num_hidden_layers
+    # where it looks for them; its classes name the layer numbers of the published sizes
+    names = [rf"model\.layers\.{first + depth}\." for depth in range(depths)]
+    model._keys_to_ignore_on_load_unexpected = names
+    return MtpModel.from_pretrained(model, device_map={"": torch.device("cpu")}).eval()
