@@ -22,6 +22,9 @@ def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[
         data: fingerprint of each data source by name.
     """
     model = asdict(config.model)
+    if config.model.mla.yarn.factor is None:
+        # as it was before there was such a thing
+        del model["mla"]["yarn"]
     return {
         "model": {name: value for name, value in model.items() if name not in _LEFT_OUT},
         "mtp_layers": config.mtp.num_layers,

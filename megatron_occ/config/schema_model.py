@@ -32,6 +32,21 @@ class MoEConfig:
 
 
 @dataclass
+class YarnConfig:
+    factor: float | None = option(
+        None, "how much longer the context is than at first (null: not scaled)", above=1
+    )
+    original_max_position_embeddings: int = option(
+        4096, "longest sequence before scaling", minimum=2
+    )
+    beta_fast: float = option(32.0, "turns in the original context, unscaled from there", above=0)
+    beta_slow: float = option(1.0, "turns in the original context, scaled up to there", above=0)
+    mscale: float = option(
+        1.0, "scores are multiplied by (0.1 mscale ln(factor) + 1)**2", minimum=0
+    )
+
+
+@dataclass
 class MLAConfig:
     enabled: bool = option(False, "multi-head latent attention (DeepSeek-V2)")
     q_lora_rank: int | None = option(
@@ -41,6 +56,7 @@ class MLAConfig:
     qk_head_dim: int = option(128, "width of a query/key head without position", minimum=1)
     qk_rope_head_dim: int = option(64, "width of a query/key head with position", minimum=2)
     v_head_dim: int = option(128, "width of a value head", minimum=1)
+    yarn: YarnConfig = section(YarnConfig, "scaled rotary embedding (YaRN, arXiv 2309.00071)")
 
 
 @dataclass

@@ -76,6 +76,12 @@ def _mla(model: ModelConfig) -> Iterator[str]:
             f"model.mla.qk_rope_head_dim={model.mla.qk_rope_head_dim}: the rotary embedding needs "
             f"an even width. Give {model.mla.qk_rope_head_dim + 1}"
         )
+    yarn = model.mla.yarn
+    if yarn.beta_fast <= yarn.beta_slow:
+        yield (
+            f"model.mla.yarn.beta_fast={yarn.beta_fast}: is not above model.mla.yarn.beta_slow="
+            f"{yarn.beta_slow}. Swap them"
+        )
 
 
 def _moe(model: ModelConfig) -> Iterator[str]:

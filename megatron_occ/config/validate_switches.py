@@ -67,6 +67,12 @@ SWITCHES = (
         "model.mla.enabled=true",
     ),
     Switch(
+        "model.mla.yarn.factor",
+        _is(None),
+        _all_but("model.mla.yarn", "factor"),
+        "model.mla.yarn.factor",
+    ),
+    Switch(
         "fp8.format",
         _is("none"),
         ("fp8.scaling",),

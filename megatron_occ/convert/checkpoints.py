@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     meta = read_json(file)
     try:
         model = {**meta["model"], **meta.get("free", {})}
-        sections = {k: v for k, v in model.items() if isinstance(v, dict)}
-        values = {k: v for k, v in model.items() if k not in sections}
-        for name, entries in sections.items():
-            values |= {f"{name}.{key}": value for key, value in entries.items()}
-        config = model_config(values)
+        config = model_config(dict(_flat("", model)))
         config.mtp.num_layers = meta["mtp_layers"]
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(f"{file}: can't be read: {error!r}") from None
@@ -128,6 +125,15 @@ def export_checkpoint(
         write_characters(tokenizer["alphabet"], workspace.folder)
     workspace.publish()
     return plan
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value
 
 
 def _vocabulary(meta: dict[str, Any], config: Config, file: Path) -> int:

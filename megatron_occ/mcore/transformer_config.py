@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megatron_occ.config.pipeline import parse_layout
 from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_model import YarnConfig
 from megatron_occ.mcore.capabilities import uses_transformer_engine
 
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
@@ -62,8 +63,23 @@ def _architecture(config: Config) -> dict[str, Any]:
         qk_head_dim=model.mla.qk_head_dim,
         qk_pos_emb_head_dim=model.mla.qk_rope_head_dim,
         v_head_dim=model.mla.v_head_dim,
-        rope_type="rope",
         rotary_base=model.rotary_base,
+        **_rotary(model.mla.yarn),
+    )
+
+
+def _rotary(yarn: YarnConfig) -> dict[str, Any]:
+    if yarn.factor is None:
+        return dict(rope_type="rope")
+    return dict(
+        rope_type="yarn",
+        rotary_scaling_factor=yarn.factor,
+        original_max_position_embeddings=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+        # equal: sines and cosines are not scaled, scores are
+        mscale=yarn.mscale,
+        mscale_all_dim=yarn.mscale,
     )
 
 

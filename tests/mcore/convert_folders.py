@@ -37,6 +37,15 @@ SIZES = dict(
     eos_token_id=1,
 )
 EPSILON = dict(rms_norm_eps=1e-6)
+YARN = dict(
+    type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=4.0,
+    beta_slow=0.05,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+)
 HEADS = dict(num_key_value_heads=2, head_dim=8)
 EXPERTS = dict(
     n_routed_experts=4,
@@ -64,6 +73,12 @@ CONFIGS = {
         **SIZES | EPSILON,
         **EXPERTS | dict(n_group=1, topk_group=1),
         **LATENT | {"q_lora_rank": None},
+    ),
+    "deepseek yarn": lambda: DeepseekV3Config(
+        **SIZES | EPSILON | dict(rope_theta=10000.0),
+        **_groups(),
+        **LATENT | dict(qk_rope_head_dim=16),
+        rope_scaling=YARN,
     ),
     "glm": lambda: Glm4MoeConfig(
         **SIZES, **HEADS, **EXPERTS, attention_bias=True, use_qk_norm=True

@@ -103,8 +103,8 @@ BROKEN = {
         "Step3p5ForCausalLM can't be converted: each of its MTP depths has an output layer",
     ),
     "scaled rotary embedding": (
-        edit(CONFIG, lambda c: c.update(rope_scaling={"type": "yarn", "factor": 40})),
-        r"config\.json: rope_scaling has the type 'yarn'",
+        edit(CONFIG, lambda c: c.update(rope_scaling={"type": "linear", "factor": 40})),
+        r"config\.json: rope_scaling has the type 'linear': only 'yarn' can be converted",
     ),
     "unknown setting": (
         edit(CONFIG, lambda c: c.update(hidden_act="gelu")),

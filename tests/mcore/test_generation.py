@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_model import YarnConfig
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import HeadRequest
@@ -224,3 +225,24 @@ def test_training_after_generation_has_the_gradients_of_before(model):
     assert before.keys() == after.keys()
     for name, gradient in before.items():
         assert torch.equal(after[name], gradient), name
+
+
+def test_a_scaled_rotary_embedding_is_that_of_the_training_forward(layout):
+    config = small_config(depths=1)
+    config.model.mla.enabled = True
+    config.model.mla.qk_rope_head_dim = 16
+    config.model.mla.yarn = YarnConfig(4.0, 8, beta_fast=4.0, beta_slow=0.05)
+    scaled = build_model(config, VOCABULARY, layout.device)
+    config.model.mla.yarn = YarnConfig()
+    plain = build_model(config, VOCABULARY, layout.device)
+    plain.load_state_dict(scaled.state_dict())
+    found = respond(scaled, prompts(), speculation=Speculation(2))
+    gaps = []
+    for model in (scaled, plain):
+        for prompt, tokens, logprobs in zip(prompts(), found.tokens, found.logprobs, strict=True):
+            ids = torch.tensor([prompt + tokens])
+            expected = training_logprobs(model, ids, head_targets(ids, 0))
+            part = expected[0, len(prompt) - 1 : -1]
+            gaps.append((model, (part - torch.tensor(logprobs)).abs().max()))
+    assert all(gap < 1e-5 for model, gap in gaps if model is scaled)
+    assert any(gap > 1e-2 for model, gap in gaps if model is plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_occ.config.schema_model import ModelConfig
@@ -78,8 +78,14 @@ MTP_DUPLICATES = (
 ROTARY_TABLES = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
-def dense_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+def dense_settings(
+    hf: Mapping[str, Any], rotary: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Settings of the kind that all families have.
+
+    Args:
+        hf: content of ``config.json``.
+        rotary: reads the rotary embedding; None: unscaled ones alone.
 
     Raises:
         ValueError: an entry that is missing, or that Megatron-Core's GPT as built here has not.
@@ -102,7 +108,7 @@ def dense_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_epsilon": need(hf, "rms_norm_eps"),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "init_std": hf.get("initializer_range", 0.02),
-        **rotary_settings(hf),
+        **(rotary or rotary_settings)(hf),
     }
 
 
@@ -115,15 +121,33 @@ def head_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotary_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and part of the rotary embedding, from where any release of transformers puts them."""
-    parameters = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """Base and part of the rotary embedding, from where any release of transformers puts them.
+
+    Raises:
+        ValueError: no base, or a scaled embedding.
+    """
+    kind, _ = rotary_scaling(hf)
     if kind != "default":
         raise ValueError(
-            f"rope_scaling has the type {kind!r}: scaled rotary embeddings are not built here, and "
-            "every position would be wrong. Only unscaled ones can be converted"
+            f"rope_scaling has the type {kind!r}: this architecture's rotary embedding is not "
+            "scaled here, and every position would be wrong. Only unscaled ones can be converted"
         )
+    return rotary_base(hf)
+
+
+def rotary_scaling(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Kind of scaling, ``default`` where there is none, and its entries."""
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    return scaling.get("rope_type", scaling.get("type", "default")), scaling
+
+
+def rotary_base(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and part of the rotary embedding.
+
+    Raises:
+        ValueError: there is no base, or it is no whole number.
+    """
+    parameters = hf.get("rope_parameters") or {}
     base = parameters.get("rope_theta", hf.get("rope_theta"))
     if base is None:
         raise ValueError("rope_theta is missing")

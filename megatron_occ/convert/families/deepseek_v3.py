@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.config.schema_model import ModelConfig, YarnConfig
 from megatron_occ.convert.families.common import (
     DENSE_MLP,
     EXPERT_MLP,
@@ -20,6 +20,8 @@ from megatron_occ.convert.families.common import (
     describe_experts,
     expert_settings,
     need,
+    rotary_base,
+    rotary_scaling,
 )
 from megatron_occ.convert.table import Family
 
@@ -31,7 +33,7 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     # that of the latents' norms, whatever the entry says; Megatron-Core has one for all norms
     accept(hf, "rms_norm_eps", 1e-6)
     return (
-        dense_settings(hf)
+        dense_settings(hf, _rotary)
         | expert_settings(hf)
         | {
             "qk_layernorm": True,
@@ -43,6 +45,48 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
             "mla.v_head_dim": need(hf, "v_head_dim"),
         }
     )
+
+
+def _rotary(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, and YaRN's entries."""
+    kind, scaling = rotary_scaling(hf)
+    if kind == "default":
+        return rotary_base(hf)
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling has the type {kind!r}: only 'yarn' can be converted")
+    scale = scaling.get("mscale", 1.0)
+    if scaling.get("mscale_all_dim") != scale:
+        raise ValueError(
+            f"rope_scaling has mscale={scale} and mscale_all_dim={scaling.get('mscale_all_dim')}: "
+            "only equal ones can be converted, as DeepSeek-V3 has them"
+        )
+    accept(scaling, "truncate", True)
+    accept(scaling, "attention_factor", 1.0)
+    return {
+        **rotary_base(hf),
+        "mla.yarn.factor": float(need(scaling, "factor")),
+        "mla.yarn.original_max_position_embeddings": need(
+            scaling, "original_max_position_embeddings"
+        ),
+        "mla.yarn.beta_fast": float(scaling.get("beta_fast", 32)),
+        "mla.yarn.beta_slow": float(scaling.get("beta_slow", 1)),
+        "mla.yarn.mscale": float(scale),
+    }
+
+
+def _describe_rotary(yarn: YarnConfig) -> dict[str, Any]:
+    if yarn.factor is None:
+        return {}
+    scaling = {
+        "type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale,
+    }
+    return {"rope_scaling": scaling}
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
@@ -60,6 +104,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
             "qk_nope_head_dim": mla.qk_head_dim,
             "qk_rope_head_dim": mla.qk_rope_head_dim,
             "v_head_dim": mla.v_head_dim,
+            **_describe_rotary(mla.yarn),
         }
     )
 

@@ -25,6 +25,8 @@ from megatron_occ.convert.table import Family
 
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers turns half of a head where nothing is said
+    hf = {"partial_rotary_factor": 0.5, **hf}
     return (
         dense_settings(hf)
         | head_settings(hf)

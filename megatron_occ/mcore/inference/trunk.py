@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +80,8 @@ class Trunk:
             heads = dict(turned=config.num_attention_heads // config.num_query_groups + 1, kept=1)
         exponents = torch.arange(0, part, 2, dtype=torch.float32, device=device) / part
         frequencies = 1.0 / (chunk.rotary_base**exponents)
+        if config.multi_latent_attention and config.rope_type == "yarn":
+            frequencies = yarn_frequencies(frequencies, config)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
         return Rotary(angles, width, **heads, dtype=self.dtype)
 
@@ -179,3 +183,27 @@ class Placer:
         cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
         places = (cache.starts[:rows] + positions).flatten()
         return Tokens(rows, each, places, cos, sin, self.rotary.half, spans)
+
+
+def yarn_frequencies(frequencies: Tensor, config: Any) -> Tensor:
+    """Frequencies of a scaled context (YaRN, arXiv 2309.00071, section 3.2).
+
+    Those that turn often in the original context stay, those that hardly turn are divided by the
+    factor, a ramp between them.
+
+    Args:
+        frequencies: [width / 2] of the original context.
+        config: of the transformer.
+    """
+    pairs, original = len(frequencies), config.original_max_position_embeddings
+
+    def pair(turns: float) -> float:
+        """The pair of channels that turns so often in the original context."""
+        wave = original / (turns * 2 * math.pi)
+        return pairs * math.log(wave) / math.log(config.rotary_base)
+
+    low = max(math.floor(pair(config.beta_fast)), 0)
+    high = min(math.ceil(pair(config.beta_slow)), 2 * pairs - 1)
+    places = torch.arange(pairs, dtype=torch.float32, device=frequencies.device)
+    scaled = ((places - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - scaled) + frequencies / config.rotary_scaling_factor * scaled
