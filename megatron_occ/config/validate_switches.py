@@ -47,6 +47,12 @@ def _all_but(section: str, *names: str) -> tuple[str, ...]:
     return tuple(key for key in leaves() if key.startswith(f"{section}.") and key not in without)
 
 
+_YARN = (
+    "yarn.original_max_position_embeddings",
+    "yarn.beta_fast",
+    "yarn.beta_slow",
+    "yarn.mscale",
+)
 SWITCHES = (
     Switch(
         "model.moe.num_experts",
@@ -63,13 +69,13 @@ SWITCHES = (
     Switch(
         "model.mla.enabled",
         _is(False),
-        _all_but("model.mla", "enabled"),
+        _all_but("model.mla", "enabled", *_YARN),
         "model.mla.enabled=true",
     ),
     Switch(
         "model.mla.yarn.factor",
         _is(None),
-        _all_but("model.mla.yarn", "factor"),
+        tuple(f"model.mla.{name}" for name in _YARN),
         "model.mla.yarn.factor",
     ),
     Switch(

@@ -79,6 +79,11 @@ SWITCHED_OFF = [
     ("", "model.mla.qk_head_dim=8", "model.mla.enabled=false", "model.mla.qk_head_dim=128"),
     ("", "model.mla.qk_rope_head_dim=8", "model.mla.enabled=false", "qk_rope_head_dim=64"),
     ("", "model.mla.v_head_dim=8", "model.mla.enabled=false", "model.mla.v_head_dim=128"),
+    ("", "model.mla.yarn.factor=4", "model.mla.enabled=false", "model.mla.yarn.factor=null"),
+    *(
+        ("", f"model.mla.yarn.{key}=7", "model.mla.yarn.factor=null", "model.mla.yarn.factor")
+        for key in ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale")
+    ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",
