@@ -1,6 +1,6 @@
 """A large synthetic checkpoint there and back: memory, speed, and what an interruption costs.
 
-    python -m benchmarks.convert --folder /scratch/convert [--gigabytes 20 --shards 40]
+    python -m benchmarks.convert --folder SCRATCH [--gigabytes 20 --shards 40]
 
 Writes a MiMo of that size (bf16, K = 1), converts it, and prints time and peak memory of the
 process; converts it again, killed at a random point and started once more, and compares every byte;

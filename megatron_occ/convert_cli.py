@@ -15,12 +15,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "megatron-occ convert") -> None:
     """Exits with 1 and a message where something does not fit."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(";")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    _add_import(commands)
-    _add_export(commands)
-    _add_inspect(commands)
-    options = parser.parse_args(arguments)
+    options = make_parser(prog).parse_args(arguments)
     try:
         options.run(options)
     except FolderError as error:
@@ -30,6 +25,16 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "megatron-occ co
         sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted; the same command continues")
+
+
+def make_parser(prog: str = "megatron-occ convert") -> argparse.ArgumentParser:
+    """Of the three commands; ``run`` of what it returns does the work."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(";")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_import(commands)
+    _add_export(commands)
+    _add_inspect(commands)
+    return parser
 
 
 def _add_import(commands: argparse._SubParsersAction) -> None:

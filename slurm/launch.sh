@@ -1,4 +1,5 @@
-# What the .sbatch files share. `launch COMMAND ARGUMENTS...` runs megatron-occ on all nodes of the job.
+# What the .sbatch files share. `launch COMMAND ARGUMENTS...` runs megatron-occ on all nodes of the job,
+# `convert ARGUMENTS...` one process of it.
 # shellcheck shell=bash
 
 # shellcheck source=slurm/site.sh
@@ -35,6 +36,13 @@ launch() {
     say "$WORLD_SIZE processes on $SLURM_JOB_NUM_NODES nodes, a log of each in $logs"
     train "$run_dir" --output="$logs/rank_%4t.log" --open-mode=append \
         bash slurm/rank.sh "$command" "$@"
+}
+
+# One process that converts a checkpoint; it needs no GPU.
+convert() {
+    set_rendezvous
+    export WORLD_SIZE=1
+    run_step --nodes=1 --ntasks=1 bash slurm/rank.sh convert "$@"
 }
 
 # Environment of torch's rendezvous but for the ranks, which rank.sh sets.

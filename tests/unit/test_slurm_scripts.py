@@ -118,6 +118,15 @@ def test_a_process_for_each_task_runs_the_command_with_the_arguments(job, script
     assert not job.run_dir.exists()
 
 
+def test_a_conversion_is_one_process(job):
+    done = job("import", "a b", "out", script="convert", SLURM_NTASKS_PER_NODE="1")
+    assert done.returncode == 0, done.stderr
+    (call,) = job.calls
+    wanted = "--cpus-per-task=16 --nodes=1 --ntasks=1 bash slurm/rank.sh convert import a b out"
+    assert call == f"1 node7 23456 {wanted}"
+    assert {"--requeue", "--open-mode=append", "--ntasks=1"} <= directives("convert")
+
+
 @pytest.mark.parametrize(
     ("asked", "gpus"),
     [
