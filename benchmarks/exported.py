@@ -97,7 +97,10 @@ def _theirs(model: DemoModel, peer: Any, prompts: list[list[int]], mtp: bool) ->
 
 def _same_tokens(model: DemoModel, checkpoint: Path, count: int) -> None:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     prompts = model.prompts(count)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "hf"
@@ -138,23 +141,27 @@ def _same_drafts(model: DemoModel, checkpoint: Path) -> None:
 
 
 @contextmanager
-def _counted() -> Iterator[list[int]]:
-    """List that fills with the number of accepted tokens of each draft."""
+def _counted() -> Iterator[list[bool]]:
+    """List that fills with whether each draft of one token is the token that came.
+
+    transformers' own number of matches leaves out a draft that ends a response.
+    """
     from transformers.generation.candidate_generator import MTPCandidateGenerator
 
-    found: list[int] = []
+    found: list[bool] = []
     propose = MTPCandidateGenerator.get_candidates
     update = MTPCandidateGenerator.update_candidate_strategy
-    drafted: list[bool] = []
+    drafted: list[torch.Tensor] = []
 
     def get_candidates(self: Any, *args: Any, **kwargs: Any) -> Any:
         ids, logits = propose(self, *args, **kwargs)
-        drafted.append(logits is not None)
+        drafted[:] = [] if logits is None else [ids]
         return ids, logits
 
-    def note(self: Any, input_ids: Any, scores: Any, num_matches: int) -> Any:
-        if drafted[-1]:
-            found.append(int(num_matches))
+    def note(self: Any, input_ids: torch.Tensor, scores: Any, num_matches: int) -> Any:
+        for ids in drafted:
+            place = ids.size(1) - 1
+            found.append(bool(input_ids[0, place] == ids[0, place]))
         return update(self, input_ids, scores, num_matches)
 
     with (

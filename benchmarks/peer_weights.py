@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,21 @@ from torch import Tensor
 
 from benchmarks.plain_model import head_sizes
 from megatron_occ.config.schema import Config, ModelConfig
+from megatron_occ.convert.families.common import MTP
+from megatron_occ.convert.families.dense import LLAMA
+from megatron_occ.convert.slots import model_slots
+from megatron_occ.convert.table import expand
 from megatron_occ.mcore.model import OCCGPTModel
 
-# names of Megatron-Core's parameters, and the same part's name in a checkpoint of transformers
-_NAMES = (
-    ("embedding.word_embeddings.", "model.embed_tokens."),
-    ("decoder.final_layernorm.", "model.norm."),
-    ("decoder.layers.", "model.layers."),
-    ("output_layer.", "lm_head."),
-    ("transformer_layer.", ""),
+# names in a live model, and in a checkpoint
+_KEPT_AS = (
+    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+    (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
     # from Megatron-Core 0.17
-    ("mtp_model_layer.", ""),
-    ("final_layernorm.", "shared_head.norm."),
-    ("pre_mlp_layernorm.", "post_attention_layernorm."),
-    ("self_attention.linear_proj.", "self_attn.o_proj."),
-    ("self_attention.", "self_attn."),
-    ("mlp.linear_fc2.", "mlp.down_proj."),
+    (".mtp_model_layer.", ".transformer_layer."),
 )
+# Llama with MTP layers where DeepSeek-V3 has them, behind the trunk's
+_TABLE = replace(LLAMA, depths_key="num_mtp_layers", mtp=MTP, mtp_prefix=LLAMA.layer_prefix)
 
 
 def export_peer(
@@ -71,7 +69,7 @@ def export_peer(
     _check(config.model)
     peer = peer_config(config, model.vocab_size, stop_ids=stop_ids, pad_id=pad_id)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = from_megatron(dict(model.named_parameters()), config.model)
+    weights = from_megatron(dict(model.named_parameters()), config, model.vocab_size)
     # tensors of a file must not share memory
     copies = {name: tensor.detach().float().cpu().clone() for name, tensor in weights.items()}
     save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
@@ -158,43 +156,26 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def from_megatron(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def from_megatron(tensors: dict[str, Tensor], config: Config, rows: int) -> dict[str, Tensor]:
     """Megatron-Core's weights under the names and in the layout of a transformers checkpoint.
 
-    Megatron keeps the rows of queries, keys and values together for each key/value group, and those
-    of gate and up in one matrix. MTP layer k is layer ``num_layers + k`` of the checkpoint.
+    Args:
+        tensors: parameters of a model on one process, by name.
+        config: the configuration it was built with.
+        rows: of embedding and output layer.
     """
-    converted = {}
-    for name, tensor in tensors.items():
-        place = re.sub(
-            r"^mtp\.layers\.(\d+)\.",
-            lambda match: f"model.layers.{model.num_layers + int(match[1])}.",
-            name,
-        )
-        for theirs, ours in _NAMES:
-            place = place.replace(theirs, ours)
-        converted |= _parts(place, tensor, model)
-    return converted
-
-
-def _parts(name: str, tensor: Tensor, model: ModelConfig) -> dict[str, Tensor]:
-    """The tensors that one of Megatron-Core's is made of."""
-    heads, groups, channels = head_sizes(model)
-    if ".linear_fc1." in name:
-        names, parts = ("gate_proj", "up_proj"), tensor.chunk(2)
-        return {name.replace("linear_fc1", n): p for n, p in zip(names, parts, strict=True)}
-    if ".linear_qkv." not in name:
-        return {name: tensor}
-    blocks = tensor.reshape(groups, heads // groups + 2, channels, *tensor.shape[1:])
-    query, key, value = (
-        part.flatten(0, 2) for part in blocks.split((heads // groups, 1, 1), dim=1)
-    )
-    named = {"q_proj": query, "k_proj": key, "v_proj": value}
-    parts = {name.replace("linear_qkv", n): part for n, part in named.items()}
-    if name.endswith("bias"):
+    model, converted, ours = config.model, {}, dict(tensors)
+    for live, kept in _KEPT_AS:
+        ours = {name.replace(live, kept): tensor for name, tensor in ours.items()}
+    for move in expand(_TABLE, model, model_slots(model, config.mtp.num_layers, rows)):
+        parts = move.transform.split(ours[move.slot.name], model)
+        converted |= zip(move.theirs, parts, strict=True)
+    if model.qkv_bias:
         # Llama's flag adds a bias to the output projection too
-        parts[name.replace("linear_qkv", "o_proj")] = tensor.new_zeros(model.hidden_size)
-    return parts
+        queries = [name for name in converted if name.endswith("q_proj.bias")]
+        zeros = torch.zeros(model.hidden_size)
+        converted |= {name.replace("q_proj", "o_proj"): zeros for name in queries}
+    return converted
 
 
 def _check(model: ModelConfig) -> None:
