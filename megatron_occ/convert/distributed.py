@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -59,7 +60,7 @@ class DistributedWriter:
         self, folder: Path, parts: Sequence[Sequence[Slot]], dtypes: dict[str, torch.dtype]
     ) -> None:
         self.folder, self.parts, self.dtypes = folder, parts, dtypes
-        self._writer = FileSystemWriter(folder)
+        self._writer = _Writer(folder)
         plans = [SavePlan([self._item(slot) for slot in part]) for part in parts]
         self._plans = self._writer.prepare_global_plan(plans)
 
@@ -91,8 +92,6 @@ class DistributedWriter:
         for slot in (slot for part in self.parts for slot in part):
             entry = tensors.setdefault(slot.key, self._tensor(slot))
             entry.chunks.append(_chunk(slot))
-        # a checkpoint's bytes depend on its content alone
-        self._writer.save_id = "converted"
         metadata = Metadata(state_dict_metadata=tensors)
         self._writer.finish(metadata, results)
         torch.save({}, self.folder / "common.pt")
@@ -117,6 +116,12 @@ class DistributedWriter:
                 torch.Size(slot.whole),
             ),
         )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        """Neither path nor number of the call: the bytes depend on the content alone."""
+        return StorageMeta()
 
 
 class _Planner(SavePlanner):

@@ -75,9 +75,8 @@ def import_folder(
     plan = plan_import(source, mtp, dtype)
     meta = _meta(source, plan, megatron_core)
     parts = list(_parts(plan, part))
+    _compare_duplicates(source, plan)
     workspace = Workspace(target, _identity(source, plan, parts, meta), force=force)
-    if not workspace.continues:
-        _compare_duplicates(source, plan)
     by_name = {move.slot.name: move for move in plan.moves}
     writer = DistributedWriter(workspace.folder, parts, plan.dtypes)
     done = sum(len(slots) for number, slots in enumerate(parts) if writer.is_written(number))

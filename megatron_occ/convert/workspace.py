@@ -23,7 +23,6 @@ class Workspace:
 
     Attributes:
         folder: to write into.
-        continues: it holds files of an interrupted call with the same plan.
 
     Raises:
         FolderError: the target is there.
@@ -36,8 +35,8 @@ class Workspace:
         self.folder = target.with_name(f"{target.name}.partial")
         digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         file = self.folder / _PLAN
-        self.continues = file.is_file() and file.read_text() == digest
-        if not self.continues:
+        # files of an interrupted call with the same plan stay
+        if not file.is_file() or file.read_text() != digest:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             file.write_text(digest)

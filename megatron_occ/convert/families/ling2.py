@@ -28,6 +28,10 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     accept(hf, "use_qkv_bias", False)
     accept(hf, "router_dtype", "fp32")
     accept(hf, "moe_router_enable_expert_bias", True)
+    accept(hf, "norm_head", False)
+    accept(hf, "use_rmsnorm", True)
+    shared = (hf.get("num_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
+    accept(hf, "moe_shared_expert_intermediate_size", shared)
     if hf.get("rotary_dim") is not None:
         part = hf["rotary_dim"] / hf["head_dim"]
         accept(hf, "partial_rotary_factor", part)
