@@ -51,7 +51,7 @@ def test_an_import_goes_on_and_ends_with_the_same_bytes(folder, tmp_path, monkey
     assert not (tmp_path / "cut").exists()
     again = import_folder(folder, tmp_path / "cut", mtp=KEEP, part=SMALL)
     assert again.parts == whole.parts == whole.written
-    assert (again.written < whole.written) == (count > 10)
+    assert count < 60 or again.written < whole.written
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert not (tmp_path / "cut.partial").exists()
 
