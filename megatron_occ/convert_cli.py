@@ -111,6 +111,10 @@ def _import(options: argparse.Namespace) -> None:
         source = Source(options.source)
         print(import_text(source, plan_import(source, mtp, dtype)))
         return
+    if options.verify:
+        from megatron_occ.mcore.verify import check_reference, verify
+
+        check_reference(options.source)
     done = import_folder(
         options.source,
         options.target,
@@ -121,8 +125,6 @@ def _import(options: argparse.Namespace) -> None:
     )
     print(done_text(done, options.target))
     if options.verify:
-        from megatron_occ.mcore.verify import verify
-
         print(verify(options.source, options.target))
 
 

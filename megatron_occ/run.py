@@ -19,7 +19,9 @@ from megatron_occ.config.identity import describe
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.convert.importing import import_folder
+from megatron_occ.convert.plan import plan_import
 from megatron_occ.convert.settings import choice_for
+from megatron_occ.convert.source import Source
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Task, build_task
 from megatron_occ.data.tokenizers import Tokenizer
@@ -93,6 +95,8 @@ class Run:
         pretrains = command == "pretrain" or (trains and pretrains_first(config))
         if start is not None:
             check_weights(Path(start), self.describe({}))
+        elif config.model.from_hf is not None and command != "eval":
+            self._check_folder(Path(config.model.from_hf))
         return read_inputs(
             config,
             self.task,
@@ -101,6 +105,14 @@ class Run:
             trains=trains,
             evaluates=command == "eval",
         )
+
+    def _check_folder(self, folder: Path) -> None:
+        """Account for every tensor of ``model.from_hf``; called by all ranks."""
+
+        def check() -> None:
+            plan_import(Source(folder), choice_for(folder, self.config.mtp.num_layers), None)
+
+        MainRank().run(check)
 
     def open_folder(self) -> None:
         """Create the run folder, or open it again to resume, and start the log."""

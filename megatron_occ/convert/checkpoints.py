@@ -90,8 +90,17 @@ def export_checkpoint(
         FolderError: what does not fit, or the target is there.
     """
     found = read_checkpoint(checkpoint)
+    kept = read_json(like / "config.json") if like is not None else None
+    if kept is not None and architecture not in (None, *kept.get("architectures", ())):
+        raise FolderError(
+            f"--architecture {architecture}: {like / 'config.json'} has another one. Leave out "
+            "--like, or --architecture"
+        )
     if like is None and (checkpoint / SIDE_FOLDER).is_dir():
         like = checkpoint / SIDE_FOLDER
+        stored = read_json(like / "config.json")
+        # another architecture is described anew
+        kept = stored if architecture in (None, *stored.get("architectures", ())) else None
     origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
     reader: Reader = DistributedReader(checkpoint)
     if before_final_norm:
@@ -102,7 +111,7 @@ def export_checkpoint(
         0 if drop_mtp else found.config.mtp.num_layers,
         found.vocab_size,
         architecture=architecture,
-        like=read_json(like / "config.json") if like is not None and architecture is None else None,
+        like=kept,
         duplicates=origin.get("duplicates"),
         dtype=dtype,
         expert_bias=getattr(torch, origin.get("expert_bias") or "float32"),
@@ -113,11 +122,16 @@ def export_checkpoint(
             f"{checkpoint}: the tokenizer is not part of it. Give --like FOLDER, the folder that "
             "the tokenizer comes from"
         )
+    if before_final_norm and (plan.family.architecture != "MiMoForCausalLM" or not plan.depths):
+        raise FolderError(
+            f"--reader vllm: is about the MTP layers of MiMo, this is {plan.family.architecture} "
+            f"with {plan.depths}. Leave it out"
+        )
     if dry_run:
         return plan
     identity = [str(checkpoint.resolve()), plan.content, [str(o) for o in plan.outputs]]
     identity += [shard, before_final_norm, (checkpoint / ".metadata").stat().st_mtime_ns]
-    workspace = Workspace(target, identity, force=force)
+    workspace = Workspace(checkpoint, target, identity, force=force)
     write_weights(plan, reader, workspace.folder, shard=shard)
     if like is not None:
         copy_side_files(like, workspace.folder)

@@ -8,6 +8,7 @@ says where each part of each tensor lies. Beside them Megatron-Core wants ``meta
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import pickle
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.slots import Slot
+from megatron_occ.convert.workspace import NOTES
 
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -51,7 +53,7 @@ class DistributedWriter:
     """Writes a checkpoint in parts, each a file; finished parts outlive an interruption.
 
     Args:
-        folder: exists; may hold finished parts of the same checkpoint.
+        folder: of a ``Workspace``; may hold finished parts of the same checkpoint.
         parts: slots of each part.
         dtypes: of each slot, by name.
     """
@@ -83,7 +85,7 @@ class DistributedWriter:
         temporary.replace(record)
 
     def finish(self) -> None:
-        """Write what makes a checkpoint of the parts, and remove their records."""
+        """Write what makes a checkpoint of the parts."""
         results = []
         for number in range(len(self.parts)):
             rows = json.loads(self._record(number).read_text())
@@ -96,11 +98,9 @@ class DistributedWriter:
         self._writer.finish(metadata, results)
         torch.save({}, self.folder / "common.pt")
         (self.folder / "metadata.json").write_text(json.dumps(_BACKEND))
-        for number in range(len(self.parts)):
-            self._record(number).unlink()
 
     def _record(self, number: int) -> Path:
-        return self.folder / f"part_{number:05d}.json"
+        return self.folder / NOTES / f"part_{number:05d}.json"
 
     def _tensor(self, slot: Slot) -> TensorStorageMetadata:
         properties = TensorProperties(dtype=self.dtypes[slot.name])
@@ -168,8 +168,9 @@ class DistributedReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+            with (folder / ".metadata").open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
             raise FolderError(f"{folder}: is no distributed checkpoint: {error}") from None
         self._tensors = {
             key: entry
@@ -239,6 +240,27 @@ class DistributedReader:
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise FolderError(f"{file}: {key} can't be read: {error}") from None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Of ``.metadata``, which torch pickles: the classes that it consists of, and nothing else."""
+
+    _MODULES = tuple(
+        f"torch.distributed.checkpoint.{m}" for m in ("metadata", "filesystem", "planner")
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in self._MODULES and "." not in name:
+            found = getattr(importlib.import_module(module), name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return getattr(torch, name)
+        if (module, name) in (("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")):
+            return getattr(importlib.import_module(module), name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
 def _fits(found: tuple[int, ...], slot: Slot) -> bool:

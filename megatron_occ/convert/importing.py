@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from megatron_occ.convert.tokenizer_files import copy_side_files, has_tokenizer
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import HFTokenizer
 from megatron_occ.observe.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 # bytes of a file of the checkpoint, of which a part that was interrupted is written again
 PART = 1 << 30
@@ -76,7 +79,7 @@ def import_folder(
     meta = _meta(source, plan, megatron_core)
     parts = list(_parts(plan, part))
     _compare_duplicates(source, plan)
-    workspace = Workspace(target, _identity(source, plan, parts, meta), force=force)
+    workspace = Workspace(folder, target, _identity(source, plan, parts, meta), force=force)
     by_name = {move.slot.name: move for move in plan.moves}
     writer = DistributedWriter(workspace.folder, parts, plan.dtypes)
     done = sum(len(slots) for number, slots in enumerate(parts) if writer.is_written(number))
@@ -146,7 +149,8 @@ def _tokenizer_state(folder: Path) -> dict[str, Any] | None:
     try:
         return HFTokenizer(folder).state()
     except ValueError as error:
-        raise FolderError(f"{folder}: {error}") from None
+        logger.warning("the checkpoint will go with any tokenizer: %s", error)
+        return None
 
 
 def _identity(
@@ -170,10 +174,7 @@ def _identity(
 def _compare_duplicates(source: Source, plan: ImportPlan) -> None:
     problems = []
     for name, original in plan.duplicates.items():
-        entry, other = source.entries[name], source.entries.get(original)
-        if other is None:
-            # a tied model has no output layer of its own
-            continue
+        entry, other = source.entries[name], source.entries[original]
         same = (entry.shape, entry.dtype) == (other.shape, other.dtype)
         if not same or not torch.equal(source.tensor(name), source.tensor(original)):
             problems.append(

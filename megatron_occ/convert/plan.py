@@ -107,11 +107,11 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
     extra = _more_depths(model_slots(model, depths, rows), moves, kept, mtp)
     duplicates = {
         name: original
-        for name, original in family.duplicate_names(model, found).items()
+        for name, original in family.duplicate_names(model, kept).items()
         if name in source.entries
     }
     if model.tie_embeddings and "lm_head.weight" in source.entries:
-        duplicates["lm_head.weight"] = _embedding_name(family)
+        duplicates["lm_head.weight"] = family.embedding
     dropped = [
         name
         for depth in range(kept, found)
@@ -150,11 +150,6 @@ def model_config(settings: dict[str, Any]) -> Config:
     """A configuration with these values of section ``model``."""
     given = [f"model.{key}={json.dumps(value)}" for key, value in settings.items()]
     return load_config([], given)
-
-
-def _embedding_name(family: Family) -> str:
-    (rule,) = [rule for rule in family.top if rule.ours.startswith("embedding.")]
-    return rule.names[0]
 
 
 def _mtp_prefix(family: Family, layers: int, depth: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_occ.config.keys import leaves
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.plan import MTPChoice
@@ -24,7 +25,13 @@ def folder_settings(folder: Path) -> dict[str, Any]:
         settings = family_of(content).settings(content)
     except ValueError as error:
         raise FolderError(f"{file}: {error}") from None
-    values = {f"model.{key}": value for key, value in settings.items()}
+    # what the family does not speak of it does not have
+    values = {
+        key: leaf.default()
+        for key, leaf in leaves().items()
+        if key.startswith("model.") and key != "model.from_hf"
+    }
+    values |= {f"model.{key}": value for key, value in settings.items()}
     values["mtp.num_layers"] = folder_depths(folder)
     if has_tokenizer(folder):
         values |= {"tokenizer.kind": "hf", "tokenizer.path": str(folder)}

@@ -76,10 +76,17 @@ class Family:
     always_biased: bool = False
     always_untied: bool = False
 
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding."""
+        return next(r.names[0] for r in self.top if r.ours.startswith("embedding."))
+
     def duplicate_names(self, model: ModelConfig, depths: int) -> dict[str, str]:
         """Tensors that repeat another one, by name."""
         found = {}
         for name, source in self.duplicates:
+            if model.tie_embeddings and source == "lm_head.weight":
+                source = self.embedding
             for k in range(depths) if "{" in name else (0,):
                 found[name.format(n=model.num_layers + k, k=k)] = source
         return found

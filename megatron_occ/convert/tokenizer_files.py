@@ -9,7 +9,7 @@ from megatron_occ.data.tokenizers import CharTokenizer
 
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
 # what a conversion writes itself
-_OWN = ("config.json", "plan.json")
+_OWN = ("config.json",)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -95,6 +95,8 @@ def _experts(config: Config) -> dict[str, Any]:
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
         moe_layer_freq=[0] * dense + [1] * (model.num_layers - dense),
         moe_router_score_function=moe.score_function,
+        # as every family with experts computes it: in bf16 a token in ten would go elsewhere
+        moe_router_dtype="fp32",
         moe_router_enable_expert_bias=moe.expert_bias,
         moe_router_bias_update_rate=moe.bias_update_rate,
         moe_router_topk_scaling_factor=moe.scaling_factor,

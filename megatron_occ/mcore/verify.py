@@ -12,8 +12,11 @@ from torch import Tensor
 from megatron_occ.config.identity import describe
 from megatron_occ.config.schema import Config
 from megatron_occ.convert.checkpoints import read_checkpoint
+from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
+from megatron_occ.convert.families.dense import MIMO
+from megatron_occ.convert.slots import model_slots
 from megatron_occ.convert.source import read_json
 from megatron_occ.convert.table import Family
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -47,17 +50,19 @@ def verify(folder: Path, checkpoint: Path) -> Comparison:
     """Compare random ids under both; whole models in memory, one process.
 
     Args:
-        folder: Hugging Face's, that the checkpoint was made of.
+        folder: Hugging Face's, that the checkpoint was made of; see :func:`check_reference`.
         checkpoint: the result.
 
     Raises:
-        FolderError: they differ, or transformers can't run the model.
+        FolderError: they differ.
     """
     found = read_checkpoint(checkpoint)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, found.vocab_size, (ROWS, TOKENS), generator=generator)
     ours = _ours(checkpoint, found.config, found.vocab_size, ids)
-    theirs, missing = _theirs(folder, ids, len(ours) - 1)
+    slots = model_slots(found.config.model, 0, found.vocab_size)
+    dtype = DistributedReader(checkpoint).dtype(slots["embedding.word_embeddings.weight"])
+    theirs, missing = _theirs(folder, ids, len(ours) - 1, dtype)
     gaps = []
     for depth, logits in enumerate(theirs):
         length = TOKENS - 1 - depth
@@ -92,21 +97,46 @@ def _ours(checkpoint: Path, config: Config, vocab_size: int, ids: Tensor) -> lis
         shutdown()
 
 
+def check_reference(folder: Path) -> None:
+    """Whether transformers can run a folder's model here, before work is done.
+
+    Raises:
+        FolderError: it can't; says why.
+    """
+    content = read_json(folder / "config.json")
+    if content.get("quantization_config") is not None:
+        raise FolderError(f"{folder}: transformers runs fp8 weights on GPUs alone: no --verify")
+    try:
+        _reference_config(folder)
+    except (ValueError, OSError, ImportError) as error:
+        raise FolderError(f"{folder}: transformers can't run it: no --verify ({error})") from None
+
+
+def _reference_config(folder: Path) -> Any:
+    """transformers' configuration; MiMo's trunk is Qwen2's, and needs none of its own code."""
+    from transformers import AutoConfig, Qwen2Config
+
+    content = read_json(folder / "config.json")
+    if family_of(content) is MIMO:
+        own = ("model_type", "architectures", "auto_map")
+        return Qwen2Config(**{key: value for key, value in content.items() if key not in own})
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 @torch.no_grad()
-def _theirs(folder: Path, ids: Tensor, depths: int) -> tuple[list[Tensor], str]:
-    """Logits by transformers, and what it cannot run."""
+def _theirs(folder: Path, ids: Tensor, depths: int, dtype: torch.dtype) -> tuple[list[Tensor], str]:
+    """Logits by transformers on weights rounded to ``dtype``, and what it cannot run."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     # it tells of tensors that it leaves alone
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).eval()
-    except (ValueError, OSError, ImportError) as error:
-        raise FolderError(f"{folder}: transformers can't run it: {error}") from None
+    config = _reference_config(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True
+    ).eval()
+    _round(model, dtype)
     output = model(ids, output_hidden_states=True)
     found, hidden = [output.logits], output.hidden_states[-1]
     if depths == 0:
@@ -114,16 +144,22 @@ def _theirs(folder: Path, ids: Tensor, depths: int) -> tuple[list[Tensor], str]:
     heads = _mtp_model(model, family_of(read_json(folder / "config.json")), depths)
     if heads is None:
         return found, "MTP layers not compared: transformers has none for this architecture"
+    _round(heads, dtype)
+    note = ""
     if len(heads.layers) < depths:
         depths, note = len(heads.layers), "depths that were added have nothing to compare with"
-    else:
-        note = ""
     places = torch.arange(TOKENS).expand_as(ids)
     for depth in range(depths):
         ahead, hidden = slice(depth + 1, None), hidden[:, : TOKENS - depth - 1]
         hidden = heads.forward_layer(depth, hidden, places[:, ahead], None, input_ids=ids[:, ahead])
         found.append(model.lm_head(hidden))
     return found, note
+
+
+def _round(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    for name, tensor in module.named_parameters():
+        if "e_score_correction_bias" not in name:
+            tensor.data = tensor.data.to(dtype).float()
 
 
 def _mtp_model(model: Any, family: Family, depths: int) -> Any:

@@ -18,6 +18,7 @@ MOE = ("model.moe.num_experts=8", "model.moe.ffn_hidden_size=24", "model.num_lay
 SIGMOID = (*MOE, "model.moe.score_function=sigmoid", "model.moe.expert_bias=true")
 GROUPS = (*MOE, "model.moe.top_k=2")
 MLA = ("model.mla.enabled=true", "model.num_query_groups=null")
+YARN = (*MLA, "model.mla.yarn.factor=4")
 FP8 = ("precision=bf16", "fp8.format=hybrid")
 PP2 = ("parallel.pipeline=2", "model.num_layers=4", "mtp.num_layers=1")
 TP2 = ("parallel.tensor=2",)
@@ -25,6 +26,7 @@ TP2 = ("parallel.tensor=2",)
 # option and value, what it goes with, Megatron's name and value
 REACHES = (
     ("model.moe.num_experts=8", MOE, "num_moe_experts", 8),
+    ("model.moe.num_experts=8", MOE, "moe_router_dtype", "fp32"),
     ("model.moe.top_k=3", MOE, "moe_router_topk", 3),
     ("model.moe.ffn_hidden_size=40", MOE, "moe_ffn_hidden_size", 40),
     ("model.moe.shared_ffn_hidden_size=16", MOE, "moe_shared_expert_intermediate_size", 16),
@@ -37,6 +39,18 @@ REACHES = (
     ("model.moe.top_groups=2", (*GROUPS, "model.moe.groups=4"), "moe_router_group_topk", 2),
     ("model.mla.enabled=true", MLA, "multi_latent_attention", True),
     ("model.mla.q_lora_rank=20", MLA, "q_lora_rank", 20),
+    ("model.mla.yarn.factor=4", MLA, "rope_type", "yarn"),
+    ("model.mla.yarn.factor=4", MLA, "rotary_scaling_factor", 4.0),
+    (
+        "model.mla.yarn.original_max_position_embeddings=9",
+        YARN,
+        "original_max_position_embeddings",
+        9,
+    ),
+    ("model.mla.yarn.beta_fast=9", YARN, "beta_fast", 9.0),
+    ("model.mla.yarn.beta_slow=0.5", YARN, "beta_slow", 0.5),
+    ("model.mla.yarn.mscale=0.7", YARN, "mscale", 0.7),
+    ("model.mla.yarn.mscale=0.7", YARN, "mscale_all_dim", 0.7),
     ("model.mla.kv_lora_rank=24", MLA, "kv_lora_rank", 24),
     ("model.mla.qk_head_dim=12", MLA, "qk_head_dim", 12),
     ("model.mla.qk_rope_head_dim=6", MLA, "qk_pos_emb_head_dim", 6),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,36 @@ def test_what_is_described_reads_the_same(content):
     model = model_config(family.settings(content)).model
     again = family.describe(model) | {"vocab_size": model.vocab_size}
     assert model_config(family.settings(again)).model == model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routed_scaling_factor": None}, "routed_scaling_factor is missing"),
+        ({"first_k_dense_replace": None}, "first_k_dense_replace is missing"),
+        ({"n_group": None}, "n_group is missing"),
+        ({"topk_group": 2}, "topk_group=2 with num_experts_per_tok=8: a group's score is"),
+        ({"topk_group": 1}, "topk_group=1 with num_experts_per_tok=8: a group's score is"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has the type 'not given'"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax': only 'sigmoid'"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False: only True"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2: only 1"),
+        ({"rope_interleave": False}, "rope_interleave=False: only True"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05: only 1e-06"),
+        ({"rope_theta": 0.5}, "rope_theta=0.5: is no whole number"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(changes, message):
+    content = DEEPSEEK_V3 | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        family_of(content).settings(content)
+
+
+def test_entries_of_null_are_as_if_they_were_not_there():
+    content = GLM_45_AIR | {"partial_rotary_factor": None}
+    assert family_of(content).settings(content)["rotary_percent"] == 0.5
+    content = MIMO_7B | {"partial_rotary_factor": None, "head_dim": None}
+    assert family_of(content).settings(content)["rotary_percent"] == 1.0
 
 
 @pytest.mark.parametrize("depths", range(4))

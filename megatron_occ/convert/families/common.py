@@ -137,8 +137,11 @@ def rotary_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def rotary_scaling(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Kind of scaling, ``default`` where there is none, and its entries."""
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    return scaling.get("rope_type", scaling.get("type", "default")), scaling
+    scaling = hf.get("rope_scaling")
+    if scaling:
+        return scaling.get("rope_type", scaling.get("type", "not given")), scaling
+    parameters = hf.get("rope_parameters") or {}
+    return parameters.get("rope_type", "default"), parameters
 
 
 def rotary_base(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,8 +156,10 @@ def rotary_base(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("rope_theta is missing")
     if base != int(base):
         raise ValueError(f"rope_theta={base}: is no whole number")
-    part = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    return {"rotary_base": int(base), "rotary_percent": float(part)}
+    part = parameters.get("partial_rotary_factor")
+    if part is None:
+        part = hf.get("partial_rotary_factor")
+    return {"rotary_base": int(base), "rotary_percent": 1.0 if part is None else float(part)}
 
 
 def expert_settings(hf: Mapping[str, Any], experts: str = "n_routed_experts") -> dict[str, Any]:
@@ -164,19 +169,26 @@ def expert_settings(hf: Mapping[str, Any], experts: str = "n_routed_experts") ->
     accept(hf, "topk_method", "noaux_tc")
     accept(hf, "norm_topk_prob", True)
     accept(hf, "moe_layer_freq", 1)
-    width, groups = need(hf, "moe_intermediate_size"), hf.get("n_group") or 1
+    width, groups = need(hf, "moe_intermediate_size"), need(hf, "n_group")
+    chosen, top_k = need(hf, "topk_group"), need(hf, "num_experts_per_tok")
+    if chosen < groups and top_k != 2 * chosen:
+        raise ValueError(
+            f"topk_group={chosen} with num_experts_per_tok={top_k}: a group's score is that of its "
+            "best two experts in this architecture, in Megatron-Core of its best "
+            "num_experts_per_tok / topk_group. Only where that is two it can be converted"
+        )
     shared = hf.get("n_shared_experts", hf.get("num_shared_experts")) or 0
     return {
         "moe.num_experts": need(hf, experts),
-        "moe.top_k": need(hf, "num_experts_per_tok"),
+        "moe.top_k": top_k,
         "moe.ffn_hidden_size": width,
         "moe.shared_ffn_hidden_size": shared * width or None,
-        "moe.first_dense_layers": hf.get("first_k_dense_replace") or 0,
+        "moe.first_dense_layers": need(hf, "first_k_dense_replace"),
         "moe.score_function": "sigmoid",
         "moe.expert_bias": True,
-        "moe.scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        "moe.scaling_factor": need(hf, "routed_scaling_factor"),
         "moe.groups": groups if groups > 1 else None,
-        "moe.top_groups": hf.get("topk_group") if groups > 1 else None,
+        "moe.top_groups": chosen if groups > 1 else None,
     }
 
 

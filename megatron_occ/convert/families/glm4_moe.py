@@ -26,7 +26,7 @@ from megatron_occ.convert.table import Family
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     # transformers turns half of a head where nothing is said
-    hf = {"partial_rotary_factor": 0.5, **hf}
+    hf = {**hf, "partial_rotary_factor": hf.get("partial_rotary_factor") or 0.5}
     return (
         dense_settings(hf)
         | head_settings(hf)

@@ -19,6 +19,7 @@ from megatron_occ.convert.families.common import (
     describe_heads,
     expert_settings,
     head_settings,
+    need,
 )
 from megatron_occ.convert.table import Family, Rule
 from megatron_occ.convert.transforms import PLAIN_QKV
@@ -33,14 +34,14 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     shared = (hf.get("num_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
     accept(hf, "moe_shared_expert_intermediate_size", shared)
     if hf.get("rotary_dim") is not None:
-        part = hf["rotary_dim"] / hf["head_dim"]
+        part = hf["rotary_dim"] / need(hf, "head_dim")
         accept(hf, "partial_rotary_factor", part)
         hf = {**hf, "partial_rotary_factor": part}
     return (
         dense_settings(hf)
         | head_settings(hf)
         | expert_settings(hf, "num_experts")
-        | {"qk_layernorm": bool(hf.get("use_qk_norm", True))}
+        | {"qk_layernorm": bool(need(hf, "use_qk_norm"))}
     )
 
 
