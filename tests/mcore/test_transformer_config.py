@@ -84,11 +84,11 @@ def test_no_option_is_missing_here():
 
 
 @pytest.mark.parametrize(("given", "beside", "name", "value"), REACHES, ids=[r[0] for r in REACHES])
-def test_an_option_reaches_megatron(given, beside, name, value):
+def test_an_option_reaches_megatron(layout, given, beside, name, value):
     assert getattr(transformer_config(load_config([], [*beside, given])), name) == value
 
 
-def test_a_pipeline_layout_reaches_megatron():
+def test_a_pipeline_layout_reaches_megatron(layout):
     layout = transformer_config(
         load_config([], [*PP2, "parallel.pipeline_layout=Et|tttmL"])
     ).pipeline_model_parallel_layout
