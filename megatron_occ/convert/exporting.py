@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_occ.config.identity import FREE
 from megatron_occ.config.schema_model import MLAConfig, ModelConfig, MoEConfig
 from megatron_occ.convert.errors import FolderError
-from megatron_occ.convert.families import family_for
+from megatron_occ.convert.families import family_for, family_of
 from megatron_occ.convert.plan import model_config
 from megatron_occ.convert.shards import (
     Output,
@@ -116,15 +117,8 @@ def plan_export(
     Raises:
         FolderError: the model does not fit the family, or ``like``, or lacks tensors.
     """
-    if architecture is None and like is not None:
-        (architecture,) = like["architectures"]
     try:
-        family = family_for(architecture or default_architecture(model, depths))
-        if depths and family.depths_key is None:
-            raise ValueError(
-                f"{family.architecture} has no MTP layers, the checkpoint has {depths}: give "
-                "--mtp drop, or another --family"
-            )
+        family = _family(model, depths, architecture, like)
         wanted = _as_family(family, model, vocab_size)
         slots = model_slots(wanted, depths, vocab_size)
         present = model_slots(model, depths, vocab_size).keys()
@@ -133,20 +127,9 @@ def plan_export(
     except ValueError as error:
         raise FolderError(str(error)) from None
     reader.check([slot for slot in slots.values() if slot.name in present])
-    absent = frozenset(slots.keys() - present)
-    outputs, places = [], {}
-    for move in moves:
-        kind = dtype or (torch.float32 if move.slot.name in absent else reader.dtype(move.slot))
-        if move.slot.single:
-            kind = expert_bias
-        shapes = move.transform.shapes(move.slot.shape, wanted)
-        for place, (name, shape) in enumerate(zip(move.theirs, shapes, strict=True)):
-            outputs.append(Output(name, shape, kind))
-            places[name] = (move, place)
-    usual = max((o.dtype for o in outputs), key=[o.dtype for o in outputs].count)
-    outputs = [
-        replace(o, dtype=usual) if places[o.name][0].slot.name in absent else o for o in outputs
-    ]
+    dtypes = _dtypes(reader, slots, present, dtype, expert_bias)
+    places = {name: (move, place) for move in moves for place, name in enumerate(move.theirs)}
+    outputs = [output for move in moves for output in _outputs(move, dtypes, wanted)]
     if family.writes_duplicates if duplicates is None else duplicates:
         by_name = {output.name: output for output in outputs}
         for name, original in family.duplicate_names(wanted, depths).items():
@@ -154,9 +137,50 @@ def plan_export(
             places[name] = places[original]
     if like is None and tokenizer is not None:
         content |= _special_ids(tokenizer)
-    content["torch_dtype"] = str(usual).removeprefix("torch.")
+    content["torch_dtype"] = str(_usual(o.dtype for o in outputs)).removeprefix("torch.")
     content.pop("dtype", None)
+    absent = frozenset(slots.keys() - present)
     return ExportPlan(family, wanted, depths, outputs, places, absent, content)
+
+
+def _family(
+    model: ModelConfig, depths: int, architecture: str | None, like: Mapping[str, Any] | None
+) -> Family:
+    if architecture is not None or like is None:
+        family = family_for(architecture or default_architecture(model, depths))
+    else:
+        family = family_of(like)
+    if depths and family.depths_key is None:
+        raise ValueError(
+            f"{family.architecture} has no MTP layers, the checkpoint has {depths}: give "
+            "--mtp drop, or another --architecture"
+        )
+    return family
+
+
+def _dtypes(
+    reader: Reader,
+    slots: Mapping[str, Slot],
+    present: Collection[str],
+    wanted: torch.dtype | None,
+    expert_bias: torch.dtype,
+) -> dict[str, torch.dtype]:
+    """Of each slot in the folder; what the checkpoint lacks has that of the others."""
+    found = {name: wanted or reader.dtype(slots[name]) for name in slots if name in present}
+    usual = _usual(found.values())
+    return {
+        name: expert_bias if slot.single else found.get(name, usual) for name, slot in slots.items()
+    }
+
+
+def _outputs(move: Move, dtypes: Mapping[str, torch.dtype], model: ModelConfig) -> Iterator[Output]:
+    shapes = move.transform.shapes(move.slot.shape, model)
+    for name, shape in zip(move.theirs, shapes, strict=True):
+        yield Output(name, shape, dtypes[move.slot.name])
+
+
+def _usual(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return Counter(dtypes).most_common(1)[0][0]
 
 
 def write_weights(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from megatron_occ.config import ConfigError, load_config
 from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_model import ModelConfig
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.fresh import FRESH
@@ -104,14 +106,8 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
     assert rows is not None, "every family reads it"
     kept = min(depths, found)
     moves = list(expand(family, model, model_slots(model, kept, rows)))
-    extra = _more_depths(model_slots(model, depths, rows), moves, kept, mtp)
-    duplicates = {
-        name: original
-        for name, original in family.duplicate_names(model, kept).items()
-        if name in source.entries
-    }
-    if model.tie_embeddings and "lm_head.weight" in source.entries:
-        duplicates["lm_head.weight"] = family.embedding
+    everything = moves + _more_depths(model_slots(model, depths, rows), moves, kept, mtp)
+    duplicates = _duplicates(source, family, model, kept)
     dropped = [
         name
         for depth in range(kept, found)
@@ -119,15 +115,8 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
     ]
     _account(source, family, moves, [*duplicates, *dropped])
     _check(source, moves, config)
-    dtypes = {move.slot.name: _dtype(source, move, dtype) for move in (*moves, *extra)}
-    fallback = dtype or max(dtypes.values(), key=list(dtypes.values()).count)
-    for move in extra:
-        if not move.theirs and not move.slot.single:
-            dtypes[move.slot.name] = fallback
-    _check_stacks([*moves, *extra], dtypes)
-    return ImportPlan(
-        family, config, [*moves, *extra], dtypes, duplicates, sorted(set(dropped)), found
-    )
+    dtypes = _dtypes(source, everything, dtype)
+    return ImportPlan(family, config, everything, dtypes, duplicates, sorted(dropped), found)
 
 
 def read_model(source: Source) -> tuple[Family, Config]:
@@ -158,6 +147,14 @@ def _mtp_prefix(family: Family, layers: int, depth: int) -> str:
 
 def _below(source: Source, prefix: str) -> list[str]:
     return [name for name in source.entries if name.startswith(prefix)]
+
+
+def _duplicates(source: Source, family: Family, model: ModelConfig, depths: int) -> dict[str, str]:
+    """Tensors of the folder that repeat another one."""
+    names = family.duplicate_names(model, depths)
+    if model.tie_embeddings:
+        names["lm_head.weight"] = family.embedding
+    return {name: original for name, original in names.items() if name in source.entries}
 
 
 def _source_depths(source: Source, family: Family, config: Config) -> int:
@@ -274,15 +271,22 @@ def _check(source: Source, moves: Iterable[Move], config: Config) -> None:
         raise FolderError(problems)
 
 
-def _dtype(source: Source, move: Move, wanted: torch.dtype | None) -> torch.dtype:
-    if move.slot.single:
-        return torch.float32
-    if wanted is not None or not move.theirs:
-        return wanted or torch.float32
-    return source.dtype(move.theirs[0])
+def _dtypes(
+    source: Source, moves: Sequence[Move], wanted: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Of each parameter in the checkpoint; fresh ones have that of the others."""
+    read = [move for move in moves if move.theirs]
+    found = {move.slot.name: wanted or source.dtype(move.theirs[0]) for move in read}
+    usual = Counter(found.values()).most_common(1)[0][0]
+    dtypes = {
+        move.slot.name: torch.float32 if move.slot.single else found.get(move.slot.name, usual)
+        for move in moves
+    }
+    _check_stacks(moves, dtypes)
+    return dtypes
 
 
-def _check_stacks(moves: list[Move], dtypes: dict[str, torch.dtype]) -> None:
+def _check_stacks(moves: Sequence[Move], dtypes: dict[str, torch.dtype]) -> None:
     """A checkpoint's tensor has one dtype, whatever layers are stacked in it."""
     found: dict[str, set[torch.dtype]] = {}
     for move in moves:
