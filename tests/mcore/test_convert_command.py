@@ -138,8 +138,11 @@ class TestWhatIsInTheWay:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "mcore", "mcore.old"]
 
     def test_an_end_between_the_last_two_steps(self, folder, tmp_path, monkeypatch):
+        def stop(_workspace):
+            raise KeyboardInterrupt
+
         with monkeypatch.context() as patched:
-            patched.setattr(Workspace, "publish", lambda self: os.kill(os.getpid(), 2))
+            patched.setattr(Workspace, "publish", stop)
             refused("import", folder, tmp_path / "mcore")
         gc.collect()  # a process that ended holds no lock
         assert (tmp_path / "mcore.partial" / NOTES).is_dir()
