@@ -17,43 +17,33 @@ class SharedCopy:
     Args:
         source: owner of the weights; its tensors may be replaced over time.
         build: makes the module; called once, on the meta device.
-        rename: from a parameter's name in the copy to its name in the source.
     """
 
-    def __init__(
-        self,
-        source: nn.Module,
-        build: Callable[[], nn.Module],
-        rename: Callable[[str], str] = lambda name: name,
-    ) -> None:
+    def __init__(self, source: nn.Module, build: Callable[[], nn.Module]) -> None:
         with torch.device("meta"):
             self.module = build()
-        self._pairs = list(_pairs(self.module, source, rename))
-        for mine, name, owner, owned in self._pairs:
-            if owned in owner._parameters:
+        self._places = list(_places(self.module, source))
+        for mine, owner, name in self._places:
+            if name in owner._parameters:
                 mine._parameters[name] = nn.Parameter(
-                    owner._parameters[owned].detach(), requires_grad=False
+                    owner._parameters[name].detach(), requires_grad=False
                 )
 
     def refresh(self) -> nn.Module:
         """The module on the source's present weights and buffers."""
-        for mine, name, owner, owned in self._pairs:
-            if owned in owner._parameters:
-                mine._parameters[name].data = owner._parameters[owned].data
+        for mine, owner, name in self._places:
+            if name in owner._parameters:
+                mine._parameters[name].data = owner._parameters[name].data
             else:
-                mine._buffers[name] = owner._buffers[owned]
+                mine._buffers[name] = owner._buffers[name]
         return self.module
 
 
-def _pairs(
-    copy: nn.Module, source: nn.Module, rename: Callable[[str], str]
-) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:
-    """(module of the copy, name in it, module of the source, name in it) of each tensor."""
+def _places(copy: nn.Module, source: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """(module of the copy, the source's, name in both) of each tensor."""
     for kind in ("_parameters", "_buffers"):
         for prefix, module in copy.named_modules():
+            owner = source.get_submodule(prefix)
             for name, value in getattr(module, kind).items():
-                if value is None:
-                    continue
-                full = rename(f"{prefix}.{name}" if prefix else name)
-                owner, _, owned = full.rpartition(".")
-                yield module, name, source.get_submodule(owner), owned
+                if value is not None:
+                    yield module, owner, name

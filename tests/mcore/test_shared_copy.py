@@ -86,18 +86,6 @@ def test_it_follows_updates_replaced_data_and_replaced_buffers(pair):
     assert torch.equal(shared.refresh()(inputs()), source(inputs()))
 
 
-def test_parameters_may_have_other_names_in_the_source(pair):
-    source, _ = pair
-
-    class Renamed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 2, bias=False)
-
-    shared = SharedCopy(source, Renamed, lambda name: name.replace("layer", "second"))
-    assert shared.refresh().layer.weight.data_ptr() == source.second.weight.data_ptr()
-
-
 def test_no_gradient_reaches_the_source_where_layers_are_computed_again(pair):
     source, shared = pair
     x = inputs().requires_grad_()
