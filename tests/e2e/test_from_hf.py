@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -113,3 +114,13 @@ def test_the_folder_gives_the_whole_section():
     with pytest.raises(ConfigError, match=r"model\.hidden_size = 48 contradicts model\.from_hf=x"):
         load_config([], ["model.from_hf=x", "model.hidden_size=48"], folder=given)
     assert Config().model.from_hf is None
+
+
+def test_a_damaged_folder_is_told_before_anything_is_written(run, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    config = only_data(tmp_path / "data.yaml")
+    with pytest.raises(SystemExit, match="is cut off"):
+        run("rl", "run", *QUICK, f"model.from_hf={broken}", config=config)
+    assert not (run.folder / "run").exists()

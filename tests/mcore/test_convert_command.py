@@ -186,3 +186,13 @@ def test_a_tied_model_with_experts_and_depths_goes_both_ways(tmp_path):
     assert f"{repeated} is not the same as model.embed_tokens.weight" in message
     # what is left behind need not agree
     convert("import", folder, tmp_path / "other", "--mtp", "drop")
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_hold_up_the_weights(tmp_path, caplog):
+    folder = make_folder(tmp_path / "hf", "llama")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.X", null]}}')
+    convert("import", folder, tmp_path / "mcore")
+    assert "the checkpoint will go with any tokenizer" in caplog.text
+    assert json.loads((tmp_path / "mcore" / "meta.json").read_text())["tokenizer"] is None
+    kept = tmp_path / "mcore" / "hugging_face" / "tokenizer_config.json"
+    assert kept.read_text() == (folder / "tokenizer_config.json").read_text()
