@@ -19,6 +19,7 @@ from tests.mcore.conftest import positions, random_ids
 from tests.mcore.convert_folders import (
     CONFIGS,
     FAMILIES_WITH_MTP,
+    VOCABULARY,
     as_ling2,
     load_model,
     make_folder,
@@ -70,8 +71,29 @@ def test_every_head_gives_the_logits_of_the_reference(layout, tmp_path, name, de
     config = convert(folder, tmp_path / "mcore")
     assert config.mtp.num_layers == depths
     ids = random_ids()
-    found = logprobs(load(tmp_path / "mcore", config, layout), ids)
-    assert_equal(found, reference_logits(folder, ids, depths), ids)
+    found = every_logprob(load(tmp_path / "mcore", config, layout), ids)
+    expected = reference_logits(folder, ids, depths)
+    assert len(found) == len(expected) == 1 + depths
+    for depth, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        length = ids.size(1) - depth
+        assert theirs.shape == (len(ids), length, VOCABULARY)
+        theirs = theirs.log_softmax(-1)
+        torch.testing.assert_close(ours[:, :length], theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def every_logprob(actor, ids):
+    """[1 + K] log-probs of every token of the vocabulary at every position, [b, s, v] each."""
+    (model,), depths, found = actor.chunks, actor.num_depths, []
+    given, rows = head_targets(ids, depths), ids.repeat(VOCABULARY, 1)
+    for depth in range(1 + depths):
+        # depth k reads the targets of the depths before it; its own is the token asked for
+        targets = given.repeat(1, VOCABULARY, 1)
+        targets[depth] = torch.arange(VOCABULARY).repeat_interleave(len(ids)).unsqueeze(1)
+        outputs = model.eval()(rows, positions(rows), None, request=HeadRequest(targets))
+        heads = (outputs.logprobs, *(outputs.passes[0] if depths else ()))
+        found.append(heads[depth].view(VOCABULARY, len(ids), -1).permute(1, 2, 0))
+    return found
 
 
 def assert_equal(found, expected, ids):
