@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.config import load_config
 from megatron_occ.convert.exporting import plan_export
 from megatron_occ.convert.shards import (
     Output,
@@ -37,19 +37,8 @@ from megatron_occ.convert.shards import (
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.source import Source
 
-# MiMo-7B's sizes; the number of layers makes the rest
-MODEL = ModelConfig(
-    hidden_size=4096,
-    ffn_hidden_size=11008,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    qkv_bias=True,
-    rotary_base=640000,
-    vocab_size=151680,
-    tie_embeddings=False,
-    max_position_embeddings=32768,
-)
+# the number of layers makes the size
+MODEL = load_config([Path(__file__).resolve().parent.parent / "conf/model/mimo_7b.yaml"]).model
 _BLOCK = 1 << 26
 
 

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 from benchmarks.demo_model import CONFIG, DemoModel, build_model, demo_model
-from benchmarks.peer_generate import PeerSampling, generation_config
+from benchmarks.peer_generate import PeerSampling, generate
 from megatron_occ.convert.checkpoints import export_checkpoint
 from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
@@ -82,17 +82,7 @@ def _ours(model: DemoModel, prompts: list[list[int]], drafts: int) -> Generation
 
 def _theirs(model: DemoModel, peer: Any, prompts: list[list[int]], mtp: bool) -> list[list[int]]:
     settings = PeerSampling(LENGTH, model.stop_ids, 0, temperature=0, use_mtp=mtp)
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            output = peer.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=generation_config(settings),
-            )
-        found.append(output[0, len(prompt) :].tolist())
-    return found
+    return generate(peer, prompts, settings, 1).tokens
 
 
 def _same_tokens(model: DemoModel, checkpoint: Path, count: int) -> None:

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_occ.config import (
     Config,
@@ -25,10 +24,6 @@ from megatron_occ.config import (
     validate,
 )
 from megatron_occ.convert_cli import main as convert
-
-if TYPE_CHECKING:
-    from megatron_occ.inputs import Inputs
-    from megatron_occ.run import Run
 
 _COMMANDS = {
     "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
@@ -200,25 +195,13 @@ def _run(options: argparse.Namespace, config: Config) -> None:
             runs.pretrain(run, inputs)
             run.finish("pretrain")
             return
-        runs.reinforce(run, inputs, _first_weights(run, inputs))
+        runs.reinforce(run, inputs, runs.first_weights(run, inputs))
         run.finish("rl")
     except EngineError as error:
         # the kind that is told without a traceback, and known without torch
         raise ValueError(str(error)) from error
     finally:
         shutdown()
-
-
-def _first_weights(run: Run, inputs: Inputs) -> Path | None:
-    """Checkpoint that RL starts from, which may have to be trained or converted first."""
-    from megatron_occ import run as runs
-
-    config = run.config
-    if config.rl.init_from is not None:
-        return Path(config.rl.init_from)
-    if config.model.from_hf is not None:
-        return runs.converted(run)
-    return runs.pretrain(run, inputs)
 
 
 def _report(folder: Path) -> None:

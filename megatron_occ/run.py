@@ -210,6 +210,16 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
     return run.latest("pretrain")
 
 
+def first_weights(run: Run, inputs: Inputs) -> Path | None:
+    """Checkpoint that RL starts from, which may have to be trained or converted first."""
+    config = run.config
+    if config.rl.init_from is not None:
+        return Path(config.rl.init_from)
+    if config.model.from_hf is not None:
+        return converted(run)
+    return pretrain(run, inputs)
+
+
 def converted(run: Run) -> Path:
     """Checkpoint of the weights in ``model.from_hf``, in the run's folder; called by all ranks.
 

@@ -90,17 +90,9 @@ def export_checkpoint(
         FolderError: what does not fit, or the target is there.
     """
     found = read_checkpoint(checkpoint)
-    kept = read_json(like / "config.json") if like is not None else None
-    if kept is not None and architecture not in (None, *kept.get("architectures", ())):
-        raise FolderError(
-            f"--architecture {architecture}: {like / 'config.json'} has another one. Leave out "
-            "--like, or --architecture"
-        )
+    kept = _config_to_keep(checkpoint, like, architecture)
     if like is None and (checkpoint / SIDE_FOLDER).is_dir():
         like = checkpoint / SIDE_FOLDER
-        stored = read_json(like / "config.json")
-        # another architecture is described anew
-        kept = stored if architecture in (None, *stored.get("architectures", ())) else None
     origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
     reader: Reader = DistributedReader(checkpoint)
     if before_final_norm:
@@ -117,16 +109,7 @@ def export_checkpoint(
         expert_bias=getattr(torch, origin.get("expert_bias") or "float32"),
         tokenizer=tokenizer,
     )
-    if like is None and tokenizer is not None and tokenizer["kind"] != "char":
-        raise FolderError(
-            f"{checkpoint}: the tokenizer is not part of it. Give --like FOLDER, the folder that "
-            "the tokenizer comes from"
-        )
-    if before_final_norm and (plan.family.architecture != "MiMoForCausalLM" or not plan.depths):
-        raise FolderError(
-            f"--reader vllm: is about the MTP layers of MiMo, this is {plan.family.architecture} "
-            f"with {plan.depths}. Leave it out"
-        )
+    _check_request(plan, checkpoint, like, tokenizer, before_final_norm)
     if dry_run:
         return plan
     identity = [str(checkpoint.resolve()), plan.content, [str(o) for o in plan.outputs]]
@@ -139,6 +122,44 @@ def export_checkpoint(
         write_characters(tokenizer["alphabet"], workspace.folder)
     workspace.publish()
     return plan
+
+
+def _config_to_keep(
+    checkpoint: Path, like: Path | None, architecture: str | None
+) -> dict[str, Any] | None:
+    """``config.json`` of ``like``, or that which came with the weights if it is of this kind."""
+    folder = like or checkpoint / SIDE_FOLDER
+    if like is None and not folder.is_dir():
+        return None
+    content = read_json(folder / "config.json")
+    if architecture in (None, *content.get("architectures", ())):
+        return content
+    if like is not None:
+        raise FolderError(
+            f"--architecture {architecture}: {like / 'config.json'} has another one. Leave out "
+            "--like, or --architecture"
+        )
+    # another architecture is described anew
+    return None
+
+
+def _check_request(
+    plan: ExportPlan,
+    checkpoint: Path,
+    like: Path | None,
+    tokenizer: dict[str, Any] | None,
+    before_final_norm: bool,
+) -> None:
+    if like is None and tokenizer is not None and tokenizer["kind"] != "char":
+        raise FolderError(
+            f"{checkpoint}: the tokenizer is not part of it. Give --like FOLDER, the folder that "
+            "the tokenizer comes from"
+        )
+    if before_final_norm and (plan.family.architecture != "MiMoForCausalLM" or not plan.depths):
+        raise FolderError(
+            f"--reader vllm: is about the MTP layers of MiMo, this is {plan.family.architecture} "
+            f"with {plan.depths}. Leave it out"
+        )
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -124,8 +123,8 @@ class _Writer(FileSystemWriter):
         return StorageMeta()
 
 
-class _Planner(SavePlanner):
-    """Hands the writer one tensor after the other; the rest of the protocol is not used."""
+class _Planner(DefaultSavePlanner):
+    """Hands the writer one tensor after the other."""
 
     def __init__(
         self,
@@ -133,6 +132,7 @@ class _Planner(SavePlanner):
         read: Callable[[Slot], Tensor],
         dtypes: dict[str, torch.dtype],
     ) -> None:
+        super().__init__()
         self._slots = {(slot.key, slot.offset): slot for slot in slots}
         self._read, self._dtypes = read, dtypes
 
@@ -141,18 +141,6 @@ class _Planner(SavePlanner):
         slot = self._slots[index.fqn, tuple(index.offset)]
         tensor = self._read(slot).to(self._dtypes[slot.name]).contiguous()
         return tensor.view(slot.box)
-
-    def set_up_planner(self, *_args: Any, **_kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        raise NotImplementedError
 
 
 class DistributedReader:

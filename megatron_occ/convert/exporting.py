@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.identity import FREE
+from megatron_occ.config.load import flat_values
+from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import MLAConfig, ModelConfig, MoEConfig
+from megatron_occ.convert.dtypes import dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_for, family_of
 from megatron_occ.convert.plan import model_config
@@ -137,7 +139,7 @@ def plan_export(
             places[name] = places[original]
     if like is None and tokenizer is not None:
         content |= _special_ids(tokenizer)
-    content["torch_dtype"] = str(_usual(o.dtype for o in outputs)).removeprefix("torch.")
+    content["torch_dtype"] = dtype_name(usual_dtype(o.dtype for o in outputs))
     content.pop("dtype", None)
     absent = frozenset(slots.keys() - present)
     return ExportPlan(family, wanted, depths, outputs, places, absent, content)
@@ -167,7 +169,7 @@ def _dtypes(
 ) -> dict[str, torch.dtype]:
     """Of each slot in the folder; what the checkpoint lacks has that of the others."""
     found = {name: wanted or reader.dtype(slots[name]) for name in slots if name in present}
-    usual = _usual(found.values())
+    usual = usual_dtype(found.values())
     return {
         name: expert_bias if slot.single else found.get(name, usual) for name, slot in slots.items()
     }
@@ -177,10 +179,6 @@ def _outputs(move: Move, dtypes: Mapping[str, torch.dtype], model: ModelConfig) 
     shapes = move.transform.shapes(move.slot.shape, model)
     for name, shape in zip(move.theirs, shapes, strict=True):
         yield Output(name, shape, dtypes[move.slot.name])
-
-
-def _usual(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    return Counter(dtypes).most_common(1)[0][0]
 
 
 def write_weights(
@@ -264,7 +262,7 @@ def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConf
     content = family.describe(wanted) | {"vocab_size": vocab_size}
     ours, theirs = (_spelled_out(m) for m in (wanted, model_config(family.settings(content)).model))
     problems = [
-        f"model.{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
+        f"{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
         for key in ours
         if ours[key] != theirs[key]
     ]
@@ -285,14 +283,8 @@ def _spelled_out(model: ModelConfig) -> dict[str, Any]:
         moe = replace(moe, ffn_hidden_size=width, scaling_factor=factor, bias_update_rate=0.0)
     mla = model.mla if model.mla.enabled else MLAConfig()
     heads = dict(num_query_groups=groups, kv_channels=None if mla.enabled else channels)
-    values = asdict(replace(model, moe=moe, mla=mla, **heads))
-    return {
-        name: value
-        for key, entry in values.items()
-        for name, value in (
-            {f"{key}.{k}": v for k, v in entry.items()} if isinstance(entry, dict) else {key: entry}
-        ).items()
-    }
+    values = flat_values(Config(model=replace(model, moe=moe, mla=mla, **heads)))
+    return {key: value for key, value in values.items() if key.startswith("model.")}
 
 
 def _content(
@@ -313,9 +305,9 @@ def _content(
     else:
         theirs = _spelled_out(model_config(family.settings(like)).model)
         differing = [
-            f"model.{key}={value!r}, there {theirs[key]!r}"
+            f"{key}={value!r}, there {theirs[key]!r}"
             for key, value in _spelled_out(model).items()
-            if value != theirs[key] and key not in FREE
+            if value != theirs[key] and key.removeprefix("model.") not in FREE
         ]
         if differing:
             raise ValueError(

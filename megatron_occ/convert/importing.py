@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from megatron_occ.config.identity import describe, free_settings
 from megatron_occ.convert.distributed import DistributedWriter
+from megatron_occ.convert.dtypes import dtype_name
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.fresh import fresh_weights
 from megatron_occ.convert.plan import ImportPlan, MTPChoice, plan_import
+from megatron_occ.convert.shards import split_into_files
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.source import Source
 from megatron_occ.convert.tokenizer_files import copy_side_files, has_tokenizer
@@ -77,7 +78,7 @@ def import_folder(
     source = Source(folder)
     plan = plan_import(source, mtp, dtype)
     meta = _meta(source, plan, megatron_core)
-    parts = list(_parts(plan, part))
+    parts = split_into_files([move.slot for move in plan.moves], plan.size, part)
     _compare_duplicates(source, plan)
     workspace = Workspace(folder, target, _identity(source, plan, parts, meta), force=force)
     by_name = {move.slot.name: move for move in plan.moves}
@@ -109,20 +110,6 @@ def import_folder(
     return Imported(plan, written, len(parts))
 
 
-def _parts(plan: ImportPlan, limit: int) -> Iterator[list[Slot]]:
-    """Slots of each file, consecutive, one at least."""
-    part: list[Slot] = []
-    size = 0
-    for move in plan.moves:
-        more = plan.size(move.slot)
-        if part and size + more > limit:
-            yield part
-            part, size = [], 0
-        part.append(move.slot)
-        size += more
-    yield part
-
-
 def _meta(source: Source, plan: ImportPlan, megatron_core: str | None) -> dict[str, Any]:
     """``meta.json``: as a run writes it, and what the way back needs to know."""
     singles = [move for move in plan.moves if move.slot.single and move.theirs]
@@ -135,9 +122,7 @@ def _meta(source: Source, plan: ImportPlan, megatron_core: str | None) -> dict[s
             "architecture": plan.family.architecture,
             "mtp_layers": plan.source_depths,
             "duplicates": any(name.startswith("model.layers.") for name in plan.duplicates),
-            "expert_bias": (
-                str(source.dtype(singles[0].theirs[0])).removeprefix("torch.") if singles else None
-            ),
+            "expert_bias": dtype_name(source.dtype(singles[0].theirs[0])) if singles else None,
         },
     }
 

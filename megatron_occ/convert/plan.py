@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ import torch
 from megatron_occ.config import ConfigError, load_config
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.dtypes import FP8, dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.fresh import FRESH
 from megatron_occ.convert.slots import Slot, model_slots
-from megatron_occ.convert.source import FP8, SCALE, Source
+from megatron_occ.convert.source import SCALE, Source
 from megatron_occ.convert.table import Family, Move, expand
 
 # of a list of tensors in a message
@@ -98,7 +99,7 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
         FolderError: a family that can't be converted; tensors that are missing, unknown, or of
             another shape or dtype than ``config.json`` says.
     """
-    family, config = read_model(source)
+    family, config = read_model(source.folder, source.config)
     found = _source_depths(source, family, config)
     depths = _depths(mtp, found, family)
     config.mtp.num_layers = depths
@@ -119,16 +120,22 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
     return ImportPlan(family, config, everything, dtypes, duplicates, sorted(dropped), found)
 
 
-def read_model(source: Source) -> tuple[Family, Config]:
-    """The family of a folder, and our configuration of its model.
+def read_model(folder: Path, content: Mapping[str, Any]) -> tuple[Family, Config]:
+    """The family of a folder, and our configuration of its model and MTP depths.
+
+    Args:
+        folder: for messages.
+        content: of its ``config.json``.
 
     Raises:
         FolderError: what ``config.json`` asks for that can't be built.
     """
-    file = source.folder / "config.json"
+    file = folder / "config.json"
     try:
-        family = family_of(source.config)
-        return family, model_config(family.settings(source.config))
+        family = family_of(content)
+        config = model_config(family.settings(content))
+        config.mtp.num_layers = family.stated_depths(content)
+        return family, config
     except ConfigError as error:
         raise FolderError([f"{file}: {problem}" for problem in error.problems]) from None
     except ValueError as error:
@@ -161,8 +168,7 @@ def _source_depths(source: Source, family: Family, config: Config) -> int:
     """MTP depths that the folder has tensors of; ``config.json`` has to agree."""
     if family.depths_key is None:
         return 0
-    said = source.config.get(family.depths_key) or 0
-    layers, found = config.model.num_layers, 0
+    said, layers, found = config.mtp.num_layers, config.model.num_layers, 0
     while _below(source, _mtp_prefix(family, layers, found)):
         found += 1
     if said != found:
@@ -277,7 +283,7 @@ def _dtypes(
     """Of each parameter in the checkpoint; fresh ones have that of the others."""
     read = [move for move in moves if move.theirs]
     found = {move.slot.name: wanted or source.dtype(move.theirs[0]) for move in read}
-    usual = Counter(found.values()).most_common(1)[0][0]
+    usual = usual_dtype(found.values())
     dtypes = {
         move.slot.name: torch.float32 if move.slot.single else found.get(move.slot.name, usual)
         for move in moves
@@ -301,4 +307,4 @@ def _check_stacks(moves: Sequence[Move], dtypes: dict[str, torch.dtype]) -> None
 
 
 def _spelled(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return ", ".join(sorted(map(dtype_name, dtypes)))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.config.keys import leaves
+from megatron_occ.config.load import flat_values
 from megatron_occ.convert.errors import FolderError
-from megatron_occ.convert.families import family_of
-from megatron_occ.convert.plan import MTPChoice
+from megatron_occ.convert.plan import MTPChoice, read_model
 from megatron_occ.convert.source import read_json
 from megatron_occ.convert.tokenizer_files import has_tokenizer
 
@@ -16,33 +15,20 @@ from megatron_occ.convert.tokenizer_files import has_tokenizer
 def folder_settings(folder: Path) -> dict[str, Any]:
     """Values of our configuration by dotted key, from ``config.json`` and the files beside it.
 
+    All of section ``model``: what a family does not speak of it does not have.
+
     Raises:
         FolderError: a model that can't be converted.
     """
-    file = folder / "config.json"
-    content = read_json(file)
-    try:
-        settings = family_of(content).settings(content)
-    except ValueError as error:
-        raise FolderError(f"{file}: {error}") from None
-    # what the family does not speak of it does not have
+    _, config = read_model(folder, read_json(folder / "config.json"))
     values = {
-        key: leaf.default()
-        for key, leaf in leaves().items()
-        if key.startswith("model.") and key != "model.from_hf"
+        key: value
+        for key, value in flat_values(config).items()
+        if (key.startswith("model.") and key != "model.from_hf") or key == "mtp.num_layers"
     }
-    values |= {f"model.{key}": value for key, value in settings.items()}
-    values["mtp.num_layers"] = folder_depths(folder)
     if has_tokenizer(folder):
         values |= {"tokenizer.kind": "hf", "tokenizer.path": str(folder)}
     return values
-
-
-def folder_depths(folder: Path) -> int:
-    """MTP depths that ``config.json`` states."""
-    content = read_json(folder / "config.json")
-    key = family_of(content).depths_key
-    return (content.get(key) or 0) if key is not None else 0
 
 
 def choice_for(folder: Path, depths: int) -> MTPChoice:
@@ -51,7 +37,8 @@ def choice_for(folder: Path, depths: int) -> MTPChoice:
     Raises:
         FolderError: fewer than there are, but some.
     """
-    there = folder_depths(folder)
+    _, config = read_model(folder, read_json(folder / "config.json"))
+    there = config.mtp.num_layers
     if depths == there:
         return MTPChoice("keep")
     if depths == 0:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_occ.convert.source import DTYPES, INDEX
+from megatron_occ.convert.dtypes import DTYPES
+from megatron_occ.convert.source import INDEX
 
+Item = TypeVar("Item")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -31,17 +34,25 @@ class Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def split_into_shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
-    """Consecutive tensors of at most ``limit`` bytes together; one tensor at least."""
-    shards: list[list[Output]] = []
+def split_into_files(
+    items: Iterable[Item], size_of: Callable[[Item], int], limit: int
+) -> list[list[Item]]:
+    """Consecutive items of at most ``limit`` bytes together; one item at least."""
+    files: list[list[Item]] = []
     size = 0
-    for output in outputs:
-        if not shards or size + output.bytes > limit:
-            shards.append([])
+    for item in items:
+        more = size_of(item)
+        if not files or size + more > limit:
+            files.append([])
             size = 0
-        shards[-1].append(output)
-        size += output.bytes
-    return shards
+        files[-1].append(item)
+        size += more
+    return files
+
+
+def split_into_shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
+    """See :func:`split_into_files`."""
+    return split_into_files(outputs, lambda output: output.bytes, limit)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -16,17 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_occ.convert.dtypes import DTYPES, FP8
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.transforms import dequantize_blocks
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-FP8 = torch.float8_e4m3fn
 SCALE = "_scale_inv"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # largest header that safetensors itself accepts

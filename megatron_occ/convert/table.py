@@ -76,6 +76,10 @@ class Family:
     always_biased: bool = False
     always_untied: bool = False
 
+    def stated_depths(self, content: Mapping[str, Any]) -> int:
+        """MTP depths that a ``config.json`` states."""
+        return (content.get(self.depths_key) or 0) if self.depths_key is not None else 0
+
     @property
     def embedding(self) -> str:
         """Name of the embedding."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
 from megatron_occ.convert.checkpoints import read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
+from megatron_occ.convert.dtypes import FP8, dtype_name
 from megatron_occ.convert.exporting import ExportPlan
 from megatron_occ.convert.importing import Imported
 from megatron_occ.convert.plan import ImportPlan, MTPChoice, plan_import
 from megatron_occ.convert.slots import model_slots
-from megatron_occ.convert.source import FP8, Source
+from megatron_occ.convert.source import Source
 
 # what an interpreter with torch takes before any tensor is read
 _RUNTIME = 400 * 10**6
@@ -33,7 +32,9 @@ def import_text(source: Source, plan: ImportPlan) -> str:
         kind = type(move.transform).__name__
         dtype, size = plan.dtypes[move.slot.name], human(plan.size(move.slot))
         shape = "x".join(map(str, move.slot.shape))
-        lines.append(f"{move.slot.name}  <-  {names}  [{kind}, {shape}, {_name(dtype)}, {size}]")
+        lines.append(
+            f"{move.slot.name}  <-  {names}  [{kind}, {shape}, {dtype_name(dtype)}, {size}]"
+        )
     for name, original in plan.duplicates.items():
         lines.append(f"(compared)  <-  {name} = {original}")
     lines += [f"(dropped)  <-  {name}" for name in plan.dropped]
@@ -67,7 +68,7 @@ def export_text(plan: ExportPlan) -> str:
         shape, kind = "x".join(map(str, output.shape)), type(move.transform).__name__
         size = human(output.bytes)
         lines.append(
-            f"{output.name}  <-  {origin}  [{kind}, {shape}, {_name(output.dtype)}, {size}]"
+            f"{output.name}  <-  {origin}  [{kind}, {shape}, {dtype_name(output.dtype)}, {size}]"
         )
     return "\n".join([*lines, "", _written(plan)])
 
@@ -118,7 +119,3 @@ def _first_of_each_key(slots: Iterable) -> list:
 
 def _written(plan: ExportPlan) -> str:
     return f"{len(plan.outputs)} tensors, {human(sum(o.bytes for o in plan.outputs))}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

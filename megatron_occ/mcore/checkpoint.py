@@ -143,28 +143,21 @@ def read_plain(path: Path) -> dict[str, Any]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-        tensors = read_tensors(path)
+        tensors = _read_tensors(path)
     finally:
         torch.distributed.destroy_process_group()
     return {**common, **tensors}
 
 
-def read_tensors(
-    path: Path, group: torch.distributed.ProcessGroup | None = None
-) -> dict[str, torch.Tensor]:
-    """Whole tensors by key, those of equal layers stacked; in memory of the CPU.
-
-    Args:
-        path: folder of a distributed checkpoint.
-        group: ranks that call this; None: all.
-    """
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors by key, those of equal layers stacked; in memory of the CPU."""
     entries = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.items()
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in entries
         if isinstance(entry, TensorStorageMetadata)
     }
-    checkpoint.load(tensors, checkpoint_id=path, process_group=group)
+    checkpoint.load(tensors, checkpoint_id=path)
     return tensors
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_occ.config.validate_servers import architecture
 from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.exporting import Reader, plan_export, write_weights
@@ -62,7 +61,6 @@ class HuggingFaceExport:
             config.model,
             config.mtp.num_layers,
             vocab_size,
-            architecture=architecture(config),
             tokenizer=tokenizer.state(),
         )
         write_weights(plan, reader, folder, quiet=True)

@@ -26,8 +26,6 @@ class MainRank:
         self.size = torch.distributed.get_world_size()
         self.is_this = torch.distributed.get_rank() == 0
         self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        # of the main rank alone, for what would otherwise ask all ranks to take part
-        self.alone = torch.distributed.new_group([0], backend="gloo")
 
     def gather(self, value: Any) -> list[Any]:
         """Python objects of all ranks, on the main one; elsewhere an empty list."""

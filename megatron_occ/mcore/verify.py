@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.identity import describe
-from megatron_occ.config.schema import Config
-from megatron_occ.convert.checkpoints import read_checkpoint
+from megatron_occ.convert.checkpoints import Checkpoint, read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
@@ -59,7 +58,7 @@ def verify(folder: Path, checkpoint: Path) -> Comparison:
     found = read_checkpoint(checkpoint)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, found.vocab_size, (ROWS, TOKENS), generator=generator)
-    ours = _ours(checkpoint, found.config, found.vocab_size, ids)
+    ours = _ours(found, ids)
     slots = model_slots(found.config.model, 0, found.vocab_size)
     dtype = DistributedReader(checkpoint).dtype(slots["embedding.word_embeddings.weight"])
     theirs, missing = _theirs(folder, ids, len(ours) - 1, dtype)
@@ -76,16 +75,21 @@ def verify(folder: Path, checkpoint: Path) -> Comparison:
 
 
 @torch.no_grad()
-def _ours(checkpoint: Path, config: Config, vocab_size: int, ids: Tensor) -> list[Tensor]:
+def _ours(checkpoint: Checkpoint, ids: Tensor) -> list[Tensor]:
+    config = checkpoint.config
     config.model.max_position_embeddings = max(config.model.max_position_embeddings, TOKENS)
     layout = initialize(config)
     try:
         with torch.enable_grad():
             actor = MegatronGPTActor(
-                config, vocab_size, layout, optimizer=config.rl.optimizer, total_updates=1
+                config,
+                checkpoint.vocab_size,
+                layout,
+                optimizer=config.rl.optimizer,
+                total_updates=1,
             )
-        meta = describe(config, read_json(checkpoint / "meta.json").get("tokenizer"), {})
-        load_weights(checkpoint, actor, meta)
+        meta = describe(config, checkpoint.meta.get("tokenizer"), {})
+        load_weights(checkpoint.folder, actor, meta)
         (model,) = actor.chunks
         on_device = ids.to(layout.device)
         places = torch.arange(TOKENS, device=layout.device).expand_as(on_device)

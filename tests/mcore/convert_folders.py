@@ -173,13 +173,20 @@ def reference_logits(folder: Path, ids: torch.Tensor, depths: int, *, swapped=Fa
     model = load_model(folder)
     output = model(ids, output_hidden_states=True)
     found, hidden = [output.logits], output.hidden_states[-1]
-    heads = _mimo_heads(folder, model, swapped) if _is_mimo(folder) else _mtp_heads(model, depths)
+    heads = mimo_heads(folder, model, swapped) if _is_mimo(folder) else _mtp_heads(model, depths)
     places = torch.arange(ids.size(1)).expand_as(ids)
     for depth in range(depths):
         ahead, hidden = slice(depth + 1, None), hidden[:, : ids.size(1) - depth - 1]
         hidden = heads(depth, hidden, ids[:, ahead], places[:, ahead])
         found.append(functional.linear(hidden, model.lm_head.weight))
     return found
+
+
+def chosen(logits: torch.Tensor, ids: torch.Tensor, ahead: int = 1) -> torch.Tensor:
+    """[b, s - ahead]: log-probs of the tokens ``ahead`` places on."""
+    length = ids.size(1) - ahead
+    targets = ids[:, ahead:].unsqueeze(-1)
+    return logits[:, :length].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
 
 
 def load_model(folder: Path):
@@ -212,7 +219,7 @@ def _mtp_heads(model, depths):
     )
 
 
-def _mimo_heads(folder: Path, model, swapped: bool):
+def mimo_heads(folder: Path, model, swapped: bool):
     """MiMo's formula: final_layernorm(Block(input_proj [hidden_ln(h); token_ln(e)]))."""
     tensors, eps = read_tensors(folder), model.config.rms_norm_eps
 

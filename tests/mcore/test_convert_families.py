@@ -21,6 +21,7 @@ from tests.mcore.convert_folders import (
     FAMILIES_WITH_MTP,
     VOCABULARY,
     as_ling2,
+    chosen,
     load_model,
     make_folder,
     read_tensors,
@@ -56,13 +57,6 @@ def logprobs(actor, ids):
         ids, positions(ids), None, request=HeadRequest(head_targets(ids, actor.num_depths))
     )
     return [outputs.logprobs, *(outputs.passes[0] if actor.num_depths else ())]
-
-
-def chosen(logits, ids, depth):
-    """[b, s - 1 - depth]: log-probs of the tokens that a depth predicts."""
-    length = ids.size(1) - 1 - depth
-    targets = ids[:, 1 + depth :].unsqueeze(-1)
-    return logits[:, :length].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
 
 
 @pytest.mark.parametrize(("name", "depths"), CASES)
@@ -101,7 +95,7 @@ def assert_equal(found, expected, ids):
     assert len(found) == len(expected)
     for depth, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         ours = ours[:, : ids.size(1) - 1 - depth]
-        torch.testing.assert_close(ours, chosen(theirs, ids, depth), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, chosen(theirs, ids, 1 + depth), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("depths", [1, 2])

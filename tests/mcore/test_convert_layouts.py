@@ -18,7 +18,13 @@ from megatron_occ.mcore.checkpoint import load_weights, save_checkpoint
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import head_masks
 from tests.mcore.conftest import random_ids
-from tests.mcore.convert_folders import VOCABULARY, make_folder, read_tensors, reference_logits
+from tests.mcore.convert_folders import (
+    VOCABULARY,
+    chosen,
+    make_folder,
+    read_tensors,
+    reference_logits,
+)
 from tests.mcore.distributed import run_ranks
 
 ROWS = [[0, 1], [2, 3]]
@@ -29,13 +35,10 @@ LAYOUTS = {
 }
 
 
-def chosen(logits, ids):
-    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-
-
 def load_and_save(folder, checkpoint, saved, layout):
     """On each rank: log-probs of main head and depths; the weights are saved again."""
-    _, config = read_model(Source(Path(folder)))
+    source = Source(Path(folder))
+    _, config = read_model(source.folder, source.config)
     config.mtp.num_layers = 2
     for key, value in layout.items():
         setattr(config.parallel, key, value)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from megatron_occ.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -18,6 +17,7 @@ from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import VOCABULARY, positions, random_ids, small_config
+from tests.mcore.convert_folders import chosen, mimo_heads
 from tests.mcore.distributed import run_ranks
 
 TOKENIZER = build_tokenizer("char", alphabet="abcdefghijklmnopqrstu")
@@ -70,45 +70,16 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def chosen(logits, ids, ahead):
-    """[b, s - ahead]: log-probs of the tokens ``ahead`` places on."""
-    length = ids.size(1) - ahead
-    targets = ids[:, ahead:].unsqueeze(-1)
-    return logits[:, :length].log_softmax(-1).gather(-1, targets).squeeze(-1)
-
-
-class MiMoHead:
-    """MiMo's MTP layer as servers compute it, on the weights of a folder.
+def mimo_logprobs(folder, model, hidden, ids, *, swapped=False):
+    """[b, s - 2] of MiMo's MTP layer as servers compute it, on the weights of a folder.
 
     Args:
         swapped: its input projection reads [embedding; hidden].
     """
-
-    def __init__(self, folder: Path, model, *, swapped=False) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        prefix = "model.mtp_layers.0."
-        self.own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self.output = tensors["lm_head.weight"]
-        self.model, self.swapped = model, swapped
-        self.block = Qwen2DecoderLayer(model.config, 0).eval()
-        names = self.block.state_dict()
-        self.block.load_state_dict({name: self.own.pop(f"{name}") for name in names})
-
-    def norm(self, x, name):
-        eps = self.model.config.rms_norm_eps
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * self.own[f"{name}.weight"]
-
-    def logits(self, hidden, ids):
-        """[b, s - 1, v], about the token two places on."""
-        hidden, places = hidden[:, :-1], positions(ids)[:, :-1]
-        embedded = self.model.get_input_embeddings()(ids[:, 1:])
-        parts = [self.norm(hidden, "hidden_layernorm"), self.norm(embedded, "token_layernorm")]
-        joined = torch.cat(parts[::-1] if self.swapped else parts, dim=-1)
-        rotary = self.model.model.rotary_emb(hidden, places)
-        state = joined @ self.own["input_proj.weight"].t()
-        state = self.block(state, attention_mask=None, position_embeddings=rotary)
-        state = state[0] if isinstance(state, tuple) else state
-        return self.norm(state, "final_layernorm") @ self.output.t()
+    head, places = mimo_heads(folder, model, swapped), positions(ids)
+    state = head(0, hidden[:, :-1], ids[:, 1:], places[:, :-1])
+    output = load_file(folder / "model.safetensors")["lm_head.weight"]
+    return chosen(state @ output.t(), ids, 2)
 
 
 @torch.no_grad()
@@ -127,7 +98,7 @@ def test_the_trunk_gives_our_logprobs(layout, tmp_path, name):
     actor = build(config, layout)
     model = load(export(actor, tmp_path))
     expected = ours(actor, ids)[0][:, :-1]
-    torch.testing.assert_close(chosen(model(ids).logits, ids, 1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(chosen(model(ids).logits, ids), expected, atol=1e-5, rtol=1e-5)
     text = "cabbage"
     assert HFTokenizer(tmp_path).encode(text) == TOKENIZER.encode(text)
     assert HFTokenizer(tmp_path).decode([*TOKENIZER.encode(text), TOKENIZER.eos_id]) == text
@@ -142,9 +113,9 @@ def test_the_head_gives_our_logprobs_by_the_formula_of_mimo(layout, tmp_path, na
     folder = export(actor, tmp_path)
     model, expected = load(folder), ours(actor, ids)[1][:, :-2]
     hidden = model.model(ids).last_hidden_state
-    found = chosen(MiMoHead(folder, model).logits(hidden, ids), ids, 2)
+    found = mimo_logprobs(folder, model, hidden, ids)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    swapped = chosen(MiMoHead(folder, model, swapped=True).logits(hidden, ids), ids, 2)
+    swapped = mimo_logprobs(folder, model, hidden, ids, swapped=True)
     assert (swapped - expected).abs().mean() > 0.1
 
 
@@ -168,7 +139,7 @@ def test_a_reader_that_leaves_out_the_final_norm_gets_it_in_the_heads_norm(layou
         folder = export(actor, tmp_path / name, reader=reader)
         model = load(folder)
         hidden = states_before_the_norm(model, ids)
-        found = chosen(MiMoHead(folder, model).logits(hidden, ids), ids, 2)
+        found = mimo_logprobs(folder, model, hidden, ids)
         return (found - expected).abs().mean().item()
 
     assert gap("vllm", "nearly") < 0.2 * gap("sglang", "without")
@@ -193,5 +164,5 @@ def export_of_ranks(name, folder):
 def test_a_split_model_is_put_together(tmp_path, name):
     expected = run_ranks(export_of_ranks, 4, name, str(tmp_path))[0][:, :-1]
     ids = random_ids()
-    found = chosen(load(tmp_path)(ids).logits, ids, 1)
+    found = chosen(load(tmp_path)(ids).logits, ids)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

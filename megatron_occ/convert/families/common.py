@@ -78,6 +78,12 @@ MTP_DUPLICATES = (
 ROTARY_TABLES = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
+def with_lines(rules: tuple[Rule, ...], *others: Rule) -> tuple[Rule, ...]:
+    """A table with other lines for some parameters."""
+    changed = {rule.ours: rule for rule in others}
+    return tuple(changed.get(rule.ours, rule) for rule in rules)
+
+
 def dense_settings(
     hf: Mapping[str, Any], rotary: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from megatron_occ.config.schema_model import ModelConfig
 from megatron_occ.convert.families.common import (
     DENSE_MLP,
     EXPERT_MLP,
+    MTP,
+    TOP,
     accept,
     dense_settings,
     describe_dense,
@@ -20,6 +22,7 @@ from megatron_occ.convert.families.common import (
     expert_settings,
     head_settings,
     need,
+    with_lines,
 )
 from megatron_occ.convert.table import Family, Rule
 from megatron_occ.convert.transforms import PLAIN_QKV
@@ -63,23 +66,13 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _renamed(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Its router's bias has a name of its own."""
-    bias = Rule("mlp.router.expert_bias", "mlp.gate.expert_bias")
-    return tuple(bias if rule.ours == bias.ours else rule for rule in rules)
-
-
 LING2 = Family(
     "BailingMoeV2ForCausalLM",
     "bailing_moe",
     _settings,
     _describe,
     depths_key="num_nextn_predict_layers",
-    top=(
-        Rule("embedding.word_embeddings.weight", "model.word_embeddings.weight"),
-        Rule("decoder.final_layernorm.weight", "model.norm.weight"),
-        Rule("output_layer.weight", "lm_head.weight"),
-    ),
+    top=with_lines(TOP, Rule("embedding.word_embeddings.weight", "model.word_embeddings.weight")),
     layer=(
         Rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         Rule("self_attention.linear_qkv.weight", "attention.query_key_value.weight", PLAIN_QKV),
@@ -87,12 +80,7 @@ LING2 = Family(
         Rule("self_attention.k_layernorm.weight", "attention.key_layernorm.weight"),
         Rule("self_attention.linear_proj.weight", "attention.dense.weight"),
         *DENSE_MLP,
-        *_renamed(EXPERT_MLP),
+        *with_lines(EXPERT_MLP, Rule("mlp.router.expert_bias", "mlp.gate.expert_bias")),
     ),
-    mtp=(
-        Rule("enorm.weight", "enorm.weight"),
-        Rule("hnorm.weight", "hnorm.weight"),
-        Rule("eh_proj.weight", "eh_proj.weight"),
-        Rule("final_layernorm.weight", "final_layernorm.weight"),
-    ),
+    mtp=with_lines(MTP, Rule("final_layernorm.weight", "final_layernorm.weight")),
 )
