@@ -114,20 +114,19 @@ def _accuracy_tile(run: RunData) -> str:
 
 
 def _reward_tile(run: RunData) -> str:
-    last, first = run.level("rl", "reward/mean"), run.level("rl", "reward/mean", first=True)
-    if last is None or first is None:
+    level = run.level("rl", "reward/mean")
+    if level is None:
         return ""
-    note = f"mean of the last 10 steps; first 10: {format_number(first)}"
-    return _tile("Final reward", format_number(last), note)
+    note = f"began at {format_number(level.first)}; {level.basis}"
+    return _tile("Final reward", format_number(level.last), note)
 
 
 def _agreement_tile(run: RunData) -> str:
     for phase in ("rl", "pretrain"):
-        last = run.level(phase, "agreement/mtp_1")
-        first = run.level(phase, "agreement/mtp_1", first=True)
-        if last is not None and first is not None:
-            note = f"depth 1 with the main head; first 10 steps: {format_percent(first)}"
-            return _tile("MTP agreement", format_percent(last), note)
+        level = run.level(phase, "agreement/mtp_1")
+        if level is not None:
+            note = f"depth 1 with the main head; began at {format_percent(level.first)}"
+            return _tile("MTP agreement", format_percent(level.last), note)
     return ""
 
 
@@ -144,7 +143,9 @@ def _speed_tile(run: RunData) -> str:
     if rate is not None:
         return _tile("Samples per second", format_number(rate), "during rollout, median")
     tokens = run.level("pretrain", "tokens_per_second")
-    return "" if tokens is None else _tile("Tokens per second", format_number(tokens), "training")
+    if tokens is None:
+        return ""
+    return _tile("Tokens per second", format_number(tokens.last), "training")
 
 
 def _spread(steps: list[int]) -> list[int]:

@@ -17,7 +17,24 @@ from megatron_occ.observe.text import format_percent
 CONFIG_FILE = "config.yaml"
 _SUB_RUNS = ("pretrain", "rl")
 _TRAINING = ("pretrain", "rl")
-_FINAL_STEPS = 10
+# values that a level is the mean of, and no more than half of all
+_LEVEL_VALUES = 10
+
+
+@dataclass(frozen=True)
+class Level:
+    """Mean of the first and of the last ``count`` values that were logged."""
+
+    first: float
+    last: float
+    count: int
+
+    @property
+    def basis(self) -> str:
+        """What the two numbers are."""
+        if self.count == 1:
+            return "first and last value logged"
+        return f"mean of the first and last {self.count} values logged"
 
 
 @dataclass
@@ -71,11 +88,13 @@ class RunData:
             return f"not finished: the log ends at RL step {step}"
         return f"not finished: the log ends at pretraining step {self.last_step('pretrain') or 0}"
 
-    def level(self, phase: str, name: str, *, first: bool = False) -> float | None:
-        """Return the mean over the last (or first) 10 finite values, or None."""
-        points = [point for point in self.points(phase, name) if math.isfinite(point[1])]
-        values = [y for _, y in (points[:_FINAL_STEPS] if first else points[-_FINAL_STEPS:])]
-        return sum(values) / len(values) if values else None
+    def level(self, phase: str, name: str) -> Level | None:
+        """Return where a metric began and ended, or None if it has no finite value."""
+        values = [y for _, y in self.points(phase, name) if math.isfinite(y)]
+        if not values:
+            return None
+        count = min(_LEVEL_VALUES, -(-len(values) // 2))
+        return Level(sum(values[:count]) / count, sum(values[-count:]) / count, count)
 
 
 def load_run(run_dir: str | Path, parts: Sequence[str | Path] | None = None) -> RunData:
@@ -172,14 +191,16 @@ def accuracy_basis(run: RunData) -> str:
     """Say what pass@1 was measured on and how far chance alone can move the difference.
 
     The standard error of the difference of two means over n problems is at most
-    sqrt((p(1-p) + q(1-q)) / n): the same problems in both only make it smaller.
+    sqrt((p(1-p) + q(1-q)) / n): the same problems in both only make it smaller. Shares are taken
+    with one success and one failure more than there were, so that 0 of 8 is not taken for certain.
     """
     name = run.accuracy_metric or ""
     parts = [name] if name.startswith("avg@") else []
     problems, change = run.points("validation", "problems"), accuracy_change(run)
     if problems and problems[-1][1] >= 1 and change:
         count = problems[-1][1]
-        error = math.sqrt(max(0.0, sum(p * (1 - p) for p in change)) / count)
+        shares = [(p * count + 1) / (count + 2) for p in change]
+        error = math.sqrt(max(0.0, sum(p * (1 - p) for p in shares)) / count)
         parts += [f"{count:g} problems", f"standard error ≤ {format_percent(error)[:-1]} points"]
     return ", ".join(parts)
 

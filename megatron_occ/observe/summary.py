@@ -51,11 +51,9 @@ def _rows(run: RunData) -> list[tuple[str, str]]:
         ("MTP agreement", "rl", "agreement/mtp_1", format_percent),
         ("pretraining loss", "pretrain", "loss/main", format_number),
     ):
-        first, last = run.level(phase, name, first=True), run.level(phase, name)
-        if first is not None and last is not None:
-            rows.append(
-                (label, f"{form(first)} -> {form(last)}  (mean of first and last 10 steps)")
-            )
+        level = run.level(phase, name)
+        if level is not None:
+            rows.append((label, f"{form(level.first)} -> {form(level.last)}  ({level.basis})"))
     steps = [(run.last_step("pretrain"), "pretraining"), (run.last_step("rl"), "RL")]
     counts = [f"{count:,} {name}" for count, name in steps if count is not None]
     rows.append(("steps", ", ".join(counts)))

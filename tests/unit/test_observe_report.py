@@ -10,7 +10,13 @@ import pytest
 
 from megatron_occ.observe import print_summary, write_report
 from megatron_occ.observe.report_tables import config_block, is_correct, samples_section
-from megatron_occ.observe.run_data import RunData, load_run, samples_per_second
+from megatron_occ.observe.run_data import (
+    Level,
+    RunData,
+    accuracy_basis,
+    load_run,
+    samples_per_second,
+)
 
 
 class Page(HTMLParser):
@@ -91,7 +97,7 @@ def test_report_shows_the_key_figures(run_dir):
     assert "41.0%" in words
     assert "67.5%" in words
     assert "+26.5 points" in words
-    # sqrt((0.41 * 0.59 + 0.675 * 0.325) / 100) = 0.0679
+    # shares 42/102 and 68.5/102: sqrt((0.4118 * 0.5882 + 0.6716 * 0.3284) / 100) = 0.0680
     assert "avg@4, 100 problems, standard error ≤ 6.8 points" in words
     assert "5 min 0 s" in words  # 100 s of pretraining, 200 s of RL
     assert "30.0" in words  # 900 tokens a second, 30 tokens each
@@ -258,3 +264,26 @@ def test_summary_is_short_and_names_the_report(run_dir):
     assert any(line.split() == ["steps", "100", "pretraining,", "20", "RL"] for line in lines)
     assert lines[-1].endswith("report.html")
     assert len(lines) <= 8
+
+
+@pytest.mark.parametrize(
+    ("values", "level", "basis"),
+    [
+        ([7.0], Level(7.0, 7.0, 1), "first and last value logged"),
+        ([1.0, 5.0], Level(1.0, 5.0, 1), "first and last value logged"),
+        ([1.0, 3.0, 9.0], Level(2.0, 6.0, 2), "mean of the first and last 2 values logged"),
+        (range(100), Level(4.5, 94.5, 10), "mean of the first and last 10 values logged"),
+    ],
+)
+def test_a_level_is_the_mean_of_about_half_of_the_values_or_of_ten(values, level, basis):
+    run = RunData("run", {"rl": {"reward/mean": dict(enumerate(values, start=1))}})
+    assert run.level("rl", "reward/mean") == level
+    assert level.basis == basis
+    assert run.level("rl", "entropy") is None
+
+
+def test_no_success_in_eight_problems_is_not_certain():
+    values = {"pass@1": {0: 0.0, 2: 0.0}, "problems": {0: 8.0, 2: 8.0}}
+    # shares 1/10 and 1/10: sqrt(2 * 0.09 / 8) = 0.15
+    basis = accuracy_basis(RunData("run", {"validation": values}))
+    assert basis == "8 problems, standard error ≤ 15.0 points"
