@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_occ.config import (
     Config,
@@ -24,6 +25,9 @@ from megatron_occ.config import (
     validate,
 )
 from megatron_occ.convert_cli import main as convert
+
+if TYPE_CHECKING:
+    from megatron_occ.run import Run
 
 _COMMANDS = {
     "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
@@ -54,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         sys.exit(f"megatron-occ: error: {error}")
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume continues" if "resume" in options else ""
-        print(f"megatron-occ: interrupted{hint}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if _rank() == 0:
+            print(": ".join(("megatron-occ: interrupted", *interrupt.args)), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # the reader has seen enough; without this Python complains when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -165,6 +173,8 @@ def _config_files(options: argparse.Namespace) -> list[Path]:
 
 
 def _check_run_folder(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run_dir={folder} is a file: name a folder with run_dir=...")
     used = folder.is_dir() and any(folder.iterdir())
     if used and not resume:
         raise ConfigError(
@@ -200,8 +210,21 @@ def _run(options: argparse.Namespace, config: Config) -> None:
     except EngineError as error:
         # the kind that is told without a traceback, and known without torch
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        hint = () if command == "eval" else (_how_to_go_on(run),)
+        raise KeyboardInterrupt(*hint) from interrupt
     finally:
         shutdown()
+
+
+def _how_to_go_on(run: Run) -> str:
+    """What --resume makes of an interrupted run."""
+    newest = run.latest("rl") or run.latest("pretrain")
+    if newest is not None:
+        return f"the same command with --resume goes on from {newest}"
+    if run.folder.is_dir():
+        return "it has no checkpoint yet: the same command with --resume begins anew"
+    return "nothing was written yet"
 
 
 def _report(folder: Path) -> None:

@@ -36,6 +36,7 @@ from megatron_occ.inputs import (
 )
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
+    DamagedCheckpointError,
     check_weights,
     list_checkpoints,
     load_checkpoint,
@@ -115,18 +116,33 @@ class Run:
         MainRank().run(check)
 
     def open_folder(self) -> None:
-        """Create the run folder, or open it again to resume, and start the log."""
+        """Create the run folder, or open it again to resume, and start the log.
+
+        Raises:
+            ValueError: the folder can't be made, or the run can't go on with this configuration.
+        """
         is_main, saved = self.layout.is_main, self.folder / "config.yaml"
-        changes = []
+        changes, done = [], self._steps_done()
         if self.resume and saved.is_file():
-            changes = check_resumed(load_config([saved], []), self.config, is_in_rl=self.is_in_rl)
+            changes = check_resumed(
+                load_config([saved], []), self.config, is_in_rl=self.is_in_rl, done=done
+            )
         barrier()  # all ranks have read what the main one is about to write
         if is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"run_dir={self.folder}: can't be made: {error}") from error
             save_config(self.config, saved)
         self.metrics = MetricsLogger(self.folder, is_main=is_main)
         for change in changes:
-            self.metrics.event(0, f"resumed with {change}", kind="resumed")
+            step = done["rl"] or done["pretrain"]
+            self.metrics.event(step, f"resumed with {change}", kind="resumed")
+
+    def _steps_done(self) -> dict[str, int]:
+        """Step of the newest checkpoint of each phase, 0 without one."""
+        found = {phase: list_checkpoints(self.checkpoints(phase)) for phase in ("pretrain", "rl")}
+        return {phase: each[-1][0] if each else 0 for phase, each in found.items()}
 
     def checkpoints(self, phase: str) -> Path:
         """Folder of a phase's checkpoints."""
@@ -168,9 +184,17 @@ class _Phase:
         if latest is None:
             logger.info("no checkpoint of %s yet: it starts at step 0", self.name)
         else:
-            trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
+            trainer.load_state_dict(self._read(latest))
             logger.info("resumed from %s", latest)
         self.run.metrics.truncate_after(trainer.step if latest else None, self.name)
+
+    def _read(self, latest: Path) -> dict[str, Any]:
+        try:
+            return load_checkpoint(latest, self.actor, self.meta)
+        except DamagedCheckpointError as error:
+            *_, before = (None, *list_checkpoints(self.run.checkpoints(self.name))[:-1])
+            start = f"from {before[1].name}, the one before it" if before else "without it"
+            raise ValueError(f"{error}. Delete the folder {latest} to go on {start}") from error
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a finished step."""

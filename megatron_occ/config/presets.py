@@ -95,6 +95,7 @@ def preset_conflicts(
             where = f"{origins[key]}: " if origins and key in origins else ""
             problems.append(
                 f"{where}{key} = {spell(values[key])} contradicts {preset_key} = {name}, which "
-                f"sets it to {spell(wanted)}. Drop one of the two ({preset_key}=null keeps {key})"
+                f"sets it to {spell(wanted)}. Drop one of the two ({preset_key}=null keeps {key}, "
+                f"{key}={wanted} on the command line goes with the preset)"
             )
     return problems

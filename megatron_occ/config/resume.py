@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
@@ -26,13 +28,16 @@ _CHANGEABLE = (
 )
 
 
-def check_resumed(saved: Config, now: Config, *, is_in_rl: bool = False) -> list[str]:
+def check_resumed(
+    saved: Config, now: Config, *, is_in_rl: bool = False, done: Mapping[str, int] | None = None
+) -> list[str]:
     """Compare a run's saved configuration with the one it is to be resumed with.
 
     Args:
         saved: what the run was started with.
         now: what it is to go on with.
         is_in_rl: RL has a checkpoint, so that pretraining is not entered again.
+        done: steps that ``pretrain`` and ``rl`` have behind them; None: none.
 
     Returns:
         The permitted changes, one line each, for the log.
@@ -43,7 +48,7 @@ def check_resumed(saved: Config, now: Config, *, is_in_rl: bool = False) -> list
     before, after = flat_values(saved), flat_values(now)
     changed = [key for key in after if after[key] != before[key]]
     lines = {key: f"{key} was {before[key]!r}, is {after[key]!r}" for key in changed}
-    objections = {key: _objection(key, now, is_in_rl) for key in changed}
+    objections = {key: _objection(key, now, is_in_rl, done or {}) for key in changed}
     refused = [f"{lines[key]} ({text})" for key, text in objections.items() if text]
     if refused:
         raise ConfigError(
@@ -54,12 +59,15 @@ def check_resumed(saved: Config, now: Config, *, is_in_rl: bool = False) -> list
     return list(lines.values())
 
 
-def _objection(key: str, config: Config, is_in_rl: bool) -> str:
+def _objection(key: str, config: Config, is_in_rl: bool, done: Mapping[str, int]) -> str:
     """Why a key may not change; empty where it may."""
     if key == "pretrain.steps" and is_in_rl:
         return "pretraining is over, RL goes on from its end"
     if key in ("pretrain.steps", "rl.steps"):
         phase = config.pretrain if key == "pretrain.steps" else config.rl
+        behind = done.get(key.partition(".")[0], 0)
+        if phase.steps < behind:
+            return f"{behind} steps are done"
         decays = phase.optimizer.schedule != "constant"
         return "the learning rate decays over the whole phase" if decays else ""
     if key.startswith("rl.micro_batch_") and config.mtp.trunk.estimator == "released":

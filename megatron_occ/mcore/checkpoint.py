@@ -29,9 +29,18 @@ from megatron_occ.mcore.versions import check_written_by, installed_version
 
 logger = logging.getLogger(__name__)
 
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that can't be read, whatever run asks for it."""
+
+
 _NAME = re.compile(r"step_(\d{6,})")
 # of the optimizer's state; weights of any format can be read
 _FORMAT = 2
+# beside the files of tensors
+_FILES = ("common.pt", ".metadata", "metadata.json")
+# of what two descriptions differ in, how much an error names
+_SHOWN = 5
 
 
 def save_checkpoint(
@@ -126,11 +135,16 @@ def _tensors_of(chunk: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [name for name in _FILES if not (path / name).is_file()]
+    if missing:
+        raise DamagedCheckpointError(f"{path}: {', '.join(missing)} is missing")
     try:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, CheckpointingException) as error:
-        raise ValueError(
-            f"{path}: can't be read, a file is damaged or missing: take another one ({error})"
+        # torch's message is a traceback of each rank, and ends with what was wrong
+        reason = str(error).strip().rpartition("\n")[2]
+        raise DamagedCheckpointError(
+            f"{path}: can't be read, a file is damaged or missing ({reason})"
         ) from error
 
 
@@ -180,22 +194,41 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """
     file = path / "meta.json"
     if not file.is_file():
-        raise ValueError(
-            f"{path} is not a complete checkpoint: it has no meta.json. Name a folder such as "
-            ".../checkpoints/step_000100"
+        raise DamagedCheckpointError(
+            f"{path} is not a complete checkpoint: it has no meta.json. A complete one is a folder "
+            f"such as {_example(path)}"
         )
-    found = json.loads(file.read_text())
     try:
+        found = json.loads(file.read_text())
         check_written_by(found.get("megatron_core"), installed_version())
+    except json.JSONDecodeError as error:
+        raise DamagedCheckpointError(f"{file}: is not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{file}: {name} is {found.get(name)!r}, this run has {value!r}: give the "
-                "checkpoint's configuration, or another checkpoint"
-            )
+    pairs = [(name, found.get(name), value) for name, value in expected.items()]
+    differences = [line for pair in pairs for line in _compare(*pair)]
+    if differences:
+        shown, more = differences[:_SHOWN], len(differences) - _SHOWN
+        shown += [f"and {more} more"] if more > 0 else []
+        raise ValueError(
+            f"{file}: {'; '.join(shown)}: give the checkpoint's configuration, or another "
+            "checkpoint"
+        )
     return found
+
+
+def _example(path: Path) -> str:
+    """A checkpoint in a folder that was taken for one, or what the name of one looks like."""
+    inside = sorted(meta.parent for meta in path.glob("**/step_*/meta.json"))
+    return str(inside[-1]) if inside else ".../checkpoints/rl/step_000100"
+
+
+def _compare(name: str, before: Any, now: Any) -> list[str]:
+    """What two entries differ in, a line for each value; nested ones under dotted names."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [f"{name} is {before!r}, this run has {now!r}"]
+    pairs = [(key, before.get(key), now.get(key)) for key in dict.fromkeys((*before, *now))]
+    return [line for key, *values in pairs for line in _compare(f"{name}.{key}", *values)]
 
 
 def check_weights(path: Path, meta: dict[str, Any]) -> dict[str, Any]:

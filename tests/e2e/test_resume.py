@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -134,3 +136,16 @@ def test_a_longer_run_resumes_from_the_shorter_one(run):
     run("rl", "run", "pretrain.steps=6", "rl.steps=2", "--resume")
     assert [line["step"] for line in metrics(folder, "rl")] == [1, 2]
     assert [line["step"] for line in metrics(folder, "pretrain")] == [6]
+
+
+def test_a_damaged_newest_checkpoint_is_told_with_the_way_past_it(run):
+    settings = ("pretrain.steps=6", "pretrain.save_every=2", "keep_checkpoints=2")
+    folder = run("pretrain", "run", *settings)
+    damaged = folder / "checkpoints" / "pretrain" / "step_000006"
+    (damaged / "common.pt").unlink()
+    told = f"common.pt is missing. Delete the folder {damaged} to go on from step_000004"
+    with pytest.raises(SystemExit, match=told):
+        run("pretrain", "run", *settings, "--resume")
+    shutil.rmtree(damaged)
+    run("pretrain", "run", *settings, "--resume")
+    assert [line["step"] for line in metrics(folder, "pretrain")][-1] == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 
 import pytest
@@ -139,15 +140,45 @@ def test_the_pretraining_model_is_gone_when_rl_builds_its_own(run, monkeypatch):
     assert alive == [[], [False] * 3]
 
 
-def test_ctrl_c_exits_with_130_and_tells_how_to_go_on(run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("saves", "told"),
+    [
+        (2, r"--resume goes on from .*/run/checkpoints/pretrain/step_000002\n"),
+        (6, "no checkpoint yet: the same command with --resume begins anew"),
+    ],
+)
+def test_ctrl_c_exits_with_130_and_tells_how_to_go_on(run, monkeypatch, capsys, saves, told):
+    own = PretrainTrainer.run_step
+
     def interrupted(self):
-        raise KeyboardInterrupt
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return own(self)
 
     monkeypatch.setattr(PretrainTrainer, "run_step", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        run("pretrain", "run", "pretrain.steps=6")
+        run("pretrain", "run", "pretrain.steps=6", f"pretrain.save_every={saves}")
     assert stopped.value.code == 130
-    assert "--resume continues" in capsys.readouterr().err
+    assert re.search(f"megatron-occ: interrupted: .*{told}", capsys.readouterr().err)
+
+
+def test_ctrl_c_before_a_run_folder_is_made_says_so(run, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "read_inputs", interrupted)
+    with pytest.raises(SystemExit):
+        run("pretrain", "run", "pretrain.steps=6")
+    assert "megatron-occ: interrupted: nothing was written yet" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_is_a_file_is_refused(run):
+    run.folder.mkdir(exist_ok=True)
+    (run.folder / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"run_dir=.*/file is a file: name a folder"):
+        run("pretrain", "file")
+    with pytest.raises(SystemExit, match=r"run_dir=.*/file/run: can't be made: .*Not a directory"):
+        run("pretrain", "file/run")
 
 
 def test_ctrl_c_in_a_report_does_not_speak_of_resuming(tmp_path, monkeypatch, capsys):

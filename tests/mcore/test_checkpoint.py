@@ -10,6 +10,7 @@ import torch
 from megatron_occ.config.identity import describe
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import (
+    DamagedCheckpointError,
     list_checkpoints,
     load_checkpoint,
     load_weights,
@@ -104,8 +105,8 @@ def test_only_the_newest_stay_and_unfinished_ones_are_not_seen(actor, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"tokenizer": {"kind": "hf"}}, "tokenizer is .*char.* this run has .*hf"),
-        ({"data": {"corpus": "b2"}}, "data is .*a1.* this run has .*b2"),
+        ({"tokenizer": {"kind": "hf"}}, "tokenizer.kind is .*char.* this run has .*hf"),
+        ({"data": {"corpus": "b2"}}, "data.corpus is .*a1.* this run has .*b2"),
         ({"mtp_layers": 2}, "mtp_layers is 1, this run has 2"),
     ],
 )
@@ -120,7 +121,7 @@ def test_another_phase_may_have_other_data_but_not_another_model(actor, tmp_path
     load_weights(path, actor, meta(data={"prompts": "zz"}))
     other = small_config(1)
     other.model.hidden_size = 64
-    with pytest.raises(ValueError, match="model is"):
+    with pytest.raises(ValueError, match=r"json: model.hidden_size is 32, this run has 64: give"):
         load_weights(path, actor, meta(other))
 
 
@@ -157,3 +158,35 @@ def test_a_longer_position_range_reads_the_same_weights(actor, tmp_path):
     longer = small_config(1)
     longer.model.max_position_embeddings *= 2
     load_weights(save(tmp_path, 4, actor), actor, meta(longer))
+
+
+def test_a_folder_of_checkpoints_is_told_what_lies_in_it(actor, tmp_path):
+    path = save(tmp_path / "checkpoints" / "rl", 4, actor)
+    with pytest.raises(
+        ValueError, match=f"no meta.json. A complete one is a folder such as {path}"
+    ):
+        load_weights(tmp_path, actor, meta())
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
+def test_a_missing_file_is_named(actor, tmp_path, name):
+    path = save(tmp_path, 1, actor)
+    (path / name).unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"{path}: {name} is missing"):
+        load_checkpoint(path, actor, meta())
+
+
+def test_a_cut_file_is_told_in_a_line(actor, tmp_path):
+    path = save(tmp_path, 1, actor)
+    for file in path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DamagedCheckpointError, match="a file is damaged or missing") as told:
+        load_checkpoint(path, actor, meta())
+    assert "\n" not in str(told.value)
+
+
+def test_a_broken_description_is_named(actor, tmp_path):
+    path = save(tmp_path, 1, actor)
+    (path / "meta.json").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match=r"meta\.json: is not JSON"):
+        load_checkpoint(path, actor, meta())

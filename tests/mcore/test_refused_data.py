@@ -81,9 +81,12 @@ def checkpoint(layout, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"tokenizer": CharTokenizer("01").state()}, "tokenizer is .*0123456789.* has .*'01'"),
+        (
+            {"tokenizer": CharTokenizer("01").state()},
+            r"tokenizer\.alphabet is '0123456789', this run has '01'",
+        ),
         ({"mtp_layers": 3}, "mtp_layers is 1, this run has 3"),
-        ({"model": {"num_layers": 9}}, r"model is .*, this run has \{'num_layers': 9\}"),
+        ({"model": {"num_layers": 9}}, r"model\.num_layers is 2, this run has 9"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_the_weights_stay(checkpoint, change, named):
@@ -98,5 +101,5 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_weights_stay(checkpoin
 def test_a_half_written_checkpoint_is_refused_with_its_folder(checkpoint):
     path, actor, meta = checkpoint
     (path / "meta.json").unlink()
-    with pytest.raises(ValueError, match=f"{path} is not a complete checkpoint: .* Name a folder"):
+    with pytest.raises(ValueError, match=f"{path} is not a complete checkpoint: .* no meta.json"):
         load_weights(path, actor, meta)
