@@ -83,7 +83,7 @@ def checkpoint(layout, tmp_path):
     [
         (
             {"tokenizer": CharTokenizer("01").state()},
-            r"tokenizer\.alphabet is '0123456789', this run has '01'",
+            r"tokenizer\.alphabet is .*, this run has '01'",
         ),
         ({"mtp_layers": 3}, "mtp_layers is 1, this run has 3"),
         ({"model": {"num_layers": 9}}, r"model\.num_layers is 2, this run has 9"),
