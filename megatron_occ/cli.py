@@ -18,6 +18,7 @@ from megatron_occ.config import (
     Config,
     ConfigError,
     derive,
+    files_not_found,
     help_text,
     load_config,
     pretrains_first,
@@ -255,6 +256,7 @@ def _dry_run(config: Config, options: argparse.Namespace, world_size: int) -> No
     ]
     print(_plan(config, options.command, world_size))
     print(f"\n{grid_text(config, estimates[0])}\n\n{ranks_text(config, estimates)}")
+    print(f"\n{_unchecked(config)}")
 
 
 def _vocabulary(config: Config) -> int:
@@ -275,11 +277,15 @@ def _vocabulary(config: Config) -> int:
         ) from error
 
 
+def _unchecked(config: Config) -> str:
+    """What a run may still stumble over."""
+    missing = "".join(f"not found          {text}\n" for text in files_not_found(config))
+    return f"{missing}not checked        contents of files, verifiers, servers"
+
+
 def _plan(config: Config, command: str, world_size: int) -> str:
     sizes, parallel = derive(config, world_size), config.parallel
     lines = [
-        to_yaml(config).rstrip(),
-        "",
         f"command            {command}",
         f"ranks              {world_size} (tensor {parallel.tensor}, context {parallel.context}, "
         f"data {sizes.data_parallel}, pipeline {parallel.pipeline})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_occ.config.errors import ConfigError
+from megatron_occ.config.files import files_not_found
 from megatron_occ.config.help import help_text, reference_markdown
 from megatron_occ.config.load import flat_values, load_config, save_config, to_yaml
 from megatron_occ.config.presets import PRESETS
@@ -18,6 +19,7 @@ __all__ = [
     "Sizes",
     "check_resumed",
     "derive",
+    "files_not_found",
     "flat_values",
     "help_text",
     "load_config",

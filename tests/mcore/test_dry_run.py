@@ -28,7 +28,7 @@ GLM = ["rl", "--config", str(ROOT / "conf/rl/dapo_glm45_air_512.yaml"), "--world
 
 def dry_run(arguments: list[str], capsys) -> str:
     main([*arguments, "--dry-run"])
-    return capsys.readouterr().out.partition("\ncommand ")[2]
+    return capsys.readouterr().out
 
 
 def cells(text: str, name: str) -> list[str]:
@@ -108,3 +108,16 @@ def test_ranks_are_given_for_a_dry_run_alone(capsys):
     with pytest.raises(SystemExit):
         main(GLM)
     assert "--world-size goes with --dry-run alone" in capsys.readouterr().err
+
+
+def test_files_that_are_not_there_are_named(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.with_suffix(".idx").write_text("")
+    there, missing = f"data.corpus={corpus}", f"data.prompts={tmp_path}/none.jsonl"
+    config = ["rl", "--config", str(ROOT / "conf" / "rl" / "tiny.yaml")]
+    untold = ("data.task.name=null", "data.task.params={}", "tokenizer.alphabet=abc")
+    held_out = f"data.validation_prompts={tmp_path}/held_out.jsonl"
+    text = dry_run([*config, *untold, there, missing, held_out], capsys)
+    expected = f"\nnot found          {missing}\nnot found          {held_out}\nnot checked "
+    assert expected in text
+    assert "data.corpus=" not in text

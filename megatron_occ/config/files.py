@@ -1,0 +1,29 @@
+"""Files and folders that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_occ.config.load import flat_values
+from megatron_occ.config.schema import Config
+
+_NAMED = (
+    "model.from_hf",
+    "tokenizer.path",
+    "data.corpus",
+    "data.prompts",
+    "data.validation_prompts",
+    "rl.init_from",
+)
+
+
+def files_not_found(config: Config) -> list[str]:
+    """Keys with their values, ``rl.init_from=...``, whose file or folder is not there."""
+    values = flat_values(config)
+    named = [(key, values[key]) for key in _NAMED if values[key] is not None]
+    return [f"{key}={value}" for key, value in named if not _is_there(key, value)]
+
+
+def _is_there(key: str, value: str) -> bool:
+    # a corpus is named by what its files have in common
+    return Path(f"{value}.idx" if key == "data.corpus" else value).exists()
