@@ -8,7 +8,8 @@ from megatron_occ.rollout.engine import (
     RolloutEngine,
     SamplingSettings,
 )
-from megatron_occ.rollout.sampling import sample_from_uniform, uniforms
+from megatron_occ.rollout.noise import row_keys, token_keys, uniforms
+from megatron_occ.rollout.sampling import sample_by_race, sample_from_uniform
 from megatron_occ.rollout.speculative import coupled_accept, speculative_accept
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "RolloutEngine",
     "SamplingSettings",
     "coupled_accept",
+    "row_keys",
+    "sample_by_race",
     "sample_from_uniform",
     "speculative_accept",
+    "token_keys",
     "uniforms",
 ]

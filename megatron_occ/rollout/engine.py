@@ -45,7 +45,7 @@ class Request:
 
     Args:
         prompt: token ids, at least one. Neighbours with equal prompts share a prefill.
-        seed: of the response's own random numbers; its low 32 bits count.
+        seed: of the response's own random numbers; 64 bits of it count.
         max_response_length: a limit of its own, below that of the settings; None: theirs.
     """
 

@@ -1,4 +1,4 @@
-"""Sampling whose randomness belongs to the sequence, not to the batch."""
+"""From log-probs to tokens: cuts, and two ways to draw."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.rollout.engine import SamplingSettings
-
-
-def uniforms(seeds: list[int], length: int) -> Tensor:
-    """Uniform numbers in [0, 1), one row of ``length`` for each seed, [n, length] fp64 on the CPU.
-
-    Double precision, so that rare tokens of a large vocabulary stay reachable. torch's generator
-    looks at the low 32 bits of a seed alone.
-    """
-    rows = torch.empty(len(seeds), length, dtype=torch.float64)
-    generator = torch.Generator()
-    for row, seed in zip(rows, seeds, strict=True):
-        row.uniform_(generator=generator.manual_seed(seed))
-    return rows
+from megatron_occ.rollout.noise import uniforms
 
 
 def token_log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -50,6 +38,25 @@ def cut_log_probs(log_probs: Tensor, settings: SamplingSettings) -> Tensor:
     before[..., 0] = 0.0
     likeliest = likeliest.masked_fill(before >= settings.top_p, -torch.inf).log_softmax(-1)
     return torch.full_like(log_probs, -torch.inf).scatter_(-1, ids, likeliest)
+
+
+def sample_by_race(log_probs: Tensor, keys: Tensor) -> Tensor:
+    """Sampling by an exponential race: id i arrives after a time Exp(p_i), and the first one wins.
+
+    This is the Gumbel-max trick (Maddison, Tarlow and Minka 2014, 1411.0030) without logarithms of
+    the times. Two distributions whose races have the same random numbers draw the same token with a
+    probability of at least (1 - TV) / (1 + TV), whatever the vocabulary (Daliri et al. 2024,
+    2408.07978), and rounding changes a draw only where two ids arrive together.
+
+    Args:
+        log_probs: [n, v] normalised; -inf never arrives.
+        keys: [n] of the tokens, see ``noise.token_keys``.
+
+    Returns:
+        [n] ids; id i is drawn with probability exp(log_probs[i]).
+    """
+    times = uniforms(keys, log_probs.size(-1)).neg_().log1p_().neg_()
+    return times.div_(log_probs.double().exp()).argmin(-1)
 
 
 def sample_from_uniform(log_probs: Tensor, uniform: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Which drafted tokens stay: two rules, both lossless.
 
-``coupled`` samples draft and target with the same uniform number and keeps the drafts that the
-target drew as well. What comes out is what plain sampling gives, token for token, whatever was
-drafted; so a run can be repeated although the draft length follows the clock. The rule belongs to
-the drafter-invariant ones (Daliri et al. 2024, 2408.07978).
+``coupled`` samples draft and target by races with the same random numbers (``sample_by_race``) and
+keeps the drafts that the target drew as well. What comes out is what plain sampling gives, token
+for token, whatever was drafted; so a run can be repeated although the draft length follows the
+clock. A draft stays with a probability of at least (1 - TV) / (1 + TV), TV being the total
+variation between draft and target (Daliri et al. 2024, 2408.07978): no rule that does not know the
+draft when it draws from the target can guarantee more.
 
 ``rejection`` is speculative sampling (Leviathan et al. 2023, 2211.17192; Chen et al. 2023,
-2302.01318). It accepts a draft with the largest possible probability, 1 - TV(draft, target), and
-gives the target's distribution, not the same tokens.
+2302.01318). It accepts a draft with the largest possible probability, 1 - TV, and gives the
+target's distribution, not the same tokens.
 """
 
 from __future__ import annotations

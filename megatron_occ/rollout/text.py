@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 
-def stop_finder(
-    decode: Callable[[Sequence[int]], str] | None, stop_strings: Sequence[str]
-) -> Callable[[list[int]], bool] | None:
-    """A test whether response tokens contain a stop string; None without stop strings.
+@dataclass(frozen=True)
+class StopText:
+    """A test whether response tokens contain a stop string.
 
-    Called with each token in turn, it finds the one that completes a string. Only the last tokens
+    Asked after each token in turn, it finds the one that completes a string. Only the last tokens
     are decoded: as many as the longest string has bytes, fourfold, since a token may be special
     and have no text.
+
+    Args:
+        decode: text of token ids.
+        strings: at least one.
     """
-    if not stop_strings:
-        return None
-    assert decode is not None, "stop strings need a decoder"
-    window = 4 * max(len(text.encode()) for text in stop_strings)
 
-    def ends(tokens: list[int]) -> bool:
-        text = decode(tokens[-window:])
-        return any(stop in text for stop in stop_strings)
+    decode: Callable[[Sequence[int]], str]
+    strings: tuple[str, ...]
 
-    return ends
+    @property
+    def window(self) -> int:
+        """Tokens that are looked at."""
+        return 4 * max(len(text.encode()) for text in self.strings)
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Whether the last tokens contain one of the strings."""
+        text = self.decode(tokens[-self.window :])
+        return any(stop in text for stop in self.strings)

@@ -80,7 +80,8 @@ class SimulatedCUDA(TorchFunctionMode):
     """CUDA's rules for which tensors a call may take.
 
     Attributes:
-        waits: how often the host waited for the device, by the name of the call.
+        waits: how often the host waited for the device, by the name of the call; "sent": for memory
+            that is not pinned to arrive there.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,7 @@ class SimulatedCUDA(TorchFunctionMode):
             self.waits[name] += name in WAITING
             _check(name, args, tensors)
         side, args, kwargs = _named_side(name, args, kwargs)
+        self.waits["sent"] += side is Far and not is_far and (name == "tensor" or bool(tensors))
         kwargs.pop("pin_memory", None)
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)

@@ -91,7 +91,9 @@ def test_the_engine_responds_as_on_the_host(layout, kind, coupled):
     expected = respond(model, prompts(), slots=4, speculation=drafts, keep_states=True, **cuts)
     found, _ = on_cuda(model, 4, drafts, keep_states=True, **cuts)
     assert found.tokens == expected.tokens
-    assert found.logprobs == expected.logprobs
+    # masks are a little wider there, which rounds otherwise
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
     assert all(states.device.type == "cpu" for states in found.states)
 
 
@@ -102,7 +104,9 @@ def test_the_host_waits_once_a_cycle_and_not_for_each_token_or_layer(layout, dra
     monkeypatch.setattr(Slots, "commit", lambda *args: commits.append(args) or own(*args))
     long = dict(max_response_length=30, stop_ids=())
     found, waits = on_cuda(model_of(layout), 6, Speculation(drafts), **long)
-    # tokens and accepted drafts; and what the finished rows hold, tokens and log-probs
-    assert waits.pop("cpu") == 2 * len(commits)
+    # for tokens and accepted drafts; and for what the finished rows hold, tokens and log-probs
+    assert waits.pop("cpu") == len(commits)
+    # how far rows have come, at the beginning of a cycle; and some for rows that end and move
+    assert waits.pop("sent") <= len(commits) + 5 * len(found.tokens)
     assert waits.pop("tolist") <= 2 * len(found.tokens)
     assert sum(waits.values()) == 0

@@ -116,7 +116,7 @@ def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
 
     def spy(self, placer, state, ids, known, steps, pick):
         original(self, placer, state, ids, known, steps, pick)
-        for row, count in enumerate(known.tolist()):
+        for row, count in enumerate(known.host.tolist()):
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
     monkeypatch.setattr(Drafter, "draft", spy)

@@ -13,7 +13,7 @@ from megatron_occ.data.tokenizers import CharTokenizer
 from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rollout import Generation, sample_from_uniform, uniforms
+from megatron_occ.rollout import Generation, row_keys, sample_by_race, token_keys
 from tests.unit.fake_layouts import FakeLayout
 
 ALPHABET = "abcdefgh."
@@ -119,9 +119,10 @@ class FakeActor:
         """Tokens and log-probs [n, length]; a token depends on the one before it alone."""
         everything = self.model.hidden(torch.arange(TOKENIZER.vocab_size))
         table = (everything @ self.model.output.t() / temperature).log_softmax(-1)
-        numbers, tokens = uniforms(seeds, length), [torch.tensor(last, dtype=torch.long)]
+        keys = token_keys(row_keys(seeds), torch.arange(length))
+        tokens = [torch.tensor(last, dtype=torch.long)]
         for step in range(length):
-            tokens.append(sample_from_uniform(table[tokens[-1]], numbers[:, step]))
+            tokens.append(sample_by_race(table[tokens[-1]], keys[:, step]))
         chain = torch.stack(tokens, dim=1)
         return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 

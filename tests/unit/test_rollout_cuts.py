@@ -13,7 +13,7 @@ from transformers import (
 
 from megatron_occ.rollout import SamplingSettings
 from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
-from megatron_occ.rollout.text import stop_finder
+from megatron_occ.rollout.text import StopText
 
 LOGITS = 2 * torch.randn(50, 31, generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +64,7 @@ def decode(ids):
 
 
 def test_a_stop_string_is_found_at_the_token_that_completes_it():
-    ends = stop_finder(decode, ("cab", "e e"))
+    ends = StopText(decode, ("cab", "e e")).ends
     response = [0, 2, 9, 0, 9, 1, 3]
     assert [ends(response[:n]) for n in range(1, 8)] == [False] * 5 + [True] * 2
     assert ends([8])
@@ -72,10 +72,8 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it():
 
 
 def test_a_stop_string_far_back_is_still_seen_when_its_last_token_comes():
-    ends = stop_finder(decode, ("abc",))
+    text = StopText(decode, ("abc",))
+    assert text.window == 12
+    ends = text.ends
     assert ends([5] * 500 + [0, 1, 9, 2])
     assert not ends([5] * 500 + [0, 1, 9])
-
-
-def test_without_stop_strings_there_is_nothing_to_find():
-    assert stop_finder(None, ()) is None

@@ -1,16 +1,32 @@
-"""Inverse-CDF sampling: distribution, edges, and randomness that belongs to the sequence."""
+"""Two ways to draw: inverse CDF and exponential race; distributions and edges."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import math
 
 import pytest
 import torch
 
-from megatron_occ.rollout import sample_from_uniform, uniforms
+from megatron_occ.rollout import (
+    row_keys,
+    sample_by_race,
+    sample_from_uniform,
+    token_keys,
+    uniforms,
+)
 
 LARGEST = 1.0 - 2.0**-53  # the largest double below 1
+
+
+def keys(count, seed=0):
+    """Of the tokens of one response."""
+    return token_keys(row_keys([seed]), torch.arange(count))[0]
+
+
+def numbers(seed, count):
+    return uniforms(keys(count, seed), 1)[:, 0]
 
 
 def draw(probs, uniform):
@@ -26,7 +42,7 @@ def chi_square(counts, probs):
 
 def test_draws_follow_the_distribution():
     probs = [0.02, 0.4, 0.08, 0.3, 0.15, 0.05]
-    drawn = draw(probs, uniforms([11], 50_000)[0].tolist())
+    drawn = draw(probs, numbers(11, 50_000).tolist())
     counts = [drawn.count(token) for token in range(6)]
     # 5 degrees of freedom: the 0.999 quantile of chi-square is 20.5
     assert chi_square(counts, probs) < 20.5
@@ -34,20 +50,12 @@ def test_draws_follow_the_distribution():
     assert chi_square(counts, [0.03, 0.39, *probs[2:]]) > 20.5
 
 
-def test_consecutive_numbers_of_a_row_are_independent():
-    """Pairs of draws, as a response makes them, over many seeds."""
-    rows = uniforms(list(range(4_000)), 2)
-    first, second = ((rows[:, column] * 4).long() for column in (0, 1))
-    counts = torch.bincount(first * 4 + second, minlength=16).tolist()
-    assert chi_square(counts, [1 / 16] * 16) < 37.7  # 15 degrees of freedom, 0.999
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_each_draw_is_the_plain_inverse_of_the_cumulative_distribution(dtype):
     generator = torch.Generator().manual_seed(3)
     logits = 3 * torch.randn(200, 17, generator=generator, dtype=torch.float64)
     log_probs = logits.log_softmax(-1).to(dtype)
-    uniform = uniforms([4], 200)[0]
+    uniform = numbers(4, 200)
     given = log_probs.clone()
     got = sample_from_uniform(log_probs, uniform).tolist()
     assert torch.equal(log_probs, given), "the caller's log-probs were changed"
@@ -72,7 +80,7 @@ def test_boundaries_between_tokens():
     ],
 )
 def test_tokens_of_probability_zero_are_never_drawn(probs, first, last):
-    uniform = [0.0, 0.5, LARGEST, *uniforms([7], 2_000)[0].tolist()]
+    uniform = [0.0, 0.5, LARGEST, *numbers(7, 2_000).tolist()]
     drawn = draw(probs, uniform)
     assert all(probs[token] > 0 for token in drawn)
     assert (drawn[0], drawn[2]) == (first, last)
@@ -98,23 +106,51 @@ def test_rare_tokens_of_a_large_vocabulary_stay_reachable():
     assert sample_from_uniform(log_probs, uniform).tolist() == [0, 1000]
 
 
-def test_uniform_numbers():
-    rows = uniforms([0, 1], 20_000)
-    assert rows.dtype == torch.float64
-    assert rows.shape == (2, 20_000)
-    assert rows.min() >= 0
-    assert rows.max() < 1
-    # 53 random bits, not the 24 of single precision
-    assert (rows * 2**30).frac().count_nonzero() > 39_000
-    standard_error = (1 / 12 / 20_000) ** 0.5
-    assert (rows.mean(1) - 0.5).abs().max() < 4 * standard_error
+def test_a_race_follows_the_distribution():
+    probs = [0.02, 0.4, 0.08, 0.3, 0.15, 0.05]
+    log_probs = torch.tensor(probs).log().expand(50_000, -1)
+    counts = torch.bincount(sample_by_race(log_probs, keys(50_000)), minlength=6).tolist()
+    assert chi_square(counts, probs) < 20.5
+    assert chi_square(counts, [0.03, 0.39, *probs[2:]]) > 20.5
 
 
-def test_a_row_depends_on_its_own_seed_only():
-    alone = uniforms([42], 30)[0]
-    state = torch.get_rng_state()
-    for seeds, row in (([42, 1, 2], 0), ([9, 42], 1), ([3, 2**63 - 1, 42, 42], 3)):
-        assert torch.equal(uniforms(seeds, 30)[row], alone)
-    assert torch.equal(uniforms([42], 12)[0], alone[:12])
-    assert not torch.equal(uniforms([43], 30)[0], alone)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_consecutive_races_of_a_response_are_independent():
+    """Pairs of tokens over many seeds."""
+    pairs = token_keys(row_keys(range(20_000)), torch.arange(2))
+    probs = torch.tensor([0.5, 0.3, 0.2])
+    drawn = [sample_by_race(probs.log().expand(20_000, -1), pairs[:, i]) for i in (0, 1)]
+    counts = torch.bincount(drawn[0] * 3 + drawn[1], minlength=9).tolist()
+    assert chi_square(counts, torch.outer(probs, probs).flatten().tolist()) < 26.1  # 8 degrees
+
+
+def test_each_race_is_won_by_the_first_to_arrive():
+    log_probs = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    expected = []
+    for row, numbers_of_token in zip(log_probs.double(), uniforms(keys(40), 9), strict=True):
+        times = [-math.log(1 - u) / math.exp(x) for x, u in zip(row, numbers_of_token, strict=True)]
+        expected.append(times.index(min(times)))
+    assert sample_by_race(log_probs, keys(40)).tolist() == expected
+
+
+def test_a_race_never_draws_what_has_no_probability():
+    log_probs = torch.full((5_000, 4), -torch.inf)
+    log_probs[:, 1], log_probs[:, 2] = math.log(1e-9), 0.0
+    assert set(sample_by_race(log_probs, keys(5_000)).tolist()) == {2}
+    log_probs[:, 2] = -torch.inf
+    assert set(sample_by_race(log_probs - log_probs[:, 1:2], keys(5_000)).tolist()) == {1}
+
+
+@pytest.mark.parametrize("vocabulary", [2, 1_000])
+def test_two_races_with_the_same_numbers_meet_as_often_as_they_should(vocabulary):
+    """Both draw i with probability 1 / sum_j max(p_j / p_i, q_j / q_i)."""
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    noise = 0.4 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    p, q = logits.softmax(-1), (logits + noise).softmax(-1)
+    ratios = torch.maximum(p / p.unsqueeze(1), q / q.unsqueeze(1))
+    expected, variation = float((1 / ratios.sum(1)).sum()), float((p - q).clamp(min=0).sum())
+    assert expected > (1 - variation) / (1 + variation)
+    rows = 4_000
+    drawn = [sample_by_race(x.log().expand(rows, -1), keys(rows)) for x in (p, q)]
+    met = float((drawn[0] == drawn[1]).double().mean())
+    assert abs(met - expected) < 4 * (expected * (1 - expected) / rows) ** 0.5

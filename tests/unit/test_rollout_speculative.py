@@ -148,12 +148,3 @@ def test_coupled_drafts_stay_up_to_the_first_difference():
     targets = torch.tensor([1, 2, 3, 4]).expand(4, -1)
     assert coupled_accept(drafts, targets).tolist() == [3, 1, 0, 2]
     assert coupled_accept(drafts[:, :0], targets[:, :1]).tolist() == [0] * 4
-
-
-def test_coupled_sampling_accepts_the_overlap_of_the_intervals():
-    """p = (0.5, 0.5), q = (0.3, 0.7): the same number draws 0 below 0.3 and 1 from 0.5 on."""
-    numbers = (torch.arange(1000) + 0.5).double() / 1000
-    p, q = (torch.tensor([[a, 1 - a]]).log().expand(1000, -1) for a in (0.5, 0.3))
-    drafts = sample_from_uniform(q, numbers).unsqueeze(1)
-    targets = sample_from_uniform(p, numbers).unsqueeze(1).expand(-1, 2)
-    assert int(coupled_accept(drafts, targets).sum()) == 800

@@ -16,7 +16,7 @@ from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
 from megatron_occ.mcore.inference.slots import Slots, Verified
 from megatron_occ.mcore.layout import Layout
-from megatron_occ.rollout import DraftStatistics, Generation, Request, SamplingSettings, uniforms
+from megatron_occ.rollout import DraftStatistics, Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
 from megatron_occ.rollout.engine import ABORT, LENGTH, STOP
 
@@ -137,9 +137,8 @@ class Decoding:
         picked = [self.requests[index] for index in chosen]
         prompts = [self.prompts[index] for index in chosen]
         limits = [self._limit(request) for request in picked]
-        numbers = uniforms([request.seed for request in picked], self.slots.numbers_a_row)
         rows = free[: len(chosen)]
-        self.slots.admit(rows, prompts, limits, numbers)
+        self.slots.admit(rows, prompts, limits, [request.seed for request in picked])
         for row, index in zip(rows, chosen, strict=True):
             self.owners[row] = index
         sources = [self.prefix.rows[prompt] for prompt in prompts]

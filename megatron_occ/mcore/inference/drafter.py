@@ -11,6 +11,7 @@ its own output at T + 1, T + 2 ..., as vLLM and SGLang do with DeepSeek-V3's sin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from megatron_occ.mcore.mtp_layer import inner_layer
 # tokens of a row that the depths catch up with at once
 PIECE = 256
 Pick = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Known:
+    """[n] tokens of each row so far, for the host and for the device."""
+
+    host: np.ndarray
+    device: Tensor
 
 
 class DraftState:
@@ -102,33 +111,33 @@ class Drafter:
         placer: Placer,
         state: DraftState,
         ids: Tensor,
-        known: np.ndarray,
+        known: Known,
         steps: int,
         pick: Pick,
     ) -> None:
         """Draft ``steps`` tokens for each row, into ``ids`` behind the known ones.
 
         Args:
-            placer, state, ids, known: see :meth:`read_prompts`.
+            placer, state, ids: see :meth:`read_prompts`.
+            known: tokens of each row.
             pick: from hidden states [n, h] and the number of the draft, 0-based, to ids [n].
         """
-        depths, rows = len(self.modules), len(known)
-        last, hidden = known - 2, None
-        behind = torch.from_numpy(known).to(ids.device, copy=True)
-        needed = self._catch_up(placer, state, ids, known)
+        depths, rows = len(self.modules), len(known.host)
+        last, hidden = known.host - 2, None
+        needed = self._catch_up(placer, state, ids, known.host)
         for step in range(steps):
             if step < depths:
-                places = _up_to(last, needed[step], ids.device)
+                places = _up_to(known.device - 2, needed[step])
                 tokens = placer.at(state.cache, places, last)
                 hidden = self._run(step, state, ids, places, tokens)
                 state.done[step, :rows] = last - step
             else:
                 ahead = step - depths + 1
-                places = _up_to(last + ahead, 1, ids.device)
+                places = _up_to(known.device - 2 + ahead, 1)
                 tokens = placer.at(state.cache, places, last + ahead)
                 hidden = self._run(depths - 1, state, ids, places, tokens, hidden)
             drafted = pick(hidden, step)
-            ids[:rows].scatter_(1, (behind + step).unsqueeze(1), drafted.unsqueeze(1))
+            ids[:rows].scatter_(1, (known.device + step).unsqueeze(1), drafted.unsqueeze(1))
 
     def _catch_up(
         self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray
@@ -141,8 +150,9 @@ class Drafter:
                 return needed
             done = state.done[:, :rows]
             goal = np.minimum(done.min(0) + PIECE, known - 1 - depths)
+            on_device = torch.from_numpy(goal).to(ids.device, copy=True)
             for depth, each in enumerate(self._lacking(state, goal)):
-                places = _up_to(goal, each, ids.device)
+                places = _up_to(on_device, each)
                 tokens = placer.at(state.cache, places, goal.clip(min=0))
                 self._run(depth, state, ids, places, tokens)
             state.done[:, :rows] = np.maximum(done, goal)
@@ -178,7 +188,6 @@ class Drafter:
         return output.view(rows, tokens.each, -1)[:, -1]
 
 
-def _up_to(last: np.ndarray, count: int, device: torch.device) -> Tensor:
+def _up_to(last: Tensor, count: int) -> Tensor:
     """[n, count] positions up to ``last`` [n]; a row with fewer repeats position 0."""
-    places = (last[:, None] + np.arange(1 - count, 1)).clip(min=0)
-    return torch.from_numpy(places).to(device)
+    return (last.unsqueeze(1) + torch.arange(1 - count, 1, device=last.device)).clamp_(min=0)

@@ -21,7 +21,7 @@ from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
 from megatron_occ.rollout.engine import merge_shares
-from megatron_occ.rollout.text import stop_finder
+from megatron_occ.rollout.text import StopText
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,22 @@ class MegatronEngine:
         trunk, drafter = Trunk(self._chunks(), self.company), None
         if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
             drafter = Drafter(trunk)
-        passes = Passes(trunk, drafter, slots, sampling)
+        coupled = self.speculation.coupled
+        passes = Passes(trunk, drafter, slots, sampling, coupled=coupled)
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 
     def _new_slots(self, count: int, prompt: int, sampling: SamplingSettings) -> Slots:
         """For ``count`` requests with prompts of ``prompt`` tokens at most."""
-        coupled = self.speculation.coupled or sampling.temperature == 0
+        strings, stop_text = tuple(sampling.stop_strings), None
+        if strings:
+            assert self.decode is not None, "stop strings need a decoder"
+            stop_text = StopText(self.decode, strings)
         return Slots(
             max(1, min(self.slots, count)),
             # behind the last token lie drafts that come to nothing
             prompt + sampling.max_response_length + self.speculation.length + 2,
-            responses=sampling.max_response_length,
-            streams=1 if coupled else 3,
             stop_ids=sampling.stop_ids,
-            ends=stop_finder(self.decode, sampling.stop_strings),
+            stop_text=stop_text,
             device=self.layout.device,
         )

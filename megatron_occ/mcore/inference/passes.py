@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.mcore.inference.cache import write
-from megatron_occ.mcore.inference.drafter import Drafter
+from megatron_occ.mcore.inference.drafter import Drafter, Known
 from megatron_occ.mcore.inference.prefill import Prefix, prefill
 from megatron_occ.mcore.inference.sampler import TokenSampler
 from megatron_occ.mcore.inference.slots import Slots, Verified
@@ -27,13 +27,20 @@ class Passes:
         drafter: where drafts are made, on the last stage.
         slots: the rows.
         sampling: temperature and cuts.
+        coupled: which drafts stay, see ``rollout.speculative``.
     """
 
     def __init__(
-        self, trunk: Trunk, drafter: Drafter | None, slots: Slots, sampling: SamplingSettings
+        self,
+        trunk: Trunk,
+        drafter: Drafter | None,
+        slots: Slots,
+        sampling: SamplingSettings,
+        *,
+        coupled: bool,
     ) -> None:
         self.trunk, self.drafter, self.slots = trunk, drafter, slots
-        self.sampler = TokenSampler(trunk, sampling, coupled=slots.streams == 1)
+        self.sampler = TokenSampler(trunk, sampling, coupled=coupled)
         self.placer = Placer(trunk, slots.length, slots.device)
         self.cache = trunk.new_cache(slots.rows, slots.length)
         self.state = drafter.new_state(slots.rows, slots.length) if drafter else None
@@ -56,8 +63,8 @@ class Passes:
         verified = None
         if prefix.last is not None:
             none = torch.zeros(len(rows), 0, dtype=torch.long, device=self.slots.device)
-            numbers = self.slots.numbers(rows, 1)
-            verified = self.sampler.verify(prefix.last[sources].unsqueeze(1), none, [], numbers)
+            keys = self.slots.token_keys(rows, 1)
+            verified = self.sampler.verify(prefix.last[sources].unsqueeze(1), none, [], keys)
         return self._share(verified, len(rows), 1)
 
     def draft_and_verify(self, rows: int, length: int) -> Verified:
@@ -68,10 +75,10 @@ class Passes:
             length: tokens to draft.
         """
         used = slice(0, rows)
-        numbers = self.slots.numbers(used, length + 1)
+        keys = self.slots.token_keys(used, length + 1)
         behind = self.slots.known_on_device(used).unsqueeze(1)
         places = behind + torch.arange(-1, length, device=self.slots.device)
-        draft_logprobs = self._draft(places[:, 1:], numbers) if length else []
+        draft_logprobs = self._draft(places[:, 1:], keys) if length else []
         ids = self.slots.ids[used].gather(1, places)
         last = self.slots.known[used] - 1 + length
         tokens = self.placer.at(self.cache, places, last)
@@ -82,7 +89,7 @@ class Passes:
             if self.state is not None:
                 write(self.state.hidden[0], tokens.places, hidden)
             by_row = hidden.view(rows, length + 1, -1)
-            verified = self.sampler.verify(by_row, ids[:, 1:], draft_logprobs, numbers)
+            verified = self.sampler.verify(by_row, ids[:, 1:], draft_logprobs, keys)
         return self._share(verified, rows, length + 1)
 
     def move(self, rows: Sequence[int], targets: Sequence[int], length: int) -> None:
@@ -102,12 +109,12 @@ class Passes:
         kept = self.state.hidden[0]
         return [kept[row, : int(self.slots.known[row]) - 1].to("cpu", copy=True) for row in rows]
 
-    def _draft(self, places: Tensor, numbers: Tensor) -> list[Tensor]:
+    def _draft(self, places: Tensor, keys: Tensor) -> list[Tensor]:
         """Put drafts at ``places`` [n, k] of the rows; returns what they were drawn from."""
         distributions: list[Tensor] = []
 
         def pick(hidden: Tensor, step: int) -> Tensor:
-            tokens, log_probs = self.sampler.draft(hidden, numbers[:, step])
+            tokens, log_probs = self.sampler.draft(hidden, keys[:, step])
             if log_probs is not None:
                 distributions.append(log_probs)
             return tokens
@@ -115,7 +122,7 @@ class Passes:
         rows, length = places.shape
         ids = self.slots.ids
         if self.drafter is not None:
-            known = self.slots.known[:rows]
+            known = Known(self.slots.known[:rows], self.slots.known_on_device(slice(0, rows)))
             self.drafter.draft(self.placer, self.state, ids, known, length, pick)
         if self.trunk.pipeline.size() > 1:
             drafts = self.trunk.share(ids[:rows].gather(1, places))

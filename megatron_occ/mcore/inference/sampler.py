@@ -12,15 +12,18 @@ from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.rollout import (
     SamplingSettings,
     coupled_accept,
+    sample_by_race,
     sample_from_uniform,
     speculative_accept,
+    uniforms,
 )
 from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
 
-# of the uniform numbers of a token: what it is drawn with, and for speculative sampling what its
-# draft is drawn and tested with
-DRAW, DRAFT, TEST = 0, 1, 2
-# logits that exist at the same time; about 30 bytes each
+# of a token's uniform numbers in speculative sampling: what its draft is tested with, what it is
+# drawn with after a rejection, and what its draft is drawn with
+TEST, DRAW, DRAFT = 0, 1, 2
+STREAMS = 3
+# logits that exist at the same time; about 50 bytes each
 CHUNK_LOGITS = 2**24
 
 
@@ -38,12 +41,12 @@ class TokenSampler:
         self.greedy = sampling.temperature == 0
         self.coupled = coupled or self.greedy
 
-    def draft(self, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+    def draft(self, hidden: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draft a token for each row.
 
         Args:
             hidden: [n, h] of an MTP depth.
-            numbers: [n, streams] uniform numbers of the token.
+            keys: [n] of the token's random numbers.
 
         Returns:
             Ids [n], and the log-probs [n, v] that they were drawn from, where they are needed.
@@ -54,14 +57,16 @@ class TokenSampler:
             if self.greedy:
                 tokens.append(log_probs.argmax(-1))
                 continue
-            stream = DRAW if self.coupled else DRAFT
-            tokens.append(sample_from_uniform(log_probs, numbers[rows, stream]))
-            if not self.coupled:
-                kept.append(log_probs)
+            if self.coupled:
+                tokens.append(sample_by_race(log_probs, keys[rows]))
+                continue
+            numbers = uniforms(keys[rows], STREAMS)
+            tokens.append(sample_from_uniform(log_probs, numbers[:, DRAFT]))
+            kept.append(log_probs)
         return torch.cat(tokens), torch.cat(kept) if kept else None
 
     def verify(
-        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], numbers: Tensor
+        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], keys: Tensor
     ) -> Verified:
         """Accept drafts, and draw the token behind the accepted ones.
 
@@ -69,13 +74,13 @@ class TokenSampler:
             hidden: [n, k + 1, h] of the trunk after the last token and after each draft.
             drafts: [n, k].
             draft_logprobs: k of [n, v]; empty with coupled drafts.
-            numbers: [n, k + 1, streams] uniform numbers.
+            keys: [n, k + 1] of the tokens' random numbers.
         """
         if hidden.size(0) * hidden.size(1) * self.trunk.vocabulary <= CHUNK_LOGITS:
-            return self._verify(hidden, drafts, draft_logprobs, numbers)
+            return self._verify(hidden, drafts, draft_logprobs, keys)
         parts = [
             self._verify(
-                hidden[rows], drafts[rows], [each[rows] for each in draft_logprobs], numbers[rows]
+                hidden[rows], drafts[rows], [each[rows] for each in draft_logprobs], keys[rows]
             )
             for rows in self._chunks(*hidden.shape[:2])
         ]
@@ -86,7 +91,7 @@ class TokenSampler:
         )
 
     def _verify(
-        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], numbers: Tensor
+        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], keys: Tensor
     ) -> Verified:
         rows, each, width = hidden.shape
         log_probs, cut = self._distribution(hidden.reshape(rows * each, width))
@@ -94,14 +99,14 @@ class TokenSampler:
             tokens = cut.argmax(-1).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         elif self.coupled or each == 1:
-            tokens = sample_from_uniform(cut, numbers[:, :, DRAW].flatten()).view(rows, each)
+            tokens = sample_by_race(cut, keys.flatten()).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         else:
             accepted, after = speculative_accept(
                 drafts,
                 torch.stack(draft_logprobs, dim=1),
                 cut.view(rows, each, -1),
-                uniform=numbers[:, :, [TEST, DRAW]],
+                uniform=uniforms(keys, STREAMS)[:, :, TEST:DRAFT],
             )
             tokens = torch.cat((drafts, after.unsqueeze(1)), dim=1)
             tokens = tokens.scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))

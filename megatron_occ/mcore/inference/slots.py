@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_occ.rollout import DraftStatistics
+from megatron_occ.rollout import DraftStatistics, row_keys, token_keys
+from megatron_occ.rollout.text import StopText
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,14 @@ def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device
 class Slots:
     """Rows of tokens, filled again as soon as one is finished.
 
-    Tokens, log-probs and random numbers lie on the device; how far each row has come is known to
-    the host, which decides on it.
+    Tokens and log-probs lie on the device; how far each row has come is known to the host, which
+    decides on it, and is sent to the device once a cycle.
 
     Args:
         rows: sequences at once.
         length: tokens of a row at most, with room for drafts behind the last one.
-        responses: tokens of a response at most.
-        streams: uniform numbers that a response token needs.
         stop_ids: ids that end a response.
-        ends: whether these response tokens contain a stop string; None: there are none.
+        stop_text: finds stop strings; None: there are none.
         device: of the tensors.
 
     Attributes:
@@ -62,28 +61,28 @@ class Slots:
         rows: int,
         length: int,
         *,
-        responses: int,
-        streams: int,
         stop_ids: Sequence[int],
-        ends: Callable[[list[int]], bool] | None,
+        stop_text: StopText | None,
         device: torch.device,
     ) -> None:
-        self.rows, self.length, self.streams = rows, length, streams
-        self.device, self.numbers_a_row = device, responses * streams
+        self.rows, self.length, self.device = rows, length, device
         self.ids = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, length, device=device)
-        size = (rows, responses, streams)
-        self.uniform = torch.zeros(size, dtype=torch.float64, device=device)
+        # of the random numbers, see `rollout.noise`
+        self.keys = torch.zeros(rows, dtype=torch.long, device=device)
         # a row that was never filled looks like one of two tokens, which is finished
         self.start, self.known, self.end = np.full((3, rows), 2)
-        self.stop, self.ends_text = np.array(stop_ids, dtype=np.int64), ends
+        self.stop, self.stop_text = np.array(stop_ids, dtype=np.int64), stop_text
+        # the last tokens of each response, for the stop strings
+        self.tails: list[list[int]] = [[] for _ in range(rows)]
+        self._sent: Tensor | None = None
 
     def admit(
         self,
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
-        uniform: Tensor,
+        seeds: Sequence[int],
     ) -> None:
         """Put prompts into rows.
 
@@ -91,30 +90,34 @@ class Slots:
             rows: free ones.
             prompts: their tokens.
             limits: response tokens at most.
-            uniform: [n, responses * streams].
+            seeds: of the responses.
         """
         lengths = np.array([len(prompt) for prompt in prompts])
         targets, width = torch.tensor(rows, device=self.device), int(lengths.max())
         self.ids[targets, :width] = pad_right(prompts, width, self.device)
-        self.uniform[targets] = uniform.view(len(rows), *self.uniform.shape[1:]).to(self.device)
+        self.keys[targets] = row_keys(seeds).to(self.device)
         self.start[rows] = self.known[rows] = lengths
         self.end[rows] = lengths + np.array(limits)
+        for row in rows:
+            self.tails[row] = []
+        self._sent = None
 
     def known_on_device(self, rows: Sequence[int] | slice) -> Tensor:
         """[n] tokens so far."""
-        return torch.from_numpy(self.known[rows]).to(self.device, copy=True)
+        return self._on_device(rows)[0]
 
-    def numbers(self, rows: Sequence[int] | slice, count: int) -> Tensor:
-        """Uniform numbers of the next ``count`` tokens of rows.
+    def token_keys(self, rows: Sequence[int] | slice, count: int) -> Tensor:
+        """Keys of the random numbers of the next ``count`` tokens of rows, [n, count]."""
+        known, start = self._on_device(rows)
+        ahead = torch.arange(count, device=self.device)
+        return token_keys(self.keys[rows], (known - start).unsqueeze(1) + ahead)
 
-        Returns:
-            [n, count, streams]; behind the end of a response those of its last token.
-        """
-        wanted = (self.known[rows] - self.start[rows])[:, None] + np.arange(count)
-        wanted = wanted.clip(max=self.uniform.size(1) - 1)
-        uniform = self.uniform[rows]
-        places = torch.from_numpy(wanted).to(self.device)
-        return uniform[torch.arange(len(wanted), device=self.device).unsqueeze(1), places]
+    def _on_device(self, rows: Sequence[int] | slice) -> Tensor:
+        """[2, n] tokens so far, and of the prompt."""
+        if self._sent is None:
+            host = torch.from_numpy(np.stack((self.known, self.start)))
+            self._sent = host.to(self.device, copy=True)
+        return self._sent[:, rows]
 
     def commit(
         self, rows: Sequence[int] | slice, verified: Verified, drafts: DraftStatistics | None
@@ -140,27 +143,33 @@ class Slots:
             self.ids[row, places] = verified.tokens
             self.logprobs[row, places] = verified.logprobs
         # here the host waits for the device
-        tokens, accepted = verified.tokens.cpu().numpy(), verified.accepted.cpu().numpy()
-        ends = self._ends(rows, tokens)
+        host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
+        tokens, accepted = host[:, :-1], host[:, -1]
+        ends = self._ends(rows, tokens, accepted)
         # tokens before the first that ends the response, and that one
         until = (ends.cumsum(1) - ends == 0).sum(1)
         count = np.minimum(np.minimum(accepted + 1, until), self.end[rows] - known)
         self.known[rows] = known + count
+        self._sent = None
         stopped = (ends & (np.arange(tokens.shape[1]) < count[:, None])).any(1)
         if drafts is not None:
             _count(drafts, accepted, count, tokens.shape[1] - 1)
         return stopped, stopped | (self.known[rows] >= self.end[rows])
 
-    def _ends(self, rows: Sequence[int] | slice, tokens: np.ndarray) -> np.ndarray:
+    def _ends(
+        self, rows: Sequence[int] | slice, tokens: np.ndarray, accepted: np.ndarray
+    ) -> np.ndarray:
         """[n, q] whether a response ends with this new token, if it gets there."""
         ends = (tokens[:, :, None] == self.stop).any(-1)
-        if self.ends_text is None:
+        if self.stop_text is None:
             return ends
         numbers = range(self.rows)[rows] if isinstance(rows, slice) else rows
-        so_far = [before for before, _ in self.responses(numbers)]
-        for found, before, new in zip(ends, so_far, tokens.tolist(), strict=True):
-            for index in range(len(new)):
-                found[index] |= self.ends_text([*before, *new[: index + 1]])
+        for row, found, new, kept in zip(numbers, ends, tokens.tolist(), accepted, strict=True):
+            for index, token in enumerate(new[: kept + 1]):
+                self.tails[row] = [*self.tails[row], token][-self.stop_text.window :]
+                if found[index]:
+                    break
+                found[index] = self.stop_text.ends(self.tails[row])
         return ends
 
     def responses(self, rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
@@ -174,10 +183,15 @@ class Slots:
 
     def move(self, rows: Sequence[int], targets: Sequence[int]) -> None:
         """Copy rows to other places, all at the same time."""
-        for values in (self.ids, self.logprobs, self.uniform):
-            values[torch.tensor(targets)] = values[torch.tensor(rows)]
+        places = torch.tensor((list(rows), list(targets)), device=self.device)
+        for values in (self.ids, self.logprobs, self.keys):
+            values[places[1]] = values[places[0]]
         for numbers in (self.start, self.known, self.end):
             numbers[targets] = numbers[rows]
+        tails = [self.tails[row] for row in rows]
+        for target, tail in zip(targets, tails, strict=True):
+            self.tails[target] = tail
+        self._sent = None
 
 
 def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:

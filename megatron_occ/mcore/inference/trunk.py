@@ -155,6 +155,8 @@ class Placer:
         self.trunk = trunk
         self.rotary = trunk.rotary(length, device)
         self.positions = torch.arange(length, device=device)
+        # CUDA's attention kernels copy a mask whose rows are not aligned, in each layer
+        self.multiple = 8 if device.type == "cuda" else 1
         self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=trunk.dtype, device=device)
 
     def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
@@ -166,6 +168,7 @@ class Placer:
         """Tokens at positions [n, q] of the first n rows, the last of each row at ``last`` [n]."""
         needed, spans = last + 1, []
         count, _ = long_rows(needed)
+        needed = np.minimum(-(-needed // self.multiple) * self.multiple, cache.length)
         cuts = [(len(needed), int(needed[count:].max()))]
         if count:
             cuts.append((count, int(needed[:count].max())))

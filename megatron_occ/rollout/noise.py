@@ -1,0 +1,69 @@
+"""Random numbers that belong to a token of a response, whatever is computed around it.
+
+SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): a key of
+64 bits is the state of a generator, and its n-th number needs none of those before it. So the
+numbers of any token are there when they are wanted, equal on every device, and nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BITS, _DIGITS = 64, 52
+
+
+def _signed(value: int) -> int:
+    """64 bits as torch's int64 has them."""
+    value %= 2**_BITS
+    return value - 2**_BITS if value >= 2 ** (_BITS - 1) else value
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+# shift, factor
+_ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
+_LAST_SHIFT = 31
+
+
+def _shifted(values: Tensor, by: int) -> Tensor:
+    """Zeros come in from the left, where int64 would repeat the sign."""
+    return (values >> by).bitwise_and_((1 << (_BITS - by)) - 1)
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """SplitMix64's output function, in place."""
+    for by, factor in _ROUNDS:
+        values.bitwise_xor_(_shifted(values, by)).mul_(factor)
+    return values.bitwise_xor_(_shifted(values, _LAST_SHIFT))
+
+
+def row_keys(seeds: Sequence[int]) -> Tensor:
+    """Key of each response, [n] int64 on the CPU; 64 bits of a seed count."""
+    return _mixed(torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64) + _STEP)
+
+
+def token_keys(rows: Tensor, positions: Tensor) -> Tensor:
+    """Key of each token of responses.
+
+    Args:
+        rows: [n] from :func:`row_keys`.
+        positions: [n, q] in the response, from 0.
+
+    Returns:
+        [n, q] int64.
+    """
+    return _mixed((positions + 1) * _STEP + rows.unsqueeze(1))
+
+
+def uniforms(keys: Tensor, count: int) -> Tensor:
+    """Uniform numbers above 0 and below 1 of tokens, [..., count] fp64 with 52 random bits.
+
+    Args:
+        keys: [...] from :func:`token_keys`.
+        count: numbers of each.
+    """
+    steps = torch.arange(1, count + 1, device=keys.device) * _STEP
+    digits = _shifted(_mixed(keys.unsqueeze(-1) + steps), _BITS - _DIGITS)
+    return digits.double().add_(0.5).mul_(2.0**-_DIGITS)
