@@ -9,6 +9,8 @@ sum(diag(p) - p p'), so that the squared distance is chi-square (a sum of martin
 The same test must reject a rule that is wrong: one that draws from the target itself, in place of
 what the draft left of it, after a rejection.
 
+Acceptance: both rules on random distributions, by size of the vocabulary.
+
     python -m benchmarks.lossless [--run RUN] [--prompts 1000] [--tokens 200000] [--seed 0]
         [--json FILE]
 """
@@ -31,7 +33,15 @@ from benchmarks.peer_weights import export_peer
 from megatron_occ.mcore.inference import sampler
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
-from megatron_occ.rollout import Request, SamplingSettings, sample_from_uniform, speculative_accept
+from megatron_occ.rollout import (
+    Request,
+    SamplingSettings,
+    row_keys,
+    sample_by_race,
+    sample_from_uniform,
+    speculative_accept,
+    token_keys,
+)
 from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
 
 SETTINGS = {
@@ -39,10 +49,11 @@ SETTINGS = {
     "temperature 0.7, top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
 }
 SLOTS, RANKS, DRAFTS = 256, 6, 2
+VOCABULARIES, PARTS = (20, 1_000, 50_000, 150_000), 12
 
 
 def main() -> None:
-    """Run both parts."""
+    """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path)
     parser.add_argument("--prompts", type=int, default=1000)
@@ -55,6 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         peer = export_peer(demo.actor.chunks[0], demo.config, Path(folder))
         results["sampling"] = sampling(demo, peer, options.tokens, options.seed)
+    results["acceptance"] = acceptance(options.seed)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     shutdown()
@@ -112,6 +124,33 @@ def sampling(demo: DemoModel, peer: Any, tokens: int, seed: int) -> list[dict[st
             rows.append(dict(setting=name, rule=rule, tokens=count, chi2=distance, p=probability))
             print(f"  {name:<28}{rule:<22}{count:>9}{distance:>10.1f}{probability:>11.2g}")
     return rows
+
+
+def acceptance(seed: int) -> list[dict[str, float]]:
+    """Share of drafts that each rule accepts, by size of the vocabulary.
+
+    Logits are normal with deviation 5, the draft's are off by 0.3; rejection accepts 1 - TV.
+    """
+    rows = []
+    print("accepted drafts by vocabulary\n  ids       coupled  rejection")
+    for ids in VOCABULARIES:
+        parts = [accepted_shares(ids, seed + part) for part in range(PARTS)]
+        coupled, rejection = torch.tensor(parts).mean(0).tolist()
+        rows.append(dict(ids=ids, coupled=coupled, rejection=rejection))
+        print(f"  {ids:<8}{coupled:>9.3f}{rejection:>11.3f}")
+    return rows
+
+
+def accepted_shares(ids: int, seed: int, pairs: int = 250) -> tuple[float, float]:
+    """Of some random pairs of distributions, by the coupled rule and by rejection."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(pairs, ids, generator=generator)
+    noise = 0.3 * torch.randn(pairs, ids, generator=generator)
+    target, draft = logits.log_softmax(-1), (logits + noise).log_softmax(-1)
+    keys = token_keys(row_keys([seed]), torch.arange(pairs))[0]
+    same = sample_by_race(draft, keys) == sample_by_race(target, keys)
+    overlap = torch.minimum(draft, target).exp().sum(-1)
+    return same.double().mean().item(), overlap.mean().item()
 
 
 def wrong_rule(
