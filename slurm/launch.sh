@@ -8,7 +8,9 @@ source "${OCC_SITE:-slurm/site.sh}"
 launch() {
     local command=$1 plan run_dir logs
     shift
+    require_job "$@"
     trap : USR1 # interrupts `wait` in train, two minutes before the time limit: see --signal
+    count_gpus
     set_rendezvous
 
     # Before all nodes start: one process checks the configuration and says what will run. It also
@@ -38,16 +40,34 @@ launch() {
         bash slurm/rank.sh "$command" "$@"
 }
 
-# One process that converts a checkpoint; it needs no GPU.
+# One process with all CPUs of the job that converts a checkpoint; it needs no GPU.
 convert() {
+    require_job "$@"
+    local held=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    [[ -z $held ]] || say "this job holds GPUs ($held), which a conversion does not use: submit it" \
+        "from a shell in which slurm/site.sh was not sourced"
+    GPUS="" TASKS_PER_NODE=1
     set_rendezvous
     export WORLD_SIZE=1
     run_step --nodes=1 --ntasks=1 bash slurm/rank.sh convert "$@"
 }
 
-# Environment of torch's rendezvous but for the ranks, which rank.sh sets.
-set_rendezvous() {
-    local hosts
+# Outside a job there is nothing to run: say how to submit it.
+require_job() {
+    local name
+    if [[ -z ${SLURM_JOB_ID:-} && ${1:-} == --help ]]; then
+        # the comment at the head of the script
+        sed -n '2,/^#SBATCH/{/^#SBATCH/d; s/^# \{0,1\}//p}' "$0"
+        exit
+    fi
+    for name in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_JOB_NODELIST SLURM_CPUS_ON_NODE; do
+        [[ -n ${!name:-} ]] || fail "$name is not set, so this is not the script of a Slurm job:" \
+            "submit it with sbatch, see docs/cluster.md"
+    done
+}
+
+# A process for each GPU; without GPUs as many as sbatch --ntasks-per-node says.
+count_gpus() {
     # as asked for; an exclusive job may hold more than its steps get. "a100:8" is 8
     GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
     GPUS=${GPUS##*:}
@@ -55,8 +75,12 @@ set_rendezvous() {
         fail "this job has no GPUs: \`source slurm/site.sh\` before sbatch, or delete" \
             "SBATCH_GPUS_PER_NODE there"
     fi
-    # a process for each GPU; without GPUs as many as sbatch --ntasks-per-node says
     TASKS_PER_NODE=${GPUS:-${SLURM_NTASKS_PER_NODE:-1}}
+}
+
+# Environment of torch's rendezvous but for the ranks, which rank.sh sets.
+set_rendezvous() {
+    local hosts
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * TASKS_PER_NODE))
     export MASTER_ADDR=${hosts[0]}

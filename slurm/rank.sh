@@ -1,6 +1,14 @@
 #!/bin/bash
 # One process of a job: Slurm's names become torch's, then megatron-occ runs with the arguments.
 
+for name in SLURM_PROCID SLURM_LOCALID WORLD_SIZE; do
+    if [[ -z ${!name:-} ]]; then
+        echo "error: $name is not set: slurm/rank.sh is called by the .sbatch scripts." \
+            "Submit one of them with sbatch, see docs/cluster.md" >&2
+        exit 1
+    fi
+done
+
 # before `set -u`, which the scripts of modules and virtual environments do not always stand
 # shellcheck source=slurm/site.sh
 source "${OCC_SITE:-slurm/site.sh}" || exit

@@ -2,7 +2,8 @@
 #
 # It is read twice. You `source slurm/site.sh` before sbatch, because #SBATCH lines can't come from a
 # file: sbatch takes the SBATCH_* names from the environment instead (a command-line option wins).
-# Then the job reads it, on every node. Another file: export OCC_SITE=path.
+# Then the job reads it, on every node. Another file: export OCC_SITE=path. slurm/convert.sbatch wants
+# no GPUs: do not source it before that one.
 # shellcheck shell=bash disable=SC2034
 
 # ---- what to ask for -----------------------------------------------------------------------------

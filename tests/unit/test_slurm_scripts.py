@@ -118,13 +118,45 @@ def test_a_process_for_each_task_runs_the_command_with_the_arguments(job, script
     assert not job.run_dir.exists()
 
 
-def test_a_conversion_is_one_process(job):
-    done = job("import", "a b", "out", script="convert", SLURM_NTASKS_PER_NODE="1")
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "1"}, False),
+        ({"OCC_SITE": "slurm/site.sh"}, False),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, False),
+        ({"OCC_SITE": "slurm/site.sh", "SLURM_GPUS_PER_NODE": "a100:8"}, True),
+    ],
+    ids=["no GPUs", "GPUs in site.sh alone", "more tasks", "GPUs held"],
+)
+def test_a_conversion_is_one_process_with_all_cpus_and_no_gpu(job, environment, told):
+    done = job("import", "a b", "out", script="convert", **environment)
     assert done.returncode == 0, done.stderr
+    assert ("this job holds GPUs (a100:8), which" in done.stdout) == told
     (call,) = job.calls
     wanted = "--cpus-per-task=16 --nodes=1 --ntasks=1 bash slurm/rank.sh convert import a b out"
     assert call == f"1 node7 23456 {wanted}"
-    assert {"--requeue", "--open-mode=append", "--ntasks=1"} <= directives("convert")
+    assert {"--requeue", "--open-mode=append", "--nodes=1", "--ntasks=1"} <= directives("convert")
+    assert not [line for line in directives("convert") if "gpu" in line or "exclusive" in line]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert"])
+@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_CPUS_ON_NODE"])
+def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
+    del job.environment[missing]
+    done = job("import", "a", "b", script=script)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {missing} is not set, so this is not the script of a")
+    assert "submit it with sbatch, see docs/cluster.md" in done.stderr
+    assert job.calls == []
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert"])
+def test_outside_a_job_help_is_the_head_of_the_script(job, script):
+    del job.environment["SLURM_JOB_ID"]
+    done = job("--help", script=script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n  sbatch --" in done.stdout and f" slurm/{script}.sbatch " in done.stdout
+    assert "#SBATCH" not in done.stdout and "set -euo" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -233,3 +265,19 @@ def test_a_rank_gets_the_names_of_torch(tmp_path):
         text=True,
     )
     assert done.stdout == "5 1 8 ib0 -m megatron_occ rl --config a b.yaml\n"
+
+
+@pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID", "WORLD_SIZE"])
+def test_a_rank_started_by_hand_says_what_starts_it(missing):
+    names = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "WORLD_SIZE": "1"}
+    del names[missing]
+    done = subprocess.run(
+        ["bash", "slurm/rank.sh", "rl"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **names},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {missing} is not set: slurm/rank.sh is called by the")
+    assert "Submit one of them with sbatch" in done.stderr
