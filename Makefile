@@ -1,4 +1,5 @@
-# Every target creates .venv and installs what it needs. VENV=/path uses another environment.
+# Every target creates .venv and installs what it needs. VENV=/path uses another environment, and
+# installs the pinned versions into it.
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PINS ?= constraints.txt
@@ -40,5 +41,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# what was made here by default: never runs/, nor an environment that VENV= names
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-latest build *.egg-info .pytest_cache .ruff_cache
+	find benchmarks examples megatron_occ tests tools -name __pycache__ -prune -exec rm -rf {} +
