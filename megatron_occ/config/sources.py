@@ -154,7 +154,9 @@ def read_override(text: str) -> list[Given]:
     origin = f"override {text!r}"
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{origin}: must be key=value, for example rl.steps=10")
+        is_file = text.endswith((".yaml", ".yml"))
+        hint = f"; a file goes to --config: --config {text}" if is_file else ""
+        raise ConfigError(f"{origin}: must be key=value, for example rl.steps=10{hint}")
     document = _parse(value, origin)
     if value[document.ignored :].strip():
         raise ConfigError(f"{origin}: ' #' starts a comment in YAML: put the value in quotes")

@@ -57,6 +57,11 @@ WRONG_CONFIGURATIONS = [
         overrides=["mtp.lambda_plus=2"],
     ),
     Wrong(
+        "file without --config",
+        ["override 'conf/rl/tiny.yaml': must be key=value", "--config conf/rl/tiny.yaml"],
+        overrides=["conf/rl/tiny.yaml"],
+    ),
+    Wrong(
         "malformed yaml",
         ["{file}:3: not valid YAML: expected ',' or ']'"],
         yaml="seed: 1\nrl: [1, 2\nmodel: 3\n",
