@@ -100,15 +100,14 @@ def _import(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_occ.convert.importing import import_folder
-    from megatron_occ.convert.plan import MTPChoice, plan_import
-    from megatron_occ.convert.source import Source
+    from megatron_occ.convert.plan import MTPChoice, open_source, plan_import
     from megatron_occ.convert.text import done_text, import_text
     from megatron_occ.mcore.versions import installed_version
 
     mtp = MTPChoice.parse(options.mtp)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.dry_run:
-        source = Source(options.source)
+        source = open_source(options.source)
         print(import_text(source, plan_import(source, mtp, dtype)))
         return
     if options.verify:

@@ -15,8 +15,9 @@ from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
 from megatron_occ.convert.importing import SIDE_FOLDER
+from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.convert.plan import model_config
-from megatron_occ.convert.source import read_json
+from megatron_occ.convert.source import read_config, read_json
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import CharTokenizer
@@ -45,9 +46,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         FolderError: there is none, or it lacks entries.
     """
-    file = folder / "meta.json"
+    file = folder / CHECKPOINT_FILE
     if not file.is_file():
-        raise FolderError(f"{folder}: is no checkpoint of this project: it has no meta.json")
+        found = what_it_is(
+            folder,
+            other="`convert import` makes a checkpoint of it",
+            usual="Give a folder such as .../checkpoints/rl/step_000100",
+        )
+        raise FolderError(f"{folder}: is no checkpoint of this project: {found}")
     meta = read_json(file)
     try:
         model = {**meta["model"], **meta.get("free", {})}
@@ -131,7 +137,7 @@ def _config_to_keep(
     folder = like or checkpoint / SIDE_FOLDER
     if like is None and not folder.is_dir():
         return None
-    content = read_json(folder / "config.json")
+    content = read_config(folder)
     if architecture in (None, *content.get("architectures", ())):
         return content
     if like is not None:

@@ -17,7 +17,7 @@ from megatron_occ.convert.distributed import DistributedWriter
 from megatron_occ.convert.dtypes import dtype_name
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.fresh import fresh_weights
-from megatron_occ.convert.plan import ImportPlan, MTPChoice, plan_import
+from megatron_occ.convert.plan import ImportPlan, MTPChoice, open_source, plan_import
 from megatron_occ.convert.shards import split_into_files
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.source import Source
@@ -75,7 +75,7 @@ def import_folder(
     Raises:
         FolderError: the folder can't be converted, or the target is there.
     """
-    source = Source(folder)
+    source = open_source(folder)
     plan = plan_import(source, mtp, dtype)
     meta = _meta(source, plan, megatron_core)
     parts = split_into_files([move.slot for move in plan.moves], plan.size, part)

@@ -20,7 +20,7 @@ from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.fresh import FRESH
 from megatron_occ.convert.slots import Slot, model_slots
-from megatron_occ.convert.source import SCALE, Source
+from megatron_occ.convert.source import SCALE, Source, read_config
 from megatron_occ.convert.table import Family, Move, expand
 
 # of a list of tensors in a message
@@ -85,6 +85,16 @@ class ImportPlan:
     def size(self, slot: Slot) -> int:
         """Bytes of a parameter in the checkpoint."""
         return math.prod(slot.shape) * self.dtypes[slot.name].itemsize
+
+
+def open_source(folder: Path) -> Source:
+    """A folder whose ``config.json`` describes a model that can be converted.
+
+    Raises:
+        FolderError: one that can't, before any of its files is missed; then as :class:`Source`.
+    """
+    read_model(folder, read_config(folder))
+    return Source(folder)
 
 
 def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> ImportPlan:

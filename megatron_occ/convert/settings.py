@@ -8,7 +8,7 @@ from typing import Any
 from megatron_occ.config.load import flat_values
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.plan import MTPChoice, read_model
-from megatron_occ.convert.source import read_json
+from megatron_occ.convert.source import read_config
 from megatron_occ.convert.tokenizer_files import has_tokenizer
 
 
@@ -20,7 +20,7 @@ def folder_settings(folder: Path) -> dict[str, Any]:
     Raises:
         FolderError: a model that can't be converted.
     """
-    _, config = read_model(folder, read_json(folder / "config.json"))
+    _, config = read_model(folder, read_config(folder))
     values = {
         key: value
         for key, value in flat_values(config).items()
@@ -37,7 +37,7 @@ def choice_for(folder: Path, depths: int) -> MTPChoice:
     Raises:
         FolderError: fewer than there are, but some.
     """
-    _, config = read_model(folder, read_json(folder / "config.json"))
+    _, config = read_model(folder, read_config(folder))
     there = config.mtp.num_layers
     if depths == there:
         return MTPChoice("keep")

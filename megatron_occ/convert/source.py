@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_occ.convert.dtypes import DTYPES, FP8
 from megatron_occ.convert.errors import FolderError
+from megatron_occ.convert.kinds import MODEL_FILE, what_it_is
 from megatron_occ.convert.transforms import dequantize_blocks
 
 SCALE = "_scale_inv"
@@ -57,8 +58,8 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        self.block = _block_size(self.config, folder / "config.json")
+        self.config = read_config(folder)
+        self.block = _block_size(self.config, folder / MODEL_FILE)
         self.entries: dict[str, Entry] = {}
         problems: list[str] = []
         for file in self._shards():
@@ -146,6 +147,23 @@ class Source:
                 problems.append(f"{entry.file}: {name} is not in {INDEX}")
         if problems:
             raise FolderError(problems)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face folder.
+
+    Raises:
+        FolderError: the folder is none; says what it is instead.
+    """
+    if not (folder / MODEL_FILE).is_file():
+        found = what_it_is(
+            folder,
+            other="It needs no import: rl.init_from takes it, and `convert export` makes a Hugging "
+            "Face folder of it",
+            usual="Give a folder with config.json and safetensors",
+        )
+        raise FolderError(f"{folder}: is no Hugging Face folder: {found}")
+    return read_json(folder / MODEL_FILE)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from megatron_occ.config.schema import Config
 from megatron_occ.convert.checkpoints import read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.dtypes import FP8, dtype_name
+from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import ExportPlan
 from megatron_occ.convert.importing import Imported
-from megatron_occ.convert.plan import ImportPlan, MTPChoice, plan_import
+from megatron_occ.convert.kinds import CHECKPOINT_FILE, MODEL_FILE, what_it_is
+from megatron_occ.convert.plan import ImportPlan, MTPChoice, open_source, plan_import
 from megatron_occ.convert.slots import model_slots
 from megatron_occ.convert.source import Source
 
@@ -80,7 +82,11 @@ def exported_text(plan: ExportPlan, target: Path) -> str:
 
 def inspect_text(folder: Path) -> str:
     """What lies in a Hugging Face folder or in a checkpoint."""
-    if (folder / "meta.json").is_file():
+    if not (folder / MODEL_FILE).is_file() and not (folder / CHECKPOINT_FILE).is_file():
+        usual = "Give a folder with config.json and safetensors, or a checkpoint's"
+        found = what_it_is(folder, usual=usual)
+        raise FolderError(f"{folder}: is no Hugging Face folder and no checkpoint: {found}")
+    if (folder / CHECKPOINT_FILE).is_file():
         found = read_checkpoint(folder)
         reader = DistributedReader(folder)
         depths = found.config.mtp.num_layers
@@ -91,7 +97,7 @@ def inspect_text(folder: Path) -> str:
         lines += [f"{key}  (not a parameter of this model)" for key in strangers]
         reader.check(list(slots.values()))
         return "\n".join(lines)
-    source = Source(folder)
+    source = open_source(folder)
     return import_text(source, plan_import(source, MTPChoice("keep"), None))
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_occ.config.identity import free_settings
 from megatron_occ.config.schema import Config
+from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.versions import check_written_by, installed_version
 
@@ -192,12 +193,15 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: names the file, what differs and both values.
     """
-    file = path / "meta.json"
+    file = path / CHECKPOINT_FILE
     if not file.is_file():
-        raise DamagedCheckpointError(
-            f"{path} is not a complete checkpoint: it has no meta.json. A complete one is a folder "
-            f"such as {_example(path)}"
+        found = what_it_is(
+            path,
+            other="A run starts from it with model.from_hf in place of rl.init_from; `megatron-occ "
+            "convert import` makes a checkpoint of it",
+            usual="A complete one is a folder such as .../checkpoints/rl/step_000100",
         )
+        raise DamagedCheckpointError(f"{path} is not a complete checkpoint: {found}")
     try:
         found = json.loads(file.read_text())
         check_written_by(found.get("megatron_core"), installed_version())
@@ -215,12 +219,6 @@ def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
             "checkpoint"
         )
     return found
-
-
-def _example(path: Path) -> str:
-    """A checkpoint in a folder that was taken for one, or what the name of one looks like."""
-    inside = sorted(meta.parent for meta in path.glob("**/step_*/meta.json"))
-    return str(inside[-1]) if inside else ".../checkpoints/rl/step_000100"
 
 
 def _compare(name: str, before: Any, now: Any) -> list[str]:

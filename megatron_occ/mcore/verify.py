@@ -16,7 +16,7 @@ from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.families.dense import MIMO
 from megatron_occ.convert.slots import model_slots
-from megatron_occ.convert.source import read_json
+from megatron_occ.convert.source import read_config
 from megatron_occ.convert.table import Family
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
@@ -107,7 +107,7 @@ def check_reference(folder: Path) -> None:
     Raises:
         FolderError: it can't; says why.
     """
-    content = read_json(folder / "config.json")
+    content = read_config(folder)
     if content.get("quantization_config") is not None:
         raise FolderError(f"{folder}: transformers runs fp8 weights on GPUs alone: no --verify")
     try:
@@ -120,7 +120,7 @@ def _reference_config(folder: Path) -> Any:
     """transformers' configuration; MiMo's trunk is Qwen2's, and needs none of its own code."""
     from transformers import AutoConfig, Qwen2Config
 
-    content = read_json(folder / "config.json")
+    content = read_config(folder)
     if family_of(content) is MIMO:
         own = ("model_type", "architectures", "auto_map")
         return Qwen2Config(**{key: value for key, value in content.items() if key not in own})
@@ -145,7 +145,7 @@ def _theirs(folder: Path, ids: Tensor, depths: int, dtype: torch.dtype) -> tuple
     found, hidden = [output.logits], output.hidden_states[-1]
     if depths == 0:
         return found, ""
-    heads = _mtp_model(model, family_of(read_json(folder / "config.json")), depths)
+    heads = _mtp_model(model, family_of(read_config(folder)), depths)
     if heads is None:
         return found, "MTP layers not compared: transformers has none for this architecture"
     _round(heads, dtype)

@@ -103,7 +103,7 @@ def test_what_contradicts_the_folder_is_refused(run, folder):
         run("rl", "run", f"model.from_hf={folder}", "model.hidden_size=48")
     with pytest.raises(SystemExit, match=r"model\.qk_layernorm = true contradicts model\.from_hf="):
         run("rl", "run", f"model.from_hf={folder}", "model.qk_layernorm=true")
-    with pytest.raises(SystemExit, match="can't be read"):
+    with pytest.raises(SystemExit, match="/nowhere: is no Hugging Face folder: there is no"):
         run("rl", "run", "model.from_hf=/nowhere")
 
 

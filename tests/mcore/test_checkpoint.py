@@ -162,9 +162,7 @@ def test_a_longer_position_range_reads_the_same_weights(actor, tmp_path):
 
 def test_a_folder_of_checkpoints_is_told_what_lies_in_it(actor, tmp_path):
     path = save(tmp_path / "checkpoints" / "rl", 4, actor)
-    with pytest.raises(
-        ValueError, match=f"no meta.json. A complete one is a folder such as {path}"
-    ):
+    with pytest.raises(ValueError, match=f"a folder of a run, with checkpoints such as {path}$"):
         load_weights(tmp_path, actor, meta())
 
 

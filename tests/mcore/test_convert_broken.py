@@ -89,9 +89,18 @@ def another_dtype(tensors):
     tensors[GATE] = tensors[GATE].to(torch.bfloat16)
 
 
+def refused_and_empty(folder):
+    edit(CONFIG, lambda c: c.update(architectures=["Step3p5ForCausalLM"]))(folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+
+
 CONFIG = "config.json"
 BROKEN = {
-    "no config": (lambda folder: (folder / CONFIG).unlink(), r"config\.json: can't be read"),
+    "no config": (
+        lambda folder: (folder / CONFIG).unlink(),
+        r"is no Hugging Face folder: it has no config\.json and no meta\.json\. Give a folder with",
+    ),
     "no json": (lambda f: (f / CONFIG).write_text("{"), r"config\.json: is no JSON"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), r"config\.json: holds no object"),
     "unknown architecture": (
@@ -100,6 +109,10 @@ BROKEN = {
     ),
     "refused architecture": (
         edit(CONFIG, lambda c: c.update(architectures=["Step3p5ForCausalLM"])),
+        "Step3p5ForCausalLM can't be converted: each of its MTP depths has an output layer",
+    ),
+    "refused architecture without tensors": (
+        refused_and_empty,
         "Step3p5ForCausalLM can't be converted: each of its MTP depths has an output layer",
     ),
     "scaled rotary embedding": (

@@ -103,3 +103,12 @@ def test_a_half_written_checkpoint_is_refused_with_its_folder(checkpoint):
     (path / "meta.json").unlink()
     with pytest.raises(ValueError, match=f"{path} is not a complete checkpoint: .* no meta.json"):
         load_weights(path, actor, meta)
+
+
+def test_a_hugging_face_folder_in_place_of_a_checkpoint_is_named_as_that(checkpoint, tmp_path):
+    _, actor, meta = checkpoint
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    message = r"hf is not a complete checkpoint: it is a Hugging Face folder\. .* model\.from_hf in"
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path / "hf", actor, meta)
