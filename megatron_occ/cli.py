@@ -1,4 +1,4 @@
-"""The command line: ``megatron-occ {demo, pretrain, rl, eval, report, convert}``.
+"""The command line: the parser, and what each command calls.
 
 Help, ``--print-config`` and refused configurations answer without importing torch.
 """
@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_occ import __version__
 from megatron_occ.config import (
     Config,
     ConfigError,
@@ -30,15 +32,23 @@ from megatron_occ.convert_cli import main as convert
 if TYPE_CHECKING:
     from megatron_occ.run import Run
 
+_DESCRIPTION = (
+    "Pretraining and reinforcement learning with verifiable rewards for language models with "
+    "multi-token prediction heads, on Megatron-Core."
+)
+# each fits a line of 80 columns
 _COMMANDS = {
-    "demo": "pretrain a small model, improve it by RL, write a report (conf/demo.yaml)",
+    "demo": "pretrain a small model, improve it by RL, write a report",
     "pretrain": "pretrain a model with MTP layers",
-    "rl": "reinforcement learning with verifiable rewards (pretrains first, unless rl.init_from or "
-    "model.from_hf gives weights)",
+    "rl": "RL; without rl.init_from or model.from_hf it pretrains first",
     "eval": "validate a checkpoint on held-out problems",
     "report": "write report.html of a run folder again",
-    "convert": "checkpoints from and to Hugging Face: convert {import,export,inspect} --help",
+    "convert": "checkpoints from and to Hugging Face: convert --help",
 }
+_DEMO_VALUES = (
+    "The values are those of conf/demo.yaml, and the defaults of all other keys:\n"
+    "`megatron-occ demo --print-config` prints them, `megatron-occ rl --help` explains the keys."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,9 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse with overrides anywhere: argparse alone stops taking them after the first option."""
     parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or options.command == "report"]
     if unknown:
@@ -85,7 +98,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-occ", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="megatron-occ",
+        description=_DESCRIPTION,
+        epilog="`megatron-occ COMMAND --help` shows the options of a command; that of rl shows "
+        "every configuration key.",
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=_versions(),
+        help="show the versions of megatron-occ, megatron-core and torch",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in _COMMANDS.items():
         if name == "convert":
@@ -95,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=None if name == "report" else help_text(),
+            epilog=_epilog(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -106,14 +130,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _epilog(command: str) -> str | None:
+    if command == "report":
+        return None
+    return _DEMO_VALUES if command == "demo" else help_text()
+
+
+def _versions() -> str:
+    """Of the package and of what its results depend on, without an import of either."""
+    found = [f"megatron-occ {__version__}"]
+    for name in ("megatron-core", "torch"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed as a package")
+    return ", ".join(found)
+
+
 def _add_run_options(command: argparse.ArgumentParser, name: str) -> None:
+    instead = ", in place of conf/demo.yaml" if name == "demo" else ""
     command.add_argument(
         "--config",
         action="append",
         type=Path,
         default=[],
         metavar="FILE",
-        help="yaml file; given several times, later files win",
+        help=f"yaml file{instead}; given several times, later files win",
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rl.steps=10")
     command.add_argument("--print-config", action="store_true", help="print the configuration")

@@ -18,22 +18,27 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "megatron-occ co
     options = make_parser(prog).parse_args(arguments)
     try:
         options.run(options)
-    except FolderError as error:
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        if not isinstance(error, FolderError):
+            sys.exit(f"{prog}: error: {error}")
         lines = "\n".join(f"  {problem}" for problem in error.problems)
         sys.exit(f"{prog}: error:\n{lines}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted; the same command continues")
 
 
 def make_parser(prog: str = "megatron-occ convert") -> argparse.ArgumentParser:
     """Of the three commands; ``run`` of what it returns does the work."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(";")[0])
+    text = "Checkpoints from Hugging Face folders and back, every tensor accounted for."
+    parser = argparse.ArgumentParser(prog=prog, description=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_import(commands)
     _add_export(commands)
     _add_inspect(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
