@@ -13,6 +13,7 @@ from megatron_occ.cli import main
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves, sections
 from megatron_occ.convert_cli import make_parser
+from megatron_occ.data.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -139,6 +140,30 @@ def test_the_code_in_the_readme_is_that_of_the_example():
     assert torch.equal(loss, expected)
     assert torch.equal(weights, expected_weights)
     assert bool((weights != 0).all())
+
+
+def test_the_prompts_that_the_page_on_data_writes_are_read_as_they_are(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.chdir(tmp_path)
+    words = tokenizers.models.WordLevel({"<end>": 0, "<user>": 1, "?": 2}, unk_token="?")
+    template = "{% for m in messages %}<user>{{ m.content }}<end>{% endfor %}<model>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), eos_token="<end>", chat_template=template
+    ).save_pretrained("models/my_model")
+
+    page = ROOT / "docs" / "data.md"
+    (code,), (yaml,) = blocks(page, "python"), blocks(page, "yaml")
+    exec(code, {})
+    (record,) = read_prompts("train.jsonl")
+    assert record.prompt == "<user>What is 12 * 12?<end><model>"
+    assert (record.answer, record.task_name) == ("144", "math")
+    Path("train.yaml").write_text(yaml)
+    config = load_config(["train.yaml"])
+    assert config.data.prompts == "train.jsonl" and config.data.task.name is None
+    Path("line.jsonl").write_text(blocks(page, "json")[0])
+    assert read_prompts("line.jsonl")[0].answer == "144"
 
 
 def test_no_file_mentions_a_machine():
