@@ -8,8 +8,8 @@ from megatron_occ.config.sizes import derive
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.inference.sampler import CHUNK_LOGITS
 
-# logits and log-probs in fp32, probabilities and their sums in fp64
-_LOGIT_BYTES = 24
+# logits and log-probs in fp32; in 64 bits random digits or times, and two steps to probabilities
+_LOGIT_BYTES = 32
 
 
 def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, int]:

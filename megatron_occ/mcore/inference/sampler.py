@@ -23,7 +23,7 @@ from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
 # drawn with after a rejection, and what its draft is drawn with
 TEST, DRAW, DRAFT = 0, 1, 2
 STREAMS = 3
-# logits that exist at the same time; about 50 bytes each
+# logits that exist at the same time; about 32 bytes each
 CHUNK_LOGITS = 2**24
 
 
