@@ -329,6 +329,7 @@ def _plan(config: Config, command: str, world_size: int) -> str:
     sizes, parallel = derive(config, world_size), config.parallel
     lines = [
         f"command            {command}",
+        f"run_dir            {config.run_dir}",
         f"ranks              {world_size} (tensor {parallel.tensor}, context {parallel.context}, "
         f"data {sizes.data_parallel}, pipeline {parallel.pipeline})",
     ]

@@ -17,8 +17,9 @@ launch() {
     # knows run_dir, which may stand in a configuration file.
     plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh "$command" "$@" --dry-run)
     echo "$plan"
-    run_dir=$(sed -n "s/^run_dir: *['\"]\{0,1\}\([^'\"]*\).*/\1/p" <<<"$plan")
-    [[ -n $run_dir ]] || fail "no run_dir in the configuration above"
+    [[ $plan != *$'\n'"not found "* ]] || fail "files are not found, see above"
+    run_dir=$(sed -n 's/^run_dir  *//p' <<<"$plan")
+    [[ -n $run_dir ]] || fail "no run_dir in the plan above"
 
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         [[ " $*" != *" seed="* ]] || fail "an array gives seed=: leave it out, or leave out --array"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_a_shipped_configuration_is_planned_at_its_own_size(name, capsys):
     config = str(ROOT / "conf" / name)
     text = dry_run([command, "--config", config, "--world-size", str(ranks)], capsys)
     assert f"\nranks              {ranks} (" in text
+    # the scripts for Slurm read it
+    assert re.search(r"^run_dir            runs/\w+$", text, re.MULTILINE)
     assert set(cells(text, "fits in 80 GiB")) == {"yes"}
 
 

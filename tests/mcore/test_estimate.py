@@ -264,7 +264,7 @@ def test_rollouts_by_hand():
     assert use.generation == {"KV cache": cache}
     assert use.peak == sum(use.resident.values()) + max(sum(use.training.values()), cache)
     rows = -(-VOCABULARY // 2) * 2
-    assert last.generation == {"KV cache": cache, "logits": 24 * 12 * rows}
+    assert last.generation == {"KV cache": cache, "logits": 32 * 12 * rows}
     drafting = make_config(*given, "rl.rollout.speculative.draft_length=2")
     more = estimate(drafting, VOCABULARY, 4, 2).memory.generation
     # of each depth the cache of a layer, and its input
@@ -272,7 +272,7 @@ def test_rollouts_by_hand():
     assert more == {
         "KV cache": cache,
         "drafts: cache, hidden states": 12 * 64 * 4 * depths * (2 * (8 + 8) // 2 + hidden),
-        "logits": 3 * 24 * 12 * rows,
+        "logits": 3 * 32 * 12 * rows,
     }
     assert estimate(config, VOCABULARY, 4, 0, command="eval").memory.training == {}
     pretraining = estimate(config, VOCABULARY, 4, 0, command="pretrain").memory

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(
 # srun: the step with --dry-run answers with the run folder, the other runs what the test says
 FAKES = {
     "srun": """
-if [[ "$*" == *--dry-run ]]; then echo "run_dir: $RUN_DIR"; exit; fi
+if [[ "$*" == *--dry-run ]]; then
+    printf 'command            rl\\nrun_dir            %s\\n%s' "$RUN_DIR" "${PLAN:-}"; exit
+fi
 echo "$WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >>"$CALLS"
 eval "${STEP:-}"
 """,
@@ -281,3 +283,11 @@ def test_a_rank_started_by_hand_says_what_starts_it(missing):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {missing} is not set: slurm/rank.sh is called by the")
     assert "Submit one of them with sbatch" in done.stderr
+
+
+def test_a_job_whose_files_are_not_there_does_not_start(job):
+    done = job(PLAN="\nnot found          rl.init_from=GIVE/rl.init_from\n")
+    assert done.returncode == 1
+    assert "not found          rl.init_from=GIVE/rl.init_from\n" in done.stdout
+    assert "files are not found, see above" in done.stderr
+    assert not job.run_dir.exists()
