@@ -48,7 +48,7 @@ from megatron_occ.mcore.versions import installed_version
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.evaluation import evaluate
+from megatron_occ.rl.evaluation import Validation, evaluate
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
@@ -293,13 +293,16 @@ def evaluate_checkpoint(run: Run, inputs: Inputs, checkpoint: Path) -> dict[str,
     )
     load_weights(checkpoint, actor, meta)
     with _validation(run, actor, inputs.held_out, RL_PART) as validate:
-        return validate()
+        metrics, events = validate()
+    for event in events:
+        logger.warning(event)
+    return metrics
 
 
 @contextmanager
 def _validation(
     run: Run, actor: MegatronGPTActor, held_out: PromptStream | None, part: int
-) -> Iterator[Callable[[], dict[str, float]]]:
+) -> Iterator[Callable[[], Validation]]:
     """A function that measures the actor on a part of the held-out problems."""
     config = run.config
     samplers: list[Sampler] = []
@@ -308,7 +311,7 @@ def _validation(
         ExitStack() as engines,
     ):
 
-        def validate() -> dict[str, float]:
+        def validate() -> Validation:
             assert held_out is not None, "nothing is measured without held-out problems"
             # with the first measurement, if there is any: servers may be waited for
             if not samplers:

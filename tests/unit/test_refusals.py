@@ -275,10 +275,9 @@ def test_garbage_from_the_model_scores_zero(name):
     with VerifierPool() as pool:
         results = pool.score([(name, text, "42") for text in GARBAGE])
         assert results == [VerifierResult(0.0, "ok")] * len(GARBAGE)
-        assert pool.counts == {"errors": 0, "timeouts": 0}
 
 
-def test_model_output_that_breaks_a_verifier_scores_zero_is_counted_and_loses_nothing(
+def test_model_output_that_breaks_a_verifier_scores_zero_is_told_and_loses_nothing(
     tmp_path, monkeypatch
 ):
     (tmp_path / "occ_test_refusals.py").write_text(
@@ -296,5 +295,4 @@ def test_model_output_that_breaks_a_verifier_scores_zero_is_counted_and_loses_no
     assert [result.status for result in results] == ["ok", "error", "timeout", "error", "ok"]
     assert "could not convert string to float: 'three' (at " in results[1].detail
     assert "occ_test_refusals.py:4)" in results[1].detail
-    assert results[3].detail.startswith("ValueError: the verifier returned nan")
-    assert pool.counts == {"errors": 2, "timeouts": 1}
+    assert results[3].detail == "the verifier returned nan (float), not a finite number"
