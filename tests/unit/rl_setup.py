@@ -97,6 +97,13 @@ def rl_config(*overrides):
     return load_config([], [*small, *overrides])
 
 
+def file_config(train, held_out, *overrides):
+    """Prompts of at most 4 tokens, from files in place of a generated task."""
+    files = (f"data.prompts={train}", f"data.validation_prompts={held_out}")
+    room = ("model.max_position_embeddings=10", "data.verifier=exact")
+    return rl_config("data.task={name: null, params: {}}", *files, *room, *overrides)
+
+
 def make_source(config, actor, score=has_an_a, stream=None):
     rollout = config.rl.rollout
     sampler = Sampler(

@@ -16,12 +16,14 @@ from megatron_occ.cli import main
 from megatron_occ.data import build_task, build_tokenizer
 from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompts import PromptStream
+from megatron_occ.inputs import read_inputs
 from megatron_occ.observe.progress import Timers
-from megatron_occ.rl.rewards import VerifierPool, VerifierResult, get_verifier, register_verifier
-from tests.unit.fakes import FakeActor
-from tests.unit.rl_setup import make_source, rl_config
+from megatron_occ.rl.rewards import VerifierPool, VerifierResult, register_verifier
+from tests.unit.fakes import TOKENIZER, FakeActor
+from tests.unit.rl_setup import file_config, make_source, rl_config
 
 TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
+RL = {"pretrains": False, "trains": True}
 
 
 @dataclass
@@ -166,6 +168,24 @@ WRONG_CONFIGURATIONS = [
         ranks=3,
     ),
     Wrong(
+        "unknown task",
+        [
+            "error: data.task.name: unknown task 'reversed_adition'",
+            "did you mean 'reversed_addition'",
+        ],
+        overrides=["data.task.name=reversed_adition"],
+    ),
+    Wrong(
+        "unknown task where the size of the vocabulary is given",
+        ["error: data.task.name: unknown task 'sums': known: reversed_multiplication"],
+        overrides=["data.task.name=sums", "model.vocab_size=32"],
+    ),
+    Wrong(
+        "unknown parameter of a task",
+        ["error: data.task.params: task reversed_addition has no parameter 'digit'", "'digits'"],
+        overrides=["data.task={name: reversed_addition, params: {digit: 2}}"],
+    ),
+    Wrong(
         "path of a file in place of a verifier",
         ["data.verifiers.unit='checks.py': must be 'module:function'", "my_module:my_verifier"],
         yaml="data:\n  task: {name: null, params: {}}\n  verifiers: {unit: checks.py}\n"
@@ -237,9 +257,13 @@ def test_a_missing_or_empty_file_is_refused_with_its_name(reason, tmp_path):
 def test_a_line_that_asks_for_an_unknown_verifier_is_refused_with_the_closest_one(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(GOOD + b'{"prompt": "p", "answer": "2", "task_name": "maths"}\n')
-    (name,) = PromptStream(str(path), default_task_name="exact").task_names() - {"exact"}
-    with pytest.raises(ValueError, match="unknown verifier 'maths': did you mean 'math'"):
-        get_verifier(name)
+    place = f"data.prompts: {path}:2: 'task_name': "
+    message = "unknown verifier 'maths': did you mean 'math'"
+    with pytest.raises(ValueError, match=f"^{re.escape(place + message)}"):
+        read_inputs(file_config(path, path), None, TOKENIZER, **RL)
+    config = file_config(path, path, "data.verifier=maths")
+    with pytest.raises(ValueError, match=f"^data.verifier=maths: {message}"):
+        read_inputs(config, None, TOKENIZER, **RL)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_number_text_and_remedy(tmp_path):
