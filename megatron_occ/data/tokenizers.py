@@ -102,7 +102,7 @@ class HFTokenizer:
         name = os.fspath(path)
         # A name that is no local path would be looked up on the hub.
         if not os.path.exists(name):
-            raise ValueError(f"tokenizer path {name!r} does not exist: give a local folder")
+            raise ValueError(f"no tokenizer in {name!r}: it does not exist, give a local folder")
         try:
             inner = AutoTokenizer.from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
