@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron_occ.config import load_config
 from megatron_occ.config.schema import Config
 from megatron_occ.data.prompts import PromptStream
-from megatron_occ.data.tasks import Task, build_task
+from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
-from megatron_occ.inputs import read_tokenizer
+from megatron_occ.inputs import read_task, read_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
 from megatron_occ.mcore.startup import Layout, initialize
@@ -71,7 +71,7 @@ def build_model(overrides: Sequence[str] = (), *, updates: int = 10**6) -> DemoM
     """The same with random weights, those of the configuration's seed; see :func:`demo_model`."""
     config = load_config([CONFIG], overrides)
     layout = initialize(config)
-    task = build_task(config.data.task.name, **config.data.task.params)
+    task = read_task(config)
     tokenizer = read_tokenizer(config, task)
     actor = _actor(config, tokenizer, layout, updates)
     return DemoModel(actor, config, tokenizer, task)

@@ -43,6 +43,7 @@ from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import ARITHMETIC_ALPHABET
 from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.startup import shutdown
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.rewards import VerifierPool, VerifierResult
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
@@ -78,9 +79,6 @@ TRL = "TRL"
 
 class Parity:
     """1 for a response with an even number of characters; stands in for the verifier pool."""
-
-    def __init__(self) -> None:
-        self.counts = {"errors": 0, "timeouts": 0}
 
     def score(self, items: Sequence[tuple[str, str, str]]) -> list[VerifierResult]:
         """Scores of (task, response, answer)."""
@@ -234,7 +232,7 @@ class OurSteps:
             config,
             PolicyUpdater(config, actor),
             RolloutSource(sampler, PromptStream(model.task, 0), config.rl, config.seed),
-            validate=dict,
+            validate=lambda: Validation({}, []),
             logger=Silent(),
             rollout_log=Silent(),
             save=lambda _: None,

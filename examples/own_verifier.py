@@ -12,6 +12,7 @@ Lines of data with ``"task_name": "echo"`` use it; ``data.verifier`` is for line
 
 A verifier reads text that a model wrote: it must treat it as data and never run it. It works in a
 process of its own; an exception or more than ``data.verifier_timeout`` seconds scores 0.
+A score of 1 or more is a correct response (``pass@k``); ``avg@k`` is the mean score.
 """
 
 from __future__ import annotations

@@ -302,15 +302,17 @@ def _dry_run(config: Config, options: argparse.Namespace, world_size: int) -> No
 
 
 def _vocabulary(config: Config) -> int:
-    """Rows of embedding and output layer; a tokenizer is read only if it alone knows."""
+    """Rows of embedding and output layer; a tokenizer is read only if it alone knows.
+
+    Raises:
+        ValueError: there is no such task, or no such tokenizer.
+    """
+    from megatron_occ.inputs import read_task, read_tokenizer
+
+    task = read_task(config)
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    from megatron_occ.data.tasks import build_task
-    from megatron_occ.inputs import read_tokenizer
-
-    name, params = config.data.task.name, config.data.task.params
     try:
-        task = build_task(name, **params) if name is not None else None
         return read_tokenizer(config, task).vocab_size
     except (ValueError, OSError) as error:
         raise ConfigError(

@@ -14,6 +14,7 @@ from megatron_occ.losses.pretraining import PretrainLoss
 from megatron_occ.observe.metrics import MetricsLogger
 from megatron_occ.observe.progress import Progress
 from megatron_occ.rl.batch import head_masks
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
@@ -34,7 +35,7 @@ class PretrainTrainer:
         config: the run's configuration.
         actor: the model.
         corpus: batches.
-        validate: returns ``pass@1`` on held-out problems.
+        validate: measures ``pass@1`` on held-out problems.
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
     """
@@ -45,7 +46,7 @@ class PretrainTrainer:
         actor: Actor,
         corpus: Corpus,
         *,
-        validate: Callable[[], dict[str, float]],
+        validate: Callable[[], Validation],
         logger: MetricsLogger,
         save: Callable[[int], None],
     ) -> None:
@@ -81,8 +82,10 @@ class PretrainTrainer:
         if every == 0 or self.step % every:
             return {}
         start = time.perf_counter()
-        rate = self.validate()[PASS_RATE]
-        return {PASS_RATE: rate, "time/validation": time.perf_counter() - start}
+        metrics, events = self.validate()
+        for event in events:
+            self.logger.event(self.step, event)
+        return {PASS_RATE: metrics[PASS_RATE], "time/validation": time.perf_counter() - start}
 
     def _is_reached(self, metrics: dict[str, float]) -> bool:
         target = self.config.pretrain.stop_at_pass_rate

@@ -23,14 +23,17 @@ from megatron_occ.convert.plan import plan_import
 from megatron_occ.convert.settings import choice_for
 from megatron_occ.convert.source import Source
 from megatron_occ.data.prompts import PromptStream
-from megatron_occ.data.tasks import Task, build_task
+from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.engines import build_engine
 from megatron_occ.inputs import (
     PRETRAINING_PART,
     RL_PART,
     Inputs,
+    check_lengths,
+    prompt_room,
     read_inputs,
+    read_task,
     read_tokenizer,
     register_verifiers,
 )
@@ -49,7 +52,7 @@ from megatron_occ.mcore.versions import installed_version
 from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write_report
 from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.evaluation import evaluate
+from megatron_occ.rl.evaluation import Validation, evaluate
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
@@ -67,7 +70,7 @@ class Run:
     config: Config
     resume: bool = False
     layout: Layout = field(init=False)
-    task: Task | None = field(init=False, default=None)
+    task: Task | None = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     metrics: MetricsLogger = field(init=False)
 
@@ -75,8 +78,7 @@ class Run:
         config = self.config
         register_verifiers(config.data.verifiers)
         self.layout = initialize(config)
-        if config.data.task.name is not None:
-            self.task = build_task(config.data.task.name, **config.data.task.params)
+        self.task = read_task(config)
         self.tokenizer = read_tokenizer(config, self.task)
         self.folder = Path(config.run_dir)
 
@@ -89,7 +91,8 @@ class Run:
         """Read and check what a command needs, before the run folder is touched.
 
         Raises:
-            ValueError: bad data (see ``inputs.read_inputs``), or ``rl.init_from`` does not fit.
+            ValueError: bad data (see ``inputs.read_inputs`` and ``inputs.check_lengths``), or
+                ``rl.init_from`` does not fit.
         """
         config, trains = self.config, command in ("rl", "demo")
         start = config.rl.init_from if trains else None
@@ -98,7 +101,7 @@ class Run:
             check_weights(Path(start), self.describe({}))
         elif config.model.from_hf is not None and command != "eval":
             self._check_folder(Path(config.model.from_hf))
-        return read_inputs(
+        inputs = read_inputs(
             config,
             self.task,
             self.tokenizer,
@@ -106,6 +109,9 @@ class Run:
             trains=trains,
             evaluates=command == "eval",
         )
+        # by one rank: a long file takes a while, and several cores
+        MainRank().run(lambda: check_lengths(config, inputs, self.tokenizer))
+        return inputs
 
     def _check_folder(self, folder: Path) -> None:
         """Account for every tensor of ``model.from_hf``; called by all ranks."""
@@ -302,6 +308,9 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             save=phase.save,
         )
         phase.attach(trainer)
+        if trainer.step == 0:
+            for warning in inputs.warnings:
+                run.metrics.event(0, warning)
         if run.resume:
             rollout_log.truncate_after(trainer.step)
         trainer.fit()
@@ -317,13 +326,16 @@ def evaluate_checkpoint(run: Run, inputs: Inputs, checkpoint: Path) -> dict[str,
     )
     load_weights(checkpoint, actor, meta)
     with _validation(run, actor, inputs.held_out, RL_PART) as validate:
-        return validate()
+        metrics, events = validate()
+    for event in events:
+        logger.warning(event)
+    return metrics
 
 
 @contextmanager
 def _validation(
     run: Run, actor: MegatronGPTActor, held_out: PromptStream | None, part: int
-) -> Iterator[Callable[[], dict[str, float]]]:
+) -> Iterator[Callable[[], Validation]]:
     """A function that measures the actor on a part of the held-out problems."""
     config = run.config
     samplers: list[Sampler] = []
@@ -332,7 +344,7 @@ def _validation(
         ExitStack() as engines,
     ):
 
-        def validate() -> dict[str, float]:
+        def validate() -> Validation:
             assert held_out is not None, "nothing is measured without held-out problems"
             # with the first measurement, if there is any: servers may be waited for
             if not samplers:
@@ -359,5 +371,5 @@ def _sampler(
         top_p=rollout.top_p,
         top_k=rollout.top_k,
     )
-    room = run.config.model.max_position_embeddings - rollout.max_response_length
+    room = prompt_room(run.config)
     return Sampler(engine, actor, run.tokenizer, verifiers, sampling, max_prompt_length=room)

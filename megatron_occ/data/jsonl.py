@@ -12,9 +12,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
     """Yield (line number from 1, object) for each line of a file that is not blank.
 
     Raises ValueError naming file and line for a line that is not UTF-8 text, not JSON or not a
-    JSON object, and naming the file when it does not exist or has no line that is not blank.
+    JSON object, and naming the file when it does not exist, is a folder or has no line that is
+    not blank.
     """
     name = os.fspath(path)
+    if os.path.isdir(name):
+        raise ValueError(f"{name}: is a folder, expected a file with one JSON object a line")
     if not os.path.isfile(name):
         raise ValueError(f"{name}: no such file")
     empty = True

@@ -21,13 +21,14 @@ class PromptRecord:
     """A prompt, its reference answer, the verifier to use, and its place in the source.
 
     ``index`` is the 0-based position among the prompts of the file, or the problem's index in the
-    generated split.
+    generated split. ``line`` counts all lines of the file from 1; None for a generated problem.
     """
 
     prompt: str
     answer: str
     task_name: str
     index: int
+    line: int | None = None
 
 
 def extract_final_answer(text: str) -> str:
@@ -56,7 +57,7 @@ def read_prompts(
         task_name = default_task_name
         if "task_name" in line:
             task_name = text_field(line, "task_name", where)
-        records.append(PromptRecord(prompt, answer, task_name, index=len(records)))
+        records.append(PromptRecord(prompt, answer, task_name, len(records), number))
     return records
 
 
@@ -84,9 +85,11 @@ class PromptStream:
         self._seed = seed
         self._split = split
         self._task: Task | None = None
+        self._path = ""
         self._records: list[PromptRecord] = []
         self._epoch_orders: dict[int, list[int]] = {}
         if isinstance(source, (str, os.PathLike)):
+            self._path = os.fspath(source)
             self._records = read_prompts(source, default_task_name)
             self._fingerprint = hashlib.sha256(Path(source).read_bytes()).hexdigest()
         else:
@@ -98,11 +101,20 @@ class PromptStream:
         """Number of prompts in a file, None for a generated task."""
         return None if self._task is not None else len(self._records)
 
-    def task_names(self) -> set[str]:
-        """Names of the verifiers that the prompts ask for."""
-        if self._task is not None:
-            return {self._task.name}
-        return {record.task_name for record in self._records}
+    def records(self, n: int) -> list[PromptRecord]:
+        """All prompts of a file in its order; of a generated task the first ``n``."""
+        return list(self._records) if self._task is None else self.prompts_for_step(0, n)
+
+    def place(self, record: PromptRecord) -> str:
+        """Where a prompt comes from: "file:line", or the task and the problem's number in it."""
+        if self._task is None:
+            return f"{self._path}:{record.line}"
+        return f"{self._task.name}, {self._split} problem {record.index}"
+
+    def task_names(self) -> dict[str, str]:
+        """Names of the verifiers that the prompts ask for, and the place of the first that does."""
+        first = {record.task_name: record for record in reversed(self.records(1))}
+        return {name: self.place(record) for name, record in first.items()}
 
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes, or of the task's name, parameters and first problems.

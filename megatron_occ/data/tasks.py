@@ -161,6 +161,9 @@ _TASKS: dict[str, type[ReversedMultiplication] | type[ReversedAddition]] = {
 }
 
 
+TASK_NAMES = tuple(_TASKS)
+
+
 def build_task(name: str, **params: int) -> Task:
     """Make a task by name, for example ``build_task("reversed_addition", digits=3, seed=1)``.
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
+
+# JSON can spell half of a pair, as in "\ud83d", and Python keeps it; UTF-8 has no such character.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
@@ -18,6 +22,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as ``encode`` gives them; raises where that would."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,6 +66,10 @@ class CharTokenizer:
                 f"the alphabet {self.alphabet!r}"
             ) from None
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """One id a character of each text. Raises ValueError as ``encode`` does."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text without pad and eos.
 
@@ -90,13 +102,14 @@ class HFTokenizer:
         name = os.fspath(path)
         # A name that is no local path would be looked up on the hub.
         if not os.path.exists(name):
-            raise ValueError(f"tokenizer path {name!r} does not exist: give a local folder")
+            raise ValueError(f"no tokenizer in {name!r}: it does not exist, give a local folder")
         try:
             inner = AutoTokenizer.from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises many kinds for bad files
-            raise ValueError(f"no tokenizer could be read from {name!r}: {error}") from error
+            reason = _why_unreadable(name, error)
+            raise ValueError(f"no tokenizer could be read from {name!r}: {reason}") from error
         if inner.eos_token_id is None:
             raise ValueError(f"the tokenizer in {name!r} has no eos token: set eos_token in it")
         self._inner = inner
@@ -105,8 +118,24 @@ class HFTokenizer:
         self.pad_id = inner.eos_token_id if inner.pad_token_id is None else inner.pad_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        return self._inner.encode(text, add_special_tokens=False)
+        """Token ids without special tokens. Raises ValueError for what is not Unicode text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens; several cores work on a long list.
+
+        Raises ValueError for what is not Unicode text.
+        """
+        try:
+            # not verbose: a text may be longer than the model that the tokenizer was made for
+            return self._inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        except (TypeError, UnicodeEncodeError) as error:  # which one depends on the library
+            text = next((text for text in texts if _SURROGATE.search(text)), None)
+            if text is None:
+                raise
+            raise ValueError(
+                f"{text!r:.80} is not Unicode text: it holds half of a surrogate pair"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens, spaces left as they are."""
@@ -126,6 +155,17 @@ class HFTokenizer:
             "pad_id": self.pad_id,
             "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         }
+
+
+def _why_unreadable(path: str, error: Exception) -> str:
+    """One line: the library's own text lists what it tried, over several."""
+    if os.path.isdir(path) and not any(
+        "token" in name or "vocab" in name for name in os.listdir(path)
+    ):
+        return (
+            "it holds no tokenizer.json. Give the folder that save_pretrained of a tokenizer wrote"
+        )
+    return " ".join(str(error).split())
 
 
 def build_tokenizer(

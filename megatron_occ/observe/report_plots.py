@@ -37,7 +37,7 @@ class Panel:
 
 def rl_cards(run: RunData) -> list[str]:
     """Return the plots of the RL phase as HTML; metrics that are missing leave no gap."""
-    reward = _some(run, [("reward/mean", "mean over responses", _MAIN)])
+    reward = _some(run, [("reward/mean", "mean over responses", _MAIN)]) + _mean_scores(run)
     coefficient = _by_depth(run, "rl", "lambda/mtp_")
     entropy = _some(run, [("entropy", "policy", _MAIN)])
     agreement = _by_depth(run, "rl", "agreement/mtp_")
@@ -112,6 +112,15 @@ def _accuracy_card(run: RunData) -> str:
         series.append(Series(f"validation {name}", points, color, name != main, smoothed=False))
     hint = "Points: the validation problems. Curve: the prompts of each RL step."
     return _card("Accuracy", [Panel(series, percent=True)], hint, wide=True)
+
+
+def _mean_scores(run: RunData) -> list[Series]:
+    """Scores of the validation problems, of a verifier with partial credit."""
+    name = run.score_metric
+    if name is None:
+        return []
+    points = run.points("validation", name)
+    return [Series(f"validation {name}", points, _DEPTH_COLORS[0], smoothed=False)]
 
 
 def _calibration_panels(run: RunData) -> list[Panel]:

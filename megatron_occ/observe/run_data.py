@@ -72,9 +72,25 @@ class RunData:
     @property
     def accuracy_metric(self) -> str | None:
         """The validation metric that holds sampled pass@1: `pass@1`, else `avg@k`, largest k."""
+        return "pass@1" if "pass@1" in self.series.get("validation", {}) else self._average
+
+    @property
+    def score_metric(self) -> str | None:
+        """The `avg@k` of a verifier with partial credit; None where it says the same as pass@1."""
+        name = self._average
+        if name is None or self.accuracy_metric == name:
+            return None
+        scores, rates = (self.points("validation", n) for n in (name, "pass@1"))
+        # the mean of the same zeros and ones, but for the order in which it was added up
+        same = len(scores) == len(rates) and all(
+            math.isclose(score, rate, abs_tol=1e-6)
+            for (_, score), (_, rate) in zip(scores, rates, strict=True)
+        )
+        return None if same else name
+
+    @property
+    def _average(self) -> str | None:
         names = self.series.get("validation", {})
-        if "pass@1" in names:
-            return "pass@1"
         averages = [n for n in names if n.startswith("avg@") and n[4:].isdecimal()]
         return max(averages, key=lambda n: int(n[4:]), default=None)
 

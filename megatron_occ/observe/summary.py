@@ -46,6 +46,10 @@ def _rows(run: RunData) -> list[tuple[str, str]]:
         text = f"{format_percent(before)} -> {format_percent(after)}"
         text += f"  ({format_points(after - before)} points{'; ' + basis if basis else ''})"
         rows.append(("sampled pass@1", text))
+    if run.score_metric is not None:
+        scores = [score for _, score in run.points("validation", run.score_metric)]
+        text = f"{format_number(scores[0])} -> {format_number(scores[-1])}"
+        rows.append(("mean score", f"{text}  ({run.score_metric})"))
     for label, phase, name, form in (
         ("reward", "rl", "reward/mean", format_number),
         ("MTP agreement", "rl", "agreement/mtp_1", format_percent),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from megatron_occ.config.schema import ValidationConfig
 from megatron_occ.data.prompts import PromptRecord, PromptStream
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Sampler, sample_seed
+
+
+class Validation(NamedTuple):
+    """A measurement: its metrics, and warnings about it."""
+
+    metrics: dict[str, float]
+    events: list[str]
 
 
 def held_out_problems(stream: PromptStream, count: int, part: int = 0) -> list[PromptRecord]:
@@ -33,7 +43,7 @@ def evaluate(
     seed: int,
     *,
     part: int = 0,
-) -> dict[str, float]:
+) -> Validation:
     """Sample ``config.samples`` responses to each held-out problem, the same seeds every time.
 
     Args:
@@ -45,9 +55,13 @@ def evaluate(
             that a choice made by one is not favoured by another.
 
     Returns:
-        ``avg@k`` (mean score over all samples), ``pass@1`` (its unbiased estimate, the same
-        number), ``pass@k`` (share of problems with a correct sample, all k drawn), ``problems``;
-        over all data-parallel ranks.
+        ``avg@k`` (mean score over all samples), ``pass@1`` (share of correct samples, which is
+        the same number where scores are 0 or 1), ``pass@k`` (share of problems with a correct
+        sample, all k drawn), ``problems``; over all data-parallel ranks. A sample is correct at
+        ``FULL_SCORE`` or more.
+
+    Raises:
+        ValueError: a prompt does not fit, or the verifier of every response failed.
     """
     layout, samples = sampler.actor.layout, config.samples
     records = held_out_problems(stream, config.problems, part)
@@ -66,15 +80,14 @@ def evaluate(
         timers=Timers(),
     )
     scores = torch.tensor(drawn.scores, dtype=torch.float64).view(-1, samples)
-    local = torch.stack(
-        (scores.mean(1).sum(), scores.amax(1).sum(), scores.new_tensor(len(scores)))
-    )
-    sums = local.to(layout.device)
-    total, solved, count = layout.all_reduce_data_parallel(sums).tolist()
-    mean = total / count
-    return {
-        f"avg@{samples}": mean,
-        "pass@1": mean,
+    correct = (scores >= FULL_SCORE).to(scores)
+    sums = (scores.mean(1).sum(), correct.mean(1).sum(), correct.amax(1).sum())
+    local = torch.stack((*sums, scores.new_tensor(len(scores)))).to(layout.device)
+    total, right, solved, count = layout.all_reduce_data_parallel(local).tolist()
+    metrics = {
+        f"avg@{samples}": total / count,
+        "pass@1": right / count,
         f"pass@{samples}": solved / count,
         "problems": count,
     }
+    return Validation(metrics, drawn.failures.events())

@@ -15,6 +15,7 @@ from megatron_occ.losses import group_advantages, group_has_spread, overlong_pen
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
 from megatron_occ.rl.head_rows import HeadRows
+from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
 from megatron_occ.rollout import DraftStatistics
 from megatron_occ.rollout.engine import LENGTH
@@ -71,6 +72,9 @@ class RolloutSource:
 
         Groups count in the order of their prompts, whichever rank drew them: the first useful ones
         are taken, then the first of the others.
+
+        Raises:
+            ValueError: a prompt does not fit, or the verifier of every response of a round failed.
         """
         wanted = self.config.prompts_per_step
         drawn, useful = Samples(), []
@@ -81,7 +85,7 @@ class RolloutSource:
             useful += self._useful_groups(samples)
             if sum(useful) >= wanted:
                 break
-        events = []
+        events = drawn.failures.events()
         short = wanted - sum(useful)
         if short > 0:
             events.append(
@@ -187,22 +191,24 @@ class RolloutSource:
                 float(len(samples)),
                 float(rewards.double().sum()),
                 float(rewards.double().square().sum()),
-                float(sum(samples.scores)),
+                float(sum(score >= FULL_SCORE for score in samples.scores)),
                 float(sum(lengths)),
                 float(samples.finish_reasons.count(LENGTH)),
             ]
         )
-        count, total, squares, accuracy, tokens, truncated = sums
+        count, total, squares, correct, tokens, truncated = sums
         mean = total / count
         return {
             "reward/mean": mean,
             "reward/std": max(0.0, squares / count - mean**2) ** 0.5,
-            "rollout/accuracy": accuracy / count,
+            "rollout/accuracy": correct / count,
             "rollout/length_mean": tokens / count,
             "rollout/length_max": self._maximum(max(lengths)),
             "rollout/truncated": truncated / count,
             "rollout/dropped_groups": float(dropped),
             "rollout/tokens": tokens,
+            "verifier/errors": float(samples.failures.errors),
+            "verifier/timeouts": float(samples.failures.timeouts),
             **self._draft_metrics(samples.drafts),
         }
 
@@ -232,10 +238,11 @@ class RolloutSource:
                 "prompt": samples.records[i].prompt,
                 "response": samples.texts[i],
                 "answer": samples.records[i].answer,
-                "correct": samples.scores[i] >= 1.0,
+                "correct": samples.scores[i] >= FULL_SCORE,
                 "reward": round(float(rewards[i]), 6),
                 "advantage": round(float(advantages[i]), 6),
                 "finish_reason": samples.finish_reasons[i],
+                **({"verifier_failure": samples.problems[i]} if samples.problems[i] else {}),
             }
             for i in range(0, count * stride, stride)
         ]

@@ -10,6 +10,7 @@ from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.splits import mix64
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.failures import Failures
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, SamplingSettings
@@ -17,9 +18,12 @@ from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, Sampli
 
 @dataclass
 class Samples:
-    """Responses of whole groups, one entry a response, and how drafts fared in all of them.
+    """Responses of whole groups, one entry a response, and what holds for all of them.
 
-    ``states`` has an entry a response too where the engine was asked for states, none elsewhere.
+    ``problems`` says why a response could not be scored; "" where it could, and on ranks that did
+    not ask the verifiers. ``drafts`` is how drafts fared, ``failures`` those of verifiers on all
+    ranks. ``states`` has an entry a response too where the engine was asked for states, none
+    elsewhere.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -29,6 +33,8 @@ class Samples:
     finish_reasons: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
     states: list[torch.Tensor] = field(default_factory=list)
 
@@ -36,15 +42,16 @@ class Samples:
         return len(self.records)
 
     def take(self, rows: list[int]) -> Samples:
-        """The given responses, without states."""
-        names = [f.name for f in fields(self) if f.name not in ("drafts", "states")]
+        """The given responses, without states and what holds for all."""
+        others = ("failures", "drafts", "states")
+        names = [f.name for f in fields(self) if f.name not in others]
         return Samples(*([getattr(self, name)[row] for row in rows] for name in names))
 
     def extend(self, other: Samples) -> None:
         """Append the responses of ``other``."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "drafts":
+            if f.name in ("failures", "drafts"):
                 mine.add(theirs)
             else:
                 mine.extend(theirs)
@@ -92,6 +99,9 @@ class Sampler:
             temperature: of sampling.
             timers: of the parts.
             keep_states: with the trunk's hidden states, see ``SamplingSettings``.
+
+        Raises:
+            ValueError: a prompt does not fit, or every verifier failed.
         """
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
@@ -102,7 +112,8 @@ class Sampler:
             )
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
-            scores = self._score(records, texts)
+            scores, problems, failures = self._score(records, texts)
+        failures.check()
         return Samples(
             list(records),
             prompts,
@@ -111,23 +122,35 @@ class Sampler:
             generation.finish_reasons,
             texts,
             scores,
+            problems,
+            failures,
             generation.drafts,
             generation.states,
         )
 
-    def _score(self, records: list[PromptRecord], texts: list[str]) -> list[float]:
+    def _score(
+        self, records: list[PromptRecord], texts: list[str]
+    ) -> tuple[list[float], list[str], Failures]:
         """Scores of this data-parallel share's responses, the same on all ranks of the share.
 
         One of them asks the verifiers: under time limits two processes may get two answers, and
         would then train on different advantages.
+
+        Returns:
+            Scores, why responses could not be scored (see :class:`Samples`), and failures on all
+            ranks.
         """
         layout = self.actor.layout
         scores = torch.zeros(len(texts), dtype=torch.float64, device=layout.device)
+        problems, failures = [""] * len(texts), Failures()
         if layout.is_model_parallel_main:
             items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
             results = self.verifiers.score(items)
             scores += torch.tensor([result.score for result in results]).to(scores)
-        return layout.broadcast_model_parallel(scores).tolist()
+            problems = [result.detail for result in results]
+            failures = Failures.of([record.task_name for record in records], results)
+        scores = layout.broadcast_model_parallel(scores)
+        return scores.tolist(), problems, failures.over_ranks(layout)
 
     def _encode(self, record: PromptRecord) -> list[int]:
         prompt = self.tokenizer.encode(record.prompt)

@@ -9,15 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from megatron_occ.config.schema import Config
 from megatron_occ.observe.metrics import MetricsLogger, RolloutLog
 from megatron_occ.observe.progress import Progress, Timers
 from megatron_occ.rl.batch import MiniBatch
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
-from megatron_occ.rl.interfaces import Collectives
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.update import PolicyUpdater
 
@@ -31,7 +29,7 @@ class GRPOTrainer:
         config: the run's configuration.
         updater: updates the policy.
         rollouts: draws prompts and samples responses.
-        validate: returns validation metrics of the current policy.
+        validate: measures the current policy.
         logger: of metrics and events.
         rollout_log: of sampled responses.
         save: writes a checkpoint of the given finished step.
@@ -43,7 +41,7 @@ class GRPOTrainer:
         updater: PolicyUpdater,
         rollouts: RolloutSource,
         *,
-        validate: Callable[[], dict[str, float]],
+        validate: Callable[[], Validation],
         logger: MetricsLogger,
         rollout_log: RolloutLog,
         save: Callable[[int], None],
@@ -76,9 +74,8 @@ class GRPOTrainer:
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
-        failures = _Failures(self.rollouts.sampler.verifiers.counts)
         rollouts = self.rollouts.generate(self.timers)
-        self._warn(rollouts.events)
+        self._warn(self.step + 1, rollouts.events)
         self.rollout_log.write(self.step + 1, rollouts.samples)
         with self.timers("logprobs"):
             mini_batches = distribute(
@@ -90,7 +87,7 @@ class GRPOTrainer:
                 gap = self.updater.logprob_gap(mini_batches)
         with self.timers("train"):
             metrics = self.run_training(mini_batches, rollouts.head)
-        return {**rollouts.metrics, **gap, **metrics, **failures.since(self.layout)}
+        return {**rollouts.metrics, **gap, **metrics}
 
     def run_training(
         self, mini_batches: Sequence[MiniBatch], head: HeadRows | None = None
@@ -105,7 +102,7 @@ class GRPOTrainer:
         for number, mini_batch in enumerate(mini_batches):
             share = None if head is None else head.share(number, len(mini_batches))
             update = self.updater.run_update(mini_batch, share)
-            self._warn(update.events)
+            self._warn(self.step + 1, update.events)
             updates.append(update.metrics)
             gap |= update.gap
         means = {name: sum(m[name] for m in updates) / len(updates) for name in updates[0]}
@@ -114,8 +111,9 @@ class GRPOTrainer:
     def run_validation(self) -> dict[str, float]:
         """Validate the current policy and log the result."""
         with self.timers("validation"):
-            metrics = self.validate()
+            metrics, events = self.validate()
         self.logger.log("validation", self.step, metrics)
+        self._warn(self.step, events)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,27 +139,9 @@ class GRPOTrainer:
         metrics["time/step"], self._logged_at = now - self._logged_at, now
         self.logger.log("rl", self.step, metrics)
 
-    def _warn(self, events: list[str]) -> None:
+    def _warn(self, step: int, events: list[str]) -> None:
         for event in events:
-            self.logger.event(self.step + 1, event)
-
-
-class _Failures:
-    """Verifier failures of one step: the pool counts on, and validation uses it too."""
-
-    def __init__(self, counts: dict[str, int]) -> None:
-        self.counts, self.before = counts, dict(counts)
-
-    def since(self, layout: Collectives) -> dict[str, float]:
-        """Failures since the object was made, over data-parallel ranks.
-
-        Only the main rank of a data-parallel share asks the verifiers, and knows.
-        """
-        here = [self.counts[name] - count for name, count in self.before.items()]
-        total = torch.tensor(here, dtype=torch.float64, device=layout.device)
-        layout.broadcast_model_parallel(layout.all_reduce_data_parallel(total))
-        values = total.tolist()
-        return {f"verifier/{n}": value for n, value in zip(self.before, values, strict=True)}
+            self.logger.event(step, event)
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -26,6 +26,42 @@ def test_the_verifier_of_the_example_scores_the_run(run, monkeypatch):
         assert (line["verifier/errors"], line["verifier/timeouts"]) == (0, 0)
 
 
+def test_a_verifier_that_fails_everywhere_stops_the_run_and_corrected_goes_on(
+    run, monkeypatch, tmp_path
+):
+    module = tmp_path / "occ_e2e_broken.py"
+    module.write_text("def check(response):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+    mine = ("data.verifiers.broken=occ_e2e_broken:check", "data.verifier=broken")
+    with pytest.raises(SystemExit) as stopped:
+        run("rl", "run", *mine, config=EXAMPLE)
+    message = str(stopped.value)
+    assert "all 32 failed" in message, "4 problems, 8 samples: the first validation"
+    assert "'broken': TypeError: check() takes 1 positional argument but 2 were given" in message
+    assert not (run.folder / "run" / "metrics.jsonl").exists(), "no step was trained"
+    module.write_text("def check(response, answer):\n    return 1.0\n")
+    folder = run("rl", "run", *mine, "rl.steps=1", "--resume", config=EXAMPLE)
+    assert [line["reward/mean"] for line in metrics(folder, "rl")] == [1.0]
+
+
+def test_a_verifier_that_fails_now_and_then_is_an_event_of_each_step(run, monkeypatch, tmp_path):
+    source = "def check(response, answer):\n    return None if 'a' in response else 0.5\n"
+    (tmp_path / "occ_e2e_fragile.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+    mine = ("data.verifiers.fragile=occ_e2e_fragile:check", "data.verifier=fragile")
+    folder = run("rl", "run", *mine, "rl.steps=1", config=EXAMPLE)
+    (line,) = metrics(folder, "rl")
+    events = {event["step"]: event["message"] for event in metrics(folder, "event")[:2]}
+    assert events[1].startswith(f"{line['verifier/errors']:g} of 64 responses scored 0")
+    assert events[1].endswith("the verifier returned None (NoneType), not a finite number")
+    assert "of 32 responses" in events[0]
+    for validation in metrics(folder, "validation"):
+        assert validation["pass@1"] == 0
+        assert 0 < validation["avg@8"] < 0.5
+
+
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [

@@ -57,6 +57,33 @@ def test_generated_data_that_does_not_fit_leaves_the_folder_free(run, command, o
     assert not (run.folder / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["rl", "eval"])
+def test_prompts_that_do_not_fit_leave_the_folder_free(run, pretrained, tmp_path, command):
+    """Room is for 16 - 10 tokens."""
+    good = prompts(tmp_path / "train.jsonl", "6")
+    long = prompts(tmp_path / "held_out.jsonl", *"6" * 9)
+    long.write_text(long.read_text() + '\n{"prompt": "1+2+3+4=", "answer": "10"}\n')
+    files = (f"data.prompts={good}", f"data.validation_prompts={long}")
+    start = str(pretrained(1))
+    given = ("--checkpoint", start) if command == "eval" else (f"rl.init_from={start}",)
+    with pytest.raises(SystemExit, match=r"held_out\.jsonl:11: the prompt has 8 tokens"):
+        run(command, "run", *FROM_FILES, *files, "rl.rollout.max_response_length=10", *given)
+    assert not (run.folder / "run").exists()
+
+
+def test_training_on_validation_prompts_is_an_event(run, pretrained, tmp_path):
+    same = prompts(tmp_path / "same.jsonl", "6")
+    files = (f"data.prompts={same}", f"data.validation_prompts={same}")
+    arguments = (*FROM_FILES, *files, f"rl.init_from={pretrained(1)}")
+    folder = run("rl", "run", *arguments, "rl.steps=1", "rl.save_every=1")
+    (event, _) = metrics(folder, "event")
+    assert event["step"] == 0
+    assert event["message"].startswith("1 of the 1 validation prompts are also training prompts")
+    run("rl", "run", *arguments, "rl.steps=2", "--resume")
+    events = [line["message"] for line in metrics(folder, "event")]
+    assert sum("also training prompts" in message for message in events) == 1
+
+
 @pytest.mark.parametrize(
     ("extra", "answers", "message"),
     [({}, ("6", ""), r"held_out\.jsonl:2"), ({"task_name": "nosuch"}, ("6",), "nosuch")],

@@ -96,8 +96,8 @@ def test_what_does_not_fit_is_said(capsys):
         (["--world-size", "100"], "does not divide the 100 ranks of this run"),
         (
             ["model.vocab_size=null"],
-            "model.vocab_size=null: the vocabulary has to come from the tokenizer: tokenizer path "
-            "'GIVE/tokenizer.path' does not exist",
+            "model.vocab_size=null: the vocabulary has to come from the tokenizer: tokenizer.path: "
+            "no tokenizer in 'GIVE/tokenizer.path': it does not exist",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from megatron_occ.config import load_config
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Problem
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.rewards import VerifierResult
 from megatron_occ.rl.rollouts import RolloutSource
@@ -39,16 +40,21 @@ def prompt_names(first, count):
 
 
 class FakeVerifiers:
-    """Scores with ``score(response, answer)``, in this process; keeps the scored texts."""
+    """Scores with ``score(response, answer)``, in this process; keeps the scored texts.
+
+    A ``VerifierResult`` that it returns is taken as it is.
+    """
 
     def __init__(self, score):
-        self.function, self.counts, self.items = score, {"errors": 0, "timeouts": 0}, []
+        self.function, self.items = score, []
 
     def score(self, items):
         self.items += items
-        return [
-            VerifierResult(float(self.function(text, answer)), "ok") for _, text, answer in items
-        ]
+        return [self.result(self.function(text, answer)) for _, text, answer in items]
+
+    @staticmethod
+    def result(found):
+        return found if isinstance(found, VerifierResult) else VerifierResult(float(found), "ok")
 
 
 def in_turn(script):
@@ -91,13 +97,20 @@ def rl_config(*overrides):
     return load_config([], [*small, *overrides])
 
 
+def file_config(train, held_out, *overrides):
+    """Prompts of at most 4 tokens, from files in place of a generated task."""
+    files = (f"data.prompts={train}", f"data.validation_prompts={held_out}")
+    room = ("model.max_position_embeddings=10", "data.verifier=exact")
+    return rl_config("data.task={name: null, params: {}}", *files, *room, *overrides)
+
+
 def make_source(config, actor, score=has_an_a, stream=None):
     rollout = config.rl.rollout
     sampler = Sampler(
         actor,
         actor,
         TOKENIZER,
-        score if hasattr(score, "counts") else FakeVerifiers(score),
+        score if hasattr(score, "score") else FakeVerifiers(score),
         SamplingSettings(rollout.temperature, rollout.max_response_length, STOP_IDS),
         max_prompt_length=10,
     )
@@ -127,7 +140,7 @@ def make_trainer(config, actor, score=has_an_a, **callbacks):
         config,
         PolicyUpdater(config, actor),
         source,
-        validate=callbacks.get("validate", lambda: {"avg@1": 0.0}),
+        validate=callbacks.get("validate", lambda: Validation({"avg@1": 0.0}, [])),
         logger=recorder,
         rollout_log=recorder,
         save=callbacks.get("save", lambda step: None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -48,8 +49,8 @@ def test_read_prompts_takes_both_spellings_and_skips_blank_lines(tmp_path):
         json.dumps({"prompt": "2+2?", "question": "ignored", "answer": "4", "task_name": "exact"}),
     )
     assert read_prompts(path) == [
-        PromptRecord("1+1? é", "2", "math", 0),
-        PromptRecord("2+2?", "4", "exact", 1),
+        PromptRecord("1+1? é", "2", "math", 0, line=1),
+        PromptRecord("2+2?", "4", "exact", 1, line=3),
     ]
     assert read_prompts(path, default_task_name="exact")[0].task_name == "exact"
 
@@ -83,6 +84,25 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "p", "answer": "1"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
         read_prompts(tmp_path / "latin.jsonl")
+
+
+def test_a_folder_is_no_file_of_prompts(tmp_path):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: is a folder"):
+        read_prompts(tmp_path)
+
+
+def test_prompts_know_their_place(tmp_path):
+    lines = ['{"prompt": "p", "answer": "1"}', "", '{"prompt": "q", "answer": "1"}']
+    path = write(tmp_path / "p.jsonl", *lines, '{"prompt": "r", "answer": "1", "task_name": "m"}')
+    stream = PromptStream(path, default_task_name="exact")
+    assert [stream.place(record) for record in stream.records(1)] == [
+        f"{path}:{line}" for line in (1, 3, 4)
+    ]
+    assert stream.task_names() == {"exact": f"{path}:1", "m": f"{path}:4"}
+    task = PromptStream(build_task("reversed_addition"), seed=0)
+    assert [task.place(record) for record in task.records(2)] == [
+        f"reversed_addition, train problem {index}" for index in (0, 1)
+    ]
 
 
 def test_read_jsonl_texts(tmp_path):

@@ -15,6 +15,7 @@ def test_characters_follow_pad_and_eos():
     assert tokenizer.encode("a=0a") == [3, 4, 2, 3]
     assert tokenizer.decode([3, 4, 2, 1, 0, 0]) == "a=0"
     assert tokenizer.encode("") == []
+    assert tokenizer.encode_batch(["a", "", "=0"]) == [[3], [], [4, 2]]
     assert json.loads(json.dumps(tokenizer.state())) == {"kind": "char", "alphabet": "0a="}
 
 
@@ -83,6 +84,9 @@ def test_hf_tokenizer_reads_local_files(hf_folder):
     assert tokenizer.eos_id == 1
     assert tokenizer.pad_id == 1, "no pad token in the files: eos takes its place"
     assert tokenizer.encode("two one") == [4, 3]
+    assert tokenizer.encode_batch(["two one", "", "one"]) == [[4, 3], [], [3]]
+    with pytest.raises(ValueError, match=r"'one \\ud83d' is not Unicode text"):
+        tokenizer.encode_batch(["two", "one \ud83d"])
     assert tokenizer.decode([4, 3, 1]) == "two one"
     state = tokenizer.state()
     assert "path" not in json.dumps(state)
@@ -99,5 +103,8 @@ def test_hf_tokenizer_without_eos_or_files_is_refused(hf_folder, tmp_path_factor
     )
     with pytest.raises(ValueError, match="no eos token"):
         build_tokenizer("hf", path=hf_folder)
-    with pytest.raises(ValueError, match="no tokenizer could be read"):
+    with pytest.raises(ValueError, match=r"no tokenizer could be read from .*no tokenizer\.json"):
         build_tokenizer("hf", path=tmp_path_factory.mktemp("nothing"))
+    (hf_folder / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"^no tokenizer could be read from '[^']*': [^\n]+$"):
+        build_tokenizer("hf", path=hf_folder)

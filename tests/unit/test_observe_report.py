@@ -227,6 +227,30 @@ def test_pass_at_1_goes_before_averages_and_the_largest_k_wins(tmp_path):
     assert load_run(tmp_path).accuracy_metric == "pass@1"
 
 
+def graded(step, rate, score):
+    return {**validation(step, rate, name="pass@1"), "avg@4": score, "pass@4": rate}
+
+
+def test_the_mean_score_of_partial_credit_is_shown_beside_pass_at_1(tmp_path):
+    lines = [graded(0, 0.0, 0.25), *rl_lines([1, 2]), graded(2, 0.5, 0.75)]
+    put(tmp_path, "metrics.jsonl", lines)
+    _, _, words = page_of(tmp_path)
+    assert "validation avg@4" in words
+    stream = io.StringIO()
+    print_summary(tmp_path, stream=stream)
+    assert "sampled pass@1  0.0% -> 50.0%" in stream.getvalue()
+    assert "mean score      0.250 -> 0.750  (avg@4)" in stream.getvalue()
+
+
+def test_the_mean_of_zeros_and_ones_is_not_shown_twice(tmp_path):
+    lines = [graded(0, 0.3, 0.1 + 0.2), *rl_lines([1, 2]), graded(2, 0.5, 0.5)]
+    put(tmp_path, "metrics.jsonl", lines)
+    _, _, words = page_of(tmp_path)
+    assert "validation avg@4" not in words
+    assert "validation pass@1" in words
+    assert load_run(tmp_path).score_metric is None
+
+
 def test_samples_per_second_is_a_median_over_usable_steps(tmp_path):
     lines = rl_lines([1]) + rl_lines([2], **{"rollout/length_mean": 0.0})
     lines += rl_lines([3], **{"rollout/length_mean": 10.0})

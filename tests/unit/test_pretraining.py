@@ -7,11 +7,12 @@ import pytest
 from megatron_occ.config import load_config
 from megatron_occ.data import TaskCorpus
 from megatron_occ.pretraining import PretrainTrainer
+from megatron_occ.rl.evaluation import Validation
 from tests.unit.fakes import TOKENIZER, FakeActor
 from tests.unit.rl_setup import LetterTask, Recorder
 
 
-def make_trainer(*overrides, rates=()):
+def make_trainer(*overrides, rates=(), events=()):
     given = ("batch_size=4", "micro_batch_size=2", "sequence_length=8", "steps=8", "log_every=4")
     config = load_config([], [f"pretrain.{item}" for item in (*given, *overrides)])
     config.mtp.num_layers = 2
@@ -20,7 +21,7 @@ def make_trainer(*overrides, rates=()):
         config,
         FakeActor(depths=2),
         TaskCorpus(LetterTask(), TOKENIZER),
-        validate=lambda: {"pass@1": next(rates), "problems": 4.0},
+        validate=lambda: Validation({"pass@1": next(rates), "problems": 4.0}, list(events)),
         logger=logger,
         save=saved.append,
     )
@@ -60,6 +61,12 @@ def test_it_ends_at_the_pass_rate():
     assert (resumed.step, saved_again) == (4, [])
 
 
+def test_warnings_about_a_measurement_are_events_of_its_step():
+    trainer, logger, _ = make_trainer("validate_every=4", rates=[0.1, 0.2], events=["3 failed"])
+    trainer.fit()
+    assert logger.events == [(4, "3 failed"), (8, "3 failed")]
+
+
 def test_the_time_of_a_step_is_without_validation(monkeypatch):
     """Each step takes 1 s of this clock, each validation 100 s."""
     now = [0.0]
@@ -72,7 +79,7 @@ def test_the_time_of_a_step_is_without_validation(monkeypatch):
 
     def validate():
         now[0] += 100.0
-        return {"pass@1": 0.1}
+        return Validation({"pass@1": 0.1}, [])
 
     monkeypatch.setattr(trainer, "run_step", run_step)
     monkeypatch.setattr(trainer, "validate", validate)

@@ -6,17 +6,24 @@ import pytest
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.rl.evaluation import evaluate
+from megatron_occ.rl.rewards import VerifierResult
 from tests.unit.fake_layouts import run_ranks
 from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
-from tests.unit.rl_setup import LetterTask, in_turn, make_source, rl_config
+from tests.unit.rl_setup import LetterTask, has_an_a, in_turn, make_source, rl_config
 
 
-def validation(responses, *overrides, layout=None, stream=None, seed=0, part=0):
+def measured(responses, *overrides, score=has_an_a, layout=None, stream=None, seed=0, part=0):
     config = rl_config("rl.validation.samples=3", *overrides)
     actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
-    sampler = make_source(config, actor).sampler
+    sampler = make_source(config, actor, score).sampler
     stream = stream or PromptStream(LetterTask(), split="validation")
     return evaluate(sampler, stream, config.rl.validation, seed, part=part), actor
+
+
+def validation(responses, *overrides, **options):
+    (metrics, events), actor = measured(responses, *overrides, **options)
+    assert events == []
+    return metrics, actor
 
 
 def test_average_and_pass_at_k_by_hand():
@@ -34,6 +41,32 @@ def test_one_sample_a_problem():
         in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
     )
     assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
+
+
+def test_partial_credit_counts_in_the_average_alone():
+    """Scores of a problem's three samples: 0.5, 0.5, 0.5 twice, and 1, 7, 0 twice."""
+    texts = {"a": ["b."], "b": ["b."], "c": ["a.", "aa.", "c."], "d": ["a.", "aa.", "c."]}
+    scores = {"a.": 1.0, "aa.": 7.0, "b.": 0.5, "c.": 0.0}
+    metrics, _ = validation(in_turn(texts.get), score=lambda text, _: scores[text])
+    assert metrics == pytest.approx(
+        {"avg@3": (1.5 * 2 + 8 * 2) / 12, "pass@1": 4 / 12, "pass@3": 2 / 4, "problems": 4}
+    )
+
+
+def test_responses_that_no_verifier_could_score_are_told_and_count_as_wrong():
+    texts = in_turn(lambda prompt: ["a.", "b."])
+    error = VerifierResult(0.0, "error", "KeyError: 'b'")
+    (metrics, events), _ = measured(texts, score=lambda text, _: error if "b" in text else 1.0)
+    assert metrics["pass@1"] == 8 / 12
+    (event,) = events
+    assert event.startswith("4 of 12 responses scored 0 because their verifier failed")
+    assert event.endswith("verifier 'letters': KeyError: 'b'")
+
+
+def test_a_validation_in_which_every_verifier_fails_is_refused():
+    error = VerifierResult(0.0, "error", "KeyError: 'b'")
+    with pytest.raises(ValueError, match=r"all 12 failed .* verifier 'letters': KeyError: 'b'"):
+        measured(None, score=lambda *_: error)
 
 
 def test_validation_draws_the_same_every_time_and_on_any_layout():

@@ -61,6 +61,8 @@ def test_batch_advantages_metrics_and_readable_samples_by_hand():
             "rollout/truncated": 13 / 16,  # "a" and the twelve long ones
             "rollout/dropped_groups": 0,
             "rollout/tokens": 80,
+            "verifier/errors": 0,
+            "verifier/timeouts": 0,
             "draft/acceptance_length": 1,
         }
     )
@@ -97,6 +99,19 @@ def test_overlong_penalty_enters_the_reward_and_not_the_accuracy():
     expected = torch.tensor(rewards * 4) - 0.25
     torch.testing.assert_close(rollouts.batch.advantages, expected)
     assert [sample["reward"] for sample in rollouts.samples[:2]] == pytest.approx([1.0, -0.8])
+
+
+def test_partial_credit_is_reward_and_not_accuracy():
+    """Right are scores of 1 and more: a quarter, half, and two of four."""
+    actor = ScriptedActor(in_turn(lambda prompt: ["b.", "bb.", "a.", "aa."]))
+    scores = {"b.": 0.25, "bb.": 0.5, "a.": 1.0, "aa.": 7.0}
+    source = make_source(
+        rl_config("rl.rollout.log_samples=16"), actor, score=lambda text, _: scores[text]
+    )
+    rollouts = source.generate(Timers())
+    assert rollouts.metrics["reward/mean"] == pytest.approx((0.25 + 0.5 + 1 + 7) / 4)
+    assert rollouts.metrics["rollout/accuracy"] == 0.5
+    assert [sample["correct"] for sample in rollouts.samples] == [False, False, True, True] * 4
 
 
 def test_position_advances_by_one_a_step_and_prompts_never_repeat():

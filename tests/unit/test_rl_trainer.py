@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.rewards import VerifierPool, pool
-from tests.unit.fake_layouts import FakeLayout, run_ranks
 from tests.unit.fakes import FakeActor
 from tests.unit.rl_setup import (
     OPEN,
@@ -133,55 +133,8 @@ def test_training_raises_the_reward():
     assert lines[-1]["loss/mtp_1"] < lines[0]["loss/mtp_1"] - 0.1  # the drafter follows
 
 
-def fail(verifiers, where, count):
-    """Every call of the pool counts some failures, those of validation too."""
-    score = verifiers.score
-
-    def failing(items):
-        verifiers.counts[where] += count
-        return score(items)
-
-    verifiers.score = failing
-
-
-@pytest.mark.parametrize("where", ["errors", "timeouts"])
-def test_failures_of_verifiers_in_a_steps_own_rollouts_are_logged(where):
-    trainer, _ = four_updates("rl.steps=1")
-    fail(trainer.rollouts.sampler.verifiers, where, 3)
-    trainer.fit()
-    ((_, _, metrics),) = (line for line in trainer.recorder.lines if line[0] == "rl")
-    other = {"errors": "timeouts", "timeouts": "errors"}[where]
-    assert (metrics[f"verifier/{where}"], metrics[f"verifier/{other}"]) == (3.0, 0.0)
-
-
-def test_failures_of_verifiers_are_counted_over_all_ranks():
-    def work(layout):
-        trainer = make_trainer(rl_config("rl.steps=1"), FakeActor(layout=layout))
-        fail(trainer.rollouts.sampler.verifiers, "errors", 2 + layout.data_parallel_rank)
-        trainer.fit()
-        return trainer.recorder.lines
-
-    for lines in run_ranks(2, work):
-        ((_, _, metrics),) = (line for line in lines if line[0] == "rl")
-        assert (metrics["verifier/errors"], metrics["verifier/timeouts"]) == (5.0, 0.0)
-
-
-def test_failures_are_those_of_the_rank_that_asked():
-    """Another rank of the share asked the verifiers, and says what it counted."""
-
-    class SecondOfTwo(FakeLayout):
-        is_model_parallel_main = False
-
-        def broadcast_model_parallel(self, values):
-            return values.fill_(1.0)
-
-    trainer = make_trainer(rl_config("rl.steps=1"), FakeActor(layout=SecondOfTwo()))
-    metrics = trainer.run_step()
-    assert (metrics["verifier/errors"], metrics["verifier/timeouts"]) == (1.0, 1.0)
-
-
 def test_a_failing_verifier_does_not_stop_the_run(monkeypatch):
-    """The real pool: responses of more than three characters are refused, and counted."""
+    """The real pool: responses of more than three characters are refused, and told."""
     monkeypatch.setattr(pool, "MAX_RESPONSE_CHARS", 3)
     monkeypatch.setattr(LetterTask, "name", "exact")
     config = rl_config("rl.steps=1", "rl.rollout.log_samples=16")
@@ -194,6 +147,20 @@ def test_a_failing_verifier_does_not_stop_the_run(monkeypatch):
     assert 0 < sum(refused) < 16
     ((_, _, metrics),) = (line for line in trainer.recorder.lines if line[0] == "rl")
     assert (metrics["verifier/errors"], metrics["verifier/timeouts"]) == (sum(refused), 0.0)
+    ((step, event),) = trainer.recorder.events
+    assert step == 1
+    assert event.startswith(f"{sum(refused)} of 16 responses scored 0")
+    longer = next(sample for sample in samples if len(sample["response"]) > 3)
+    reason = f"response has {len(longer['response'])} characters, the limit is 3"
+    assert longer["verifier_failure"] == reason
+    assert event.endswith(f"verifier 'exact': {reason}")
+    assert [("verifier_failure" in sample) for sample in samples] == refused
+
+
+def test_events_of_a_validation_are_logged_with_its_step():
+    trainer, _ = four_updates("rl.steps=1", validate=lambda: Validation({"pass@1": 0.5}, ["bad"]))
+    trainer.fit()
+    assert trainer.recorder.events == [(0, "bad"), (1, "bad")]
 
 
 # --- continuation -----------------------------------------------------------------------------

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult
-from megatron_occ.rl.rewards.registry import Verifier, get_verifier, register_verifier
+from megatron_occ.rl.rewards.registry import FULL_SCORE, Verifier, get_verifier, register_verifier
 
-__all__ = ["Verifier", "VerifierPool", "VerifierResult", "get_verifier", "register_verifier"]
+__all__ = [
+    "FULL_SCORE",
+    "Verifier",
+    "VerifierPool",
+    "VerifierResult",
+    "get_verifier",
+    "register_verifier",
+]

@@ -29,14 +29,13 @@ class VerifierResult:
 
 
 class VerifierPool:
-    """Scores responses; whatever a verifier does, the run goes on and the failure is counted.
+    """Scores responses; whatever a verifier does, the run goes on and the failure is told.
 
     The built-in text comparisons run in the caller's process. "math" and users' verifiers run in
     ``workers`` processes, started at first use (importing sympy takes a second or more), kept for
     later calls, and killed and started again when an item runs over ``timeout_seconds``. On Linux
     a verifier may allocate ``memory_gib`` on top of what its import took; None lifts that limit
-    (CUDA, for one, reserves far more address space than it uses). ``counts`` holds the totals of
-    "errors" and "timeouts" since the pool was made.
+    (CUDA, for one, reserves far more address space than it uses).
 
     Can be used from any thread; concurrent calls of ``score`` take turns. Close it when done, or
     use it as a context manager; if the trainer dies the processes end by themselves.
@@ -60,7 +59,6 @@ class VerifierPool:
         self._loaded_once: set[str] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self.counts = {"errors": 0, "timeouts": 0}
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -92,7 +90,6 @@ class VerifierPool:
             ]
             waiting = deque(i for i, result in enumerate(results) if result is None)
             self._score_in_processes(entries, items, results, waiting)
-            self._count(results)
         return results
 
     def _score_in_processes(
@@ -138,11 +135,6 @@ class VerifierPool:
         if "error" in reply:
             return VerifierResult(0.0, "error", reply["error"])
         return VerifierResult(reply["score"], "ok")
-
-    def _count(self, results: list[VerifierResult | None]) -> None:
-        statuses = [result.status for result in results if result is not None]
-        self.counts["errors"] += statuses.count("error")
-        self.counts["timeouts"] += statuses.count("timeout")
 
 
 def _score_here(entry: RegisteredVerifier, response: str, answer: str) -> VerifierResult | None:

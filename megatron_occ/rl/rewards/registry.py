@@ -13,6 +13,13 @@ from megatron_occ.rl.rewards.text import arithmetic_verifier, exact_verifier
 
 Verifier = Callable[[str, str], float]
 
+# A response that scores this or more is correct; less is partial credit.
+FULL_SCORE = 1.0
+
+
+class NotAScore(ValueError):
+    """A verifier returned something else than a finite number."""
+
 
 @dataclass(frozen=True)
 class RegisteredVerifier:
@@ -82,7 +89,8 @@ _VERIFIERS: dict[str, RegisteredVerifier] = {
 def register_verifier(name: str, function: Verifier | str) -> None:
     """Make a verifier available as ``name``, the ``task_name`` of prompts that shall use it.
 
-    ``function(response, answer)`` returns a finite number. Give the function, or its path as
+    ``function(response, answer)`` returns a finite number: ``FULL_SCORE`` or more for a correct
+    response, anything below for the others. Give the function, or its path as
     "module:function", which is imported only where it runs. ``VerifierPool`` runs it in a process
     of its own. Raises ValueError for a name that is taken or has a ":", a malformed path, and a
     function that another process could not import.
@@ -128,10 +136,8 @@ def get_verifier(name: str) -> Verifier:
 
 
 def checked_score(value: object) -> float:
-    """A verifier's return value as a float. Raises ValueError unless it is a finite number."""
-    if not isinstance(value, Real):
-        raise ValueError(f"the verifier returned {type(value).__name__}, not a number")
-    score = float(value)
-    if not math.isfinite(score):
-        raise ValueError(f"the verifier returned {score}")
-    return score
+    """A verifier's return value as a float. Raises NotAScore unless it is a finite number."""
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    kind = type(value).__name__
+    raise NotAScore(f"the verifier returned {value!r:.80} ({kind}), not a finite number")

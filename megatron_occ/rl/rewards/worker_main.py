@@ -9,7 +9,7 @@ import signal
 import traceback
 from typing import IO, Any
 
-from megatron_occ.rl.rewards.registry import Verifier, checked_score, load_verifier
+from megatron_occ.rl.rewards.registry import NotAScore, Verifier, checked_score, load_verifier
 
 _MAX_DETAIL_CHARS = 500
 # Only Linux tells a process its address space here, and only Linux enforces a limit on it.
@@ -47,13 +47,16 @@ def _serve(
         if "response" not in request:
             return {"score": 0.0}
         return {"score": checked_score(verifiers[path](request["response"], request["answer"]))}
+    except NotAScore as error:
+        return {"error": str(error)}
     except BaseException as error:  # SystemExit, RecursionError, MemoryError: all are the item's
         return {"error": _describe(error)}
 
 
 def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"[:_MAX_DETAIL_CHARS]
-    frames = traceback.extract_tb(error.__traceback__)
+    # The first frame is the call in this module: nothing to look at for who wrote the verifier.
+    frames = traceback.extract_tb(error.__traceback__)[1:]
     return f"{text} (at {frames[-1].filename}:{frames[-1].lineno})" if frames else text
 
 
