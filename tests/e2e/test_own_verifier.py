@@ -50,7 +50,7 @@ def test_a_verifier_that_fails_now_and_then_is_an_event_of_each_step(run, monkey
     (tmp_path / "occ_e2e_fragile.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(ROOT)
-    mine = ("data.verifiers.fragile=occ_e2e_fragile:check", "data.verifier=fragile")
+    mine = ("data.verifiers.brittle=occ_e2e_fragile:check", "data.verifier=brittle")
     folder = run("rl", "run", *mine, "rl.steps=1", config=EXAMPLE)
     (line,) = metrics(folder, "rl")
     events = {event["step"]: event["message"] for event in metrics(folder, "event")[:2]}
