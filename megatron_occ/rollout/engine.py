@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -160,3 +161,21 @@ def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
         merged.finish_reasons[first :: len(shares)] = share.finish_reasons
         merged.drafts.add(share.drafts)
     return merged
+
+
+def check_finite(generation: Generation) -> None:
+    """Refuse log-probs that are not finite: their tokens were drawn from nothing.
+
+    Raises:
+        EngineError: the policy's logits are not finite.
+    """
+    for index, logprobs in enumerate(generation.logprobs):
+        # a sum is finite where its terms are, and costs next to nothing
+        if math.isfinite(sum(logprobs)):
+            continue
+        place = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
+        raise EngineError(
+            f"request {index}: log-prob of token {place}: wanted a finite log-prob, got "
+            f"{logprobs[place]}. The policy's logits are not finite: its weights have diverged. "
+            "Lower rl.optimizer.lr, and start from an earlier checkpoint (rl.init_from)"
+        )

@@ -20,7 +20,7 @@ from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
-from megatron_occ.rollout.engine import merge_shares
+from megatron_occ.rollout.engine import check_finite, merge_shares
 from megatron_occ.rollout.text import stop_finder
 
 
@@ -91,6 +91,7 @@ class MegatronEngine:
 
         Raises:
             ValueError: stop strings, and the engine was made without ``decode``.
+            EngineError: the model's logits are not finite.
         """
         if sampling.stop_strings and self.decode is None:
             raise ValueError(
@@ -98,7 +99,9 @@ class MegatronEngine:
             )
         rank, size = self.layout.context_parallel_rank, self.layout.context_parallel_size
         mine = self._generate(requests[rank::size], sampling)
-        return merge_shares(self.layout.gather_context_parallel(mine), len(requests))
+        found = merge_shares(self.layout.gather_context_parallel(mine), len(requests))
+        check_finite(found)
+        return found
 
     def update_weights(self, version: int) -> None:
         """Nothing is copied: the engine reads the trained weights at the next call."""
