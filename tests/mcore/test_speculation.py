@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from itertools import product
 
@@ -51,19 +52,11 @@ def test_coupled_drafts_leave_every_token_as_it_is(layout, kind, length):
     assert sum(drafted.drafts.accepted) > 0
 
 
-@pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 512])
-def test_greedy_drafting_is_greedy_decoding(layout, coupled, slots):
-    model = model_of(layout)
-    plain = respond(model, prompts(), temperature=0, stop_ids=())
-    drafted = respond(
-        model,
-        prompts(),
-        temperature=0,
-        stop_ids=(),
-        slots=slots,
-        speculation=Speculation(3, coupled=coupled),
-    )
+def test_greedy_drafting_is_greedy_decoding(layout, slots):
+    model, arguments = model_of(layout), dict(temperature=0, stop_ids=())
+    plain = respond(model, prompts(), **arguments)
+    drafted = respond(model, prompts(), slots=slots, speculation=Speculation(3), **arguments)
     assert drafted.tokens == plain.tokens
 
 
@@ -88,31 +81,10 @@ def test_an_adaptive_length_changes_no_token(layout):
     assert 0 < adaptive.drafts.proposed[0] < adaptive.drafts.passes
 
 
-def test_catching_up_after_cycles_without_drafts(layout, monkeypatch):
-    """Off, on, off ... with pieces smaller than what is missing: the drafts stay as good."""
-    model = model_of(layout)
-    arguments = dict(stop_ids=(), max_response_length=40)
-    steady = respond(model, prompts(), speculation=Speculation(2), **arguments)
-    monkeypatch.setattr("megatron_occ.mcore.inference.drafter.PIECE", 3)
-    engine = make_engine(model, slots=6, speculation=Speculation(2))
-    lengths = iter([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1, 0, 2] + [2] * 100)
-    monkeypatch.setattr(engine.draft_length, "choose", lambda rows: next(lengths))
-    found = engine.generate(requests(prompts()), settings(**arguments))
-    assert found.tokens == steady.tokens
-    rate = found.drafts.accepted[0] / found.drafts.proposed[0]
-    assert rate == pytest.approx(steady.drafts.accepted[0] / steady.drafts.proposed[0], abs=0.15)
-
-
-@pytest.mark.parametrize("depths", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
-    layout, monkeypatch, kind, depths
-):
-    """Greedy drafts against full forward passes over the committed tokens, cycle by cycle."""
-    model = model_of(layout, kind, depths)
-    engine = make_engine(model, slots=3, speculation=Speculation(depths))
-    seen = []
-    original = Drafter.draft
+@pytest.fixture
+def drafted(monkeypatch):
+    """Tokens of a row and what was drafted behind them, for each row of each cycle."""
+    seen, original = [], Drafter.draft
 
     def spy(self, placer, state, ids, known, steps, pick):
         original(self, placer, state, ids, known, steps, pick)
@@ -120,10 +92,39 @@ def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
     monkeypatch.setattr(Drafter, "draft", spy)
+    return seen
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
+    layout, drafted, kind, depths
+):
+    """Greedy drafts against full forward passes over the committed tokens, cycle by cycle."""
+    model = model_of(layout, kind, depths)
+    engine = make_engine(model, slots=3, speculation=Speculation(depths))
     engine.generate(requests(prompts()), settings(temperature=0, stop_ids=()))
-    assert len(seen) > 20
-    for tokens, drafts in seen:
+    assert len(drafted) > 20
+    for tokens, drafts in drafted:
         assert drafts == greedy_drafts(model, tokens, depths)
+
+
+@pytest.mark.parametrize(("kind", "depths"), [("dense", 1), ("dense", 3), ("mla", 2), ("moe", 2)])
+def test_so_is_each_draft_after_cycles_without_drafts(layout, monkeypatch, drafted, kind, depths):
+    """What the depths have not read yet is read in pieces, in rows that come, move and go."""
+    monkeypatch.setattr("megatron_occ.mcore.inference.drafter.PIECE", 3)
+    monkeypatch.setattr("megatron_occ.mcore.inference.decoding.LOOK_EVERY", 1)
+    model, lengths = model_of(layout, kind, depths), random.Random(depths)
+    engine = make_engine(model, slots=4, speculation=Speculation(depths))
+    choices = [0, 0, 0, 0, 0, 1, depths, depths]
+    monkeypatch.setattr(engine.draft_length, "choose", lambda rows: lengths.choice(choices))
+    wanted = requests([*prompts(), *prompts()], limits=[24, 3, 30, 7, 2, 40] * 2)
+    arguments = settings(temperature=0, stop_ids=(), max_response_length=40)
+    found = engine.generate(wanted, arguments)
+    assert found.tokens == make_engine(model, slots=1).generate(wanted, arguments).tokens
+    assert len(drafted) > 40
+    for tokens, drafts in drafted:
+        assert drafts == greedy_drafts(model, tokens, len(drafts))
 
 
 def greedy_drafts(model, tokens, depths):
