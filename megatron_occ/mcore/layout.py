@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron_occ.mcore.main_rank import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -118,35 +121,63 @@ class Layout:
         torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=group)
         return largest.tolist()
 
-    def decide(self, values: list[int]) -> list[int]:
-        """Values of the first tensor and pipeline rank on all that share a model with it.
+    def decide(self, choice: int, flag: bool) -> tuple[int, bool]:
+        """One choice, and whether any rank has the flag, on all that share a model.
 
         Ranks that go through a model together have to do the same, also where a decision hangs on
-        a clock.
+        a clock or on a rank's own thread.
+
+        Args:
+            choice: at least 0; that of the first tensor and pipeline rank counts.
+            flag: of this rank.
         """
-        shared = self.tensor_parallel_size * self.pipeline_size
-        if shared > 1:
-            chosen = torch.tensor(values, device=self.device)
-            for group in (
-                parallel_state.get_pipeline_model_parallel_group(),
-                parallel_state.get_tensor_model_parallel_group(),
-            ):
-                if group.size() > 1:
-                    torch.distributed.broadcast(chosen, group=group, group_src=0)
-            return chosen.tolist()
-        return values
+        if self.tensor_parallel_size * self.pipeline_size == 1:
+            return choice, flag
+        is_first = self.tensor_parallel_rank == self.pipeline_rank == 0
+        # the maximum over all is the first one's choice, and any flag
+        decided = torch.tensor([choice if is_first else 0, int(flag)], device=self.device)
+        for group in (
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),
+        ):
+            if group.size() > 1:
+                torch.distributed.all_reduce(decided, op=ReduceOp.MAX, group=group)
+        choice, flag = decided.tolist()
+        return choice, bool(flag)
 
     def gather_context_parallel(self, value: Any) -> list[Any]:
         """Python objects of the context-parallel ranks, in rank order."""
         if self.context_parallel_size == 1:
             return [value]
         parts: list[Any] = [None] * self.context_parallel_size
-        group = parallel_state.get_context_parallel_group()
-        torch.distributed.all_gather_object(parts, value, group=group)
+        torch.distributed.all_gather_object(parts, value, group=context_group_of_hosts())
         return parts
 
+    def broadcast_context_parallel(self, values: Tensor, source: int) -> Tensor:
+        """A tensor on the host, of one context-parallel rank, on all of them, in place."""
+        if self.context_parallel_size > 1 and values.numel():
+            torch.distributed.broadcast(values, group=context_group_of_hosts(), group_src=source)
+        return values
 
-def expert_sharing_group() -> torch.distributed.ProcessGroup | None:
+
+def context_group_of_hosts() -> ProcessGroup:
+    """The context-parallel ranks over gloo, for what lies on the host.
+
+    NCCL would take it through the device's memory.
+    """
+    return _over_gloo(parallel_state.get_context_parallel_group())
+
+
+@functools.cache
+def _over_gloo(group: ProcessGroup) -> ProcessGroup:
+    """The ranks of a group over gloo; made once, where all of them come for it."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return torch.distributed.new_group(
+        ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True
+    )
+
+
+def expert_sharing_group() -> ProcessGroup | None:
     """Ranks that hold parts of the same experts, if they reach beyond one tensor-parallel group.
 
     Such ranks have sequences of their own, and each layer's tokens go to all of them: a forward

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
-from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.layout import Layout, context_group_of_hosts
 
 
 def initialize(config: Config) -> Layout:
@@ -56,6 +56,9 @@ def initialize_groups(config: Config) -> None:
         create_gloo_process_groups=False,
         get_embedding_ranks=lambda ranks: [ranks[stage] for stage in embedding_stages(config)],
     )
+    if parallel.context > 1:
+        # now, while all ranks are here: it is first used after rollouts of different lengths
+        context_group_of_hosts()
 
 
 def embedding_stages(config: Config) -> list[int]:

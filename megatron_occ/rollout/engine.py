@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +29,9 @@ class SamplingSettings:
         top_p: probability mass that stays, 1: all.
         top_k: number of tokens that stay, None: all.
         keep_states: return the trunk's hidden states too; the embedded engine alone can.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     temperature: float
@@ -38,6 +42,16 @@ class SamplingSettings:
     top_k: int | None = None
     keep_states: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: give a number from 0 (greedy)")
+        if self.max_response_length < 1:
+            raise ValueError(f"max_response_length={self.max_response_length}: give at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: give a number above 0, 1 at most (1: all)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: give at least 1, or None (all)")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,11 +61,23 @@ class Request:
         prompt: token ids, at least one. Neighbours with equal prompts share a prefill.
         seed: of the response's own random numbers; 64 bits of it count.
         max_response_length: a limit of its own, below that of the settings; None: theirs.
+
+    Raises:
+        ValueError: an empty prompt, or a limit below 1.
     """
 
     prompt: Sequence[int]
     seed: int
     max_response_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise ValueError(f"prompt={self.prompt!r}: has no token to go on from. Give at least 1")
+        if self.max_response_length is not None and self.max_response_length < 1:
+            raise ValueError(
+                f"max_response_length={self.max_response_length}: give at least 1, or None (the "
+                "limit of the settings)"
+            )
 
 
 @dataclass
@@ -139,7 +165,11 @@ class RolloutEngine(Protocol):
         ...
 
     def abort(self) -> None:
-        """End a running :meth:`generate`, from any thread; unfinished responses say ``abort``."""
+        """End the running :meth:`generate`, from any thread; unfinished responses say ``abort``.
+
+        Where none is running it ends the next one. It counts for one call, and is forgotten when
+        that call returns.
+        """
         ...
 
     def close(self) -> None:
@@ -160,3 +190,21 @@ def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
         merged.finish_reasons[first :: len(shares)] = share.finish_reasons
         merged.drafts.add(share.drafts)
     return merged
+
+
+def check_finite(generation: Generation) -> None:
+    """Refuse log-probs that are not finite: their tokens were drawn from nothing.
+
+    Raises:
+        EngineError: the policy's logits are not finite.
+    """
+    for index, logprobs in enumerate(generation.logprobs):
+        # a sum is finite where its terms are, and costs next to nothing
+        if math.isfinite(sum(logprobs)):
+            continue
+        place = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
+        raise EngineError(
+            f"request {index}: log-prob of token {place}: wanted a finite log-prob, got "
+            f"{logprobs[place]}. The policy's logits are not finite: its weights have diverged. "
+            "Lower rl.optimizer.lr, and start from an earlier checkpoint (rl.init_from)"
+        )

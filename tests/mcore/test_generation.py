@@ -14,7 +14,7 @@ from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.provider import build_inference_chunk
 from megatron_occ.rl.batch import head_targets
-from megatron_occ.rollout import Request, SamplingSettings
+from megatron_occ.rollout import EngineError, Request, SamplingSettings
 from tests.mcore.conftest import (
     VOCABULARY,
     build_model,
@@ -193,6 +193,24 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn(layout):
     result = respond(model, ids, stop_ids=favourite)
     assert set(result.finish_reasons) == {"length"}
     assert max(map(max, result.tokens)) < VOCABULARY - 1
+
+
+@pytest.mark.parametrize("drafts", [PLAIN, Speculation(2), Speculation(2, coupled=False)])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(layout, drafts, temperature):
+    """The embedding of one id has diverged: the first request that reads it is named."""
+    config = small_config(depths=1)
+    config.model.tie_embeddings = False
+    model = build_model(config, VOCABULARY, layout.device)
+    # never drawn
+    stray, model.valid_vocab_size = VOCABULARY - 1, VOCABULARY - 1
+    with torch.no_grad():
+        model.embedding.word_embeddings.weight[stray] = torch.inf
+    prompts, arguments = [[3, 4, 5], [3, 4]], dict(temperature=temperature, speculation=drafts)
+    assert len(respond(model, prompts, **arguments).tokens) == 2
+    wanted = r"request 2: log-prob of token 0: .*got nan.*lr"
+    with pytest.raises(EngineError, match=wanted):
+        respond(model, [*prompts, [3, stray], [stray]], **arguments)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,4 +1,7 @@
-"""Generation under every kind of layout, with drafts: what one process gives without them."""
+"""Generation under every kind of layout, with drafts: what one process gives without them.
+
+With the rule ``rejection`` what one process gives with the same drafts: the tokens hang on them.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,15 @@ LENGTHS = (5, 1, 9, 3, 5, 7, 2)
 TEMPERATURE = 0.8
 SAMPLING = SamplingSettings(TEMPERATURE, 8, stop_ids=(0, 1, 2))
 ONE_DEPTH, TWO_DEPTHS = ("mtp.num_layers=1",), ("mtp.num_layers=2",)
+FIXED = "rl.rollout.speculative.mode=fixed"
+REJECTION = ("rl.rollout.speculative.acceptance=rejection", FIXED)
 MODELS = {
     "dense": DENSE + TWO_DEPTHS,
     "untied": DENSE + UNTIED + TWO_DEPTHS,
     "moe": MOE + ONE_DEPTH,
     "mla": MLA + ONE_DEPTH,
+    "rejection": DENSE + TWO_DEPTHS + REJECTION,
+    "moe, rejection": MOE + ONE_DEPTH + REJECTION,
 }
 EP2 = "parallel.expert=2"
 VPP2 = "parallel.virtual_pipeline=2"
@@ -63,6 +70,10 @@ CASES = {
     "MLA, TP2": ("mla", (TP2,)),
     "MLA, CP2": ("mla", (CP2,)),
     "MLA, PP2": ("mla", (PP2,)),
+    "TP2, rejection": ("rejection", (TP2,)),
+    "PP2, rejection": ("rejection", (PP2,)),
+    "CP2, rejection": ("rejection", (CP2,)),
+    "MoE, EP2, rejection": ("moe, rejection", (EP2,)),
 }
 THREE_RANKS = {
     "PP3, MTP and output layers on a stage without trunk layers": (
@@ -135,8 +146,9 @@ def run_cases(folder: Path, cases: list[tuple[str, tuple[str, ...]]]) -> list[li
     """[case][count] on this rank."""
     results = []
     for model, layout in cases:
-        drafting = "fixed" if "|L" not in "".join(layout) else "auto"
-        config = read(MODELS[model], (*layout, f"rl.rollout.speculative.mode={drafting}"))
+        # no drafts can be made where the output layer is alone, and "fixed" is refused
+        drafting = () if "|L" in "".join(layout) else (FIXED,)
+        config = read(MODELS[model], (*layout, *drafting))
         validate(config, command="rl", world_size=torch.distributed.get_world_size())
         actor = make_actor(config)
         load_model(actor, dist_checkpointing.load(model_state(actor), str(folder / model)))
@@ -154,8 +166,10 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     found = {}
     for name, model in MODELS.items():
-        actor = make_actor(read(model))
-        found[name] = respond(actor, list(range(len(LENGTHS))), Speculation())
+        config = read(model)
+        actor = make_actor(config)
+        drafts = speculation_from(config) if FIXED in model else Speculation()
+        found[name] = respond(actor, list(range(len(LENGTHS))), drafts)
         (folder / name).mkdir()
         dist_checkpointing.save(model_state(actor), str(folder / name))
         shutdown()
@@ -174,8 +188,10 @@ def split(alone):
 
 
 def test_the_responses_of_one_process_are_worth_comparing(alone):
+    assert alone[0]["rejection"].found.tokens != alone[0]["dense"].found.tokens
+    assert sum(alone[0]["rejection"].found.drafts.accepted) > 0
     for responses in alone[0].values():
-        assert len(set(map(len, responses.found.tokens))) > 2
+        assert len(set(map(len, responses.found.tokens))) > 1
         assert set(responses.found.finish_reasons) == {"stop", "length"}
         for training in responses.training:
             assert_same_logprobs(responses.found.logprobs, training)
@@ -202,6 +218,26 @@ def test_logprobs_are_those_of_the_training_forward(split, name):
         for responses in ranks:
             for training in responses.training:
                 assert_same_logprobs(responses.found.logprobs, training)
+
+
+def aborted_on_each_rank() -> list[list[list[str]]]:
+    """For each rank, finish reasons of a call that is aborted there, and of the next one."""
+    actor = make_actor(read(MODELS["dense"], (TP2, PP2)))
+    engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=3)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts())]
+    found = []
+    for rank in range(actor.layout.world_size):
+        if actor.layout.rank == rank:
+            engine.abort()
+        found.append([engine.generate(requests, SAMPLING).finish_reasons for _ in range(2)])
+    return found
+
+
+def test_an_abort_on_any_rank_ends_the_call_on_all_that_share_the_model():
+    for found in run_ranks(aborted_on_each_rank, 4):
+        for aborted, whole in found:
+            assert aborted == ["abort"] * len(LENGTHS)
+            assert "abort" not in whole
 
 
 def assert_same_logprobs(found, expected):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
@@ -15,7 +18,7 @@ from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import sample_from_uniform, speculative_accept
 from megatron_occ.rollout.sampling import cut_log_probs
-from tests.mcore.conftest import VOCABULARY, build_model, positions, small_config
+from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 from tests.mcore.test_generation import LIMIT, make_engine, prompts, requests, respond, settings
 from tests.unit.test_rollout_speculative import p_value
 
@@ -51,19 +54,31 @@ def test_coupled_drafts_leave_every_token_as_it_is(layout, kind, length):
     assert sum(drafted.drafts.accepted) > 0
 
 
-@pytest.mark.parametrize("coupled", [True, False])
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that a call makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_a_prompt_makes_no_tensor_as_large_as_its_square(layout, kind):
+    model, prompt = model_of(layout, kind), random_ids(1, 500)[0].tolist()
+    with Largest() as largest:
+        respond(model, [prompt], max_response_length=1, speculation=Speculation(1))
+    assert largest.elements < 500 * 500
+
+
 @pytest.mark.parametrize("slots", [1, 2, 512])
-def test_greedy_drafting_is_greedy_decoding(layout, coupled, slots):
-    model = model_of(layout)
-    plain = respond(model, prompts(), temperature=0, stop_ids=())
-    drafted = respond(
-        model,
-        prompts(),
-        temperature=0,
-        stop_ids=(),
-        slots=slots,
-        speculation=Speculation(3, coupled=coupled),
-    )
+def test_greedy_drafting_is_greedy_decoding(layout, slots):
+    model, arguments = model_of(layout), dict(temperature=0, stop_ids=())
+    plain = respond(model, prompts(), **arguments)
+    drafted = respond(model, prompts(), slots=slots, speculation=Speculation(3), **arguments)
     assert drafted.tokens == plain.tokens
 
 
@@ -88,31 +103,10 @@ def test_an_adaptive_length_changes_no_token(layout):
     assert 0 < adaptive.drafts.proposed[0] < adaptive.drafts.passes
 
 
-def test_catching_up_after_cycles_without_drafts(layout, monkeypatch):
-    """Off, on, off ... with pieces smaller than what is missing: the drafts stay as good."""
-    model = model_of(layout)
-    arguments = dict(stop_ids=(), max_response_length=40)
-    steady = respond(model, prompts(), speculation=Speculation(2), **arguments)
-    monkeypatch.setattr("megatron_occ.mcore.inference.drafter.PIECE", 3)
-    engine = make_engine(model, slots=6, speculation=Speculation(2))
-    lengths = iter([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1, 0, 2] + [2] * 100)
-    monkeypatch.setattr(engine.draft_length, "choose", lambda rows: next(lengths))
-    found = engine.generate(requests(prompts()), settings(**arguments))
-    assert found.tokens == steady.tokens
-    rate = found.drafts.accepted[0] / found.drafts.proposed[0]
-    assert rate == pytest.approx(steady.drafts.accepted[0] / steady.drafts.proposed[0], abs=0.15)
-
-
-@pytest.mark.parametrize("depths", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
-    layout, monkeypatch, kind, depths
-):
-    """Greedy drafts against full forward passes over the committed tokens, cycle by cycle."""
-    model = model_of(layout, kind, depths)
-    engine = make_engine(model, slots=3, speculation=Speculation(depths))
-    seen = []
-    original = Drafter.draft
+@pytest.fixture
+def drafted(monkeypatch):
+    """Tokens of a row and what was drafted behind them, for each row of each cycle."""
+    seen, original = [], Drafter.draft
 
     def spy(self, placer, state, ids, known, steps, pick):
         original(self, placer, state, ids, known, steps, pick)
@@ -120,10 +114,39 @@ def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
     monkeypatch.setattr(Drafter, "draft", spy)
+    return seen
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_draft_is_what_the_training_forward_of_its_depth_prefers(
+    layout, drafted, kind, depths
+):
+    """Greedy drafts against full forward passes over the committed tokens, cycle by cycle."""
+    model = model_of(layout, kind, depths)
+    engine = make_engine(model, slots=3, speculation=Speculation(depths))
     engine.generate(requests(prompts()), settings(temperature=0, stop_ids=()))
-    assert len(seen) > 20
-    for tokens, drafts in seen:
+    assert len(drafted) > 20
+    for tokens, drafts in drafted:
         assert drafts == greedy_drafts(model, tokens, depths)
+
+
+@pytest.mark.parametrize(("kind", "depths"), [("dense", 1), ("dense", 3), ("mla", 2), ("moe", 2)])
+def test_so_is_each_draft_after_cycles_without_drafts(layout, monkeypatch, drafted, kind, depths):
+    """What the depths have not read yet is read in pieces, in rows that come, move and go."""
+    monkeypatch.setattr("megatron_occ.mcore.inference.drafter.PIECE", 3)
+    monkeypatch.setattr("megatron_occ.mcore.inference.decoding.LOOK_EVERY", 1)
+    model, lengths = model_of(layout, kind, depths), random.Random(depths)
+    engine = make_engine(model, slots=4, speculation=Speculation(depths))
+    choices = [0, 0, 0, 0, 0, 1, depths, depths]
+    monkeypatch.setattr(engine.draft_length, "choose", lambda rows: lengths.choice(choices))
+    wanted = requests([*prompts(), *prompts()], limits=[24, 3, 30, 7, 2, 40] * 2)
+    arguments = settings(temperature=0, stop_ids=(), max_response_length=40)
+    found = engine.generate(wanted, arguments)
+    assert found.tokens == make_engine(model, slots=1).generate(wanted, arguments).tokens
+    assert len(drafted) > 40
+    for tokens, drafts in drafted:
+        assert drafts == greedy_drafts(model, tokens, len(drafts))
 
 
 def greedy_drafts(model, tokens, depths):
@@ -260,6 +283,16 @@ def test_abort_ends_a_call_and_says_which_responses_are_unfinished(layout):
     again = engine.generate(requests(prompts()), settings(stop_ids=()))
     del engine._aborted.is_set
     assert again.finish_reasons.count("abort") == 0
+
+
+def test_an_abort_before_a_call_ends_that_call_alone(layout):
+    engine = make_engine(model_of(layout), slots=2)
+    engine.abort()
+    found = engine.generate(requests(prompts()), settings(stop_ids=()))
+    assert found.finish_reasons == ["abort"] * len(prompts())
+    assert max(map(len, found.tokens)) == 1
+    again = engine.generate(requests(prompts()), settings(stop_ids=()))
+    assert again.finish_reasons == ["length"] * len(prompts())
 
 
 CUTS = {"plain": {"temperature": 1.0}, "cut": {"temperature": 0.7, "top_p": 0.9}}

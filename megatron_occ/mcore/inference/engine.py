@@ -20,7 +20,7 @@ from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
-from megatron_occ.rollout.engine import merge_shares
+from megatron_occ.rollout.engine import check_finite, merge_shares
 from megatron_occ.rollout.text import StopText
 
 
@@ -91,20 +91,29 @@ class MegatronEngine:
 
         Raises:
             ValueError: stop strings, and the engine was made without ``decode``.
+            EngineError: the model's logits are not finite.
         """
         if sampling.stop_strings and self.decode is None:
             raise ValueError(
                 f"stop_strings={sampling.stop_strings}: the engine needs the tokenizer's decode"
             )
         rank, size = self.layout.context_parallel_rank, self.layout.context_parallel_size
-        mine = self._generate(requests[rank::size], sampling)
-        return merge_shares(self.layout.gather_context_parallel(mine), len(requests))
+        try:
+            mine = self._generate(requests[rank::size], sampling)
+        finally:
+            self._aborted.clear()
+        found = merge_shares(gather_shares(self.layout, mine), len(requests))
+        check_finite(found)
+        return found
 
     def update_weights(self, version: int) -> None:
         """Nothing is copied: the engine reads the trained weights at the next call."""
 
     def abort(self) -> None:
-        """See ``RolloutEngine.abort``."""
+        """See ``RolloutEngine.abort``; on one rank it counts for all that share the model with it.
+
+        Context-parallel ranks go through their shares on their own: each ends where it is called.
+        """
         self._aborted.set()
 
     def close(self) -> None:
@@ -112,7 +121,6 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        self._aborted.clear()
         prompt, count = self.company.largest(
             [max((len(request.prompt) for request in requests), default=1), len(requests)]
         )
@@ -143,3 +151,21 @@ class MegatronEngine:
             stop_text=stop_text,
             device=self.layout.device,
         )
+
+
+def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:
+    """Those of all context-parallel ranks, in rank order.
+
+    States may be tens of gigabytes. They go one by one: with the rest, as Python objects, there
+    would be several copies of all of them on the way.
+    """
+    states, mine.states = mine.states, []
+    shapes = [(each.shape, each.dtype) for each in states]
+    shares = []
+    for rank, (share, theirs) in enumerate(layout.gather_context_parallel((mine, shapes))):
+        is_own = rank == layout.context_parallel_rank
+        share.states = states if is_own else [torch.empty(s, dtype=dtype) for s, dtype in theirs]
+        for each in share.states:
+            layout.broadcast_context_parallel(each, rank)
+        shares.append(share)
+    return shares
