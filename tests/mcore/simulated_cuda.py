@@ -95,10 +95,12 @@ class SimulatedCUDA(TorchFunctionMode):
         if func in PROPERTIES:
             return PROPERTIES[func](is_far)
         if is_far:
-            self.waits[name] += name in WAITING
             _check(name, args, tensors)
+        if is_far and name in WAITING:
+            self.waits[name] += 1
         side, args, kwargs = _named_side(name, args, kwargs)
-        self.waits["sent"] += side is Far and not is_far and (name == "tensor" or bool(tensors))
+        if side is Far and not is_far and (tensors or name == "tensor"):
+            self.waits["sent"] += 1
         kwargs.pop("pin_memory", None)
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)

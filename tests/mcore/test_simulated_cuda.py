@@ -113,7 +113,7 @@ def test_the_host_waits_once_a_cycle_and_not_for_each_token_or_layer(layout, dra
     # how far rows have come, at the beginning of a cycle; and some for rows that end and move
     assert waits.pop("sent") <= len(commits) + 5 * len(found.tokens)
     assert waits.pop("tolist") <= 2 * len(found.tokens)
-    assert sum(waits.values()) == 0
+    assert not waits
 
 
 def gather_there():

@@ -139,16 +139,13 @@ class MegatronEngine:
 
     def _new_slots(self, count: int, prompt: int, sampling: SamplingSettings) -> Slots:
         """For ``count`` requests with prompts of ``prompt`` tokens at most."""
-        strings, stop_text = tuple(sampling.stop_strings), None
-        if strings:
-            assert self.decode is not None, "stop strings need a decoder"
-            stop_text = StopText(self.decode, strings)
+        strings = tuple(sampling.stop_strings)
         return Slots(
             max(1, min(self.slots, count)),
             # behind the last token lie drafts that come to nothing
             prompt + sampling.max_response_length + self.speculation.length + 2,
             stop_ids=sampling.stop_ids,
-            stop_text=stop_text,
+            stop_text=StopText(self.decode, strings) if strings else None,
             device=self.layout.device,
         )
 
