@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron_occ.mcore.main_rank import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,34 @@ class Layout:
         if self.context_parallel_size == 1:
             return [value]
         parts: list[Any] = [None] * self.context_parallel_size
-        group = parallel_state.get_context_parallel_group()
-        torch.distributed.all_gather_object(parts, value, group=group)
+        torch.distributed.all_gather_object(parts, value, group=context_group_of_hosts())
         return parts
 
+    def broadcast_context_parallel(self, values: Tensor, source: int) -> Tensor:
+        """A tensor on the host, of one context-parallel rank, on all of them, in place."""
+        if self.context_parallel_size > 1 and values.numel():
+            torch.distributed.broadcast(values, group=context_group_of_hosts(), group_src=source)
+        return values
 
-def expert_sharing_group() -> torch.distributed.ProcessGroup | None:
+
+def context_group_of_hosts() -> ProcessGroup:
+    """The context-parallel ranks over gloo, for what lies on the host.
+
+    NCCL would take it through the device's memory.
+    """
+    return _over_gloo(parallel_state.get_context_parallel_group())
+
+
+@functools.cache
+def _over_gloo(group: ProcessGroup) -> ProcessGroup:
+    """The ranks of a group over gloo; made once, where all of them come for it."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return torch.distributed.new_group(
+        ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True
+    )
+
+
+def expert_sharing_group() -> ProcessGroup | None:
     """Ranks that hold parts of the same experts, if they reach beyond one tensor-parallel group.
 
     Such ranks have sequences of their own, and each layer's tokens go to all of them: a forward

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
-from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.layout import Layout, context_group_of_hosts
 
 
 def initialize(config: Config) -> Layout:
@@ -33,6 +33,9 @@ def initialize(config: Config) -> Layout:
         _init_process_group("gloo" if on_cpu else "nccl")
     if not parallel_state.model_parallel_is_initialized():
         initialize_groups(config)
+        if config.parallel.context > 1:
+            # now, while all ranks are here: it is first used after rollouts of different lengths
+            context_group_of_hosts()
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     if not on_cpu:

@@ -40,6 +40,11 @@ LAYOUTS = {
     "CP2": ("parallel.context=2",),
     "PP2": ("parallel.pipeline=2",),
     "TP2 + SP, packed": ("parallel.tensor=2", "parallel.sequence=true", *PACKED),
+    "CP2, head on the states of the rollout": (
+        "parallel.context=2",
+        "mtp.head.states=rollout",
+        "mtp.head.signal=tv",
+    ),
     "DP2": ("parallel.distributed_optimizer=true", "mtp.head.states=rollout", "mtp.head.signal=tv"),
 }
 CLOCK = ("time", "tokens_per_second")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.mcore.inference.engine import Speculation
+from megatron_occ.config import load_config
+from megatron_occ.mcore.inference.engine import Speculation, gather_shares
 from megatron_occ.mcore.inference.slots import Slots
 from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.startup import initialize
+from megatron_occ.rollout import Generation
+from tests.mcore.distributed import run_ranks
 from tests.mcore.simulated_cuda import CUDA, Far, simulated_cuda, to_cuda
 from tests.mcore.test_generation import make_engine, prompts, requests, respond, settings
 from tests.mcore.test_speculation import KINDS, model_of
@@ -106,3 +110,23 @@ def test_the_host_waits_once_a_cycle_and_not_for_each_token_or_layer(layout, dra
     assert waits.pop("cpu") == 2 * len(commits)
     assert waits.pop("tolist") <= 2 * len(found.tokens)
     assert sum(waits.values()) == 0
+
+
+def gather_there():
+    """Shares of two context-parallel ranks, and what the host waited for."""
+    with simulated_cuda() as device:
+        layout = initialize(load_config([], ["parallel.context=2"]))
+        rank = layout.context_parallel_rank
+        states = [torch.full((3 + rank, 4), rank, dtype=torch.bfloat16), torch.empty(0)]
+        mine = Generation([[rank], []], [[-1.0], []], ["stop", "abort"], states=states)
+        return gather_shares(layout, mine), device.waits
+
+
+def test_shares_of_context_parallel_ranks_do_not_go_through_the_device():
+    for shares, waits in run_ranks(gather_there, 2):
+        assert not waits
+        assert [share.tokens for share in shares] == [[[0], []], [[1], []]]
+        for rank, share in enumerate(shares):
+            full, none = share.states
+            assert torch.equal(full, torch.full((3 + rank, 4), rank, dtype=torch.bfloat16))
+            assert len(none) == 0

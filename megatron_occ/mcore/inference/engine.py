@@ -99,7 +99,7 @@ class MegatronEngine:
             )
         rank, size = self.layout.context_parallel_rank, self.layout.context_parallel_size
         mine = self._generate(requests[rank::size], sampling)
-        found = merge_shares(self.layout.gather_context_parallel(mine), len(requests))
+        found = merge_shares(gather_shares(self.layout, mine), len(requests))
         check_finite(found)
         return found
 
@@ -144,3 +144,21 @@ class MegatronEngine:
             ends=stop_finder(self.decode, sampling.stop_strings),
             device=self.layout.device,
         )
+
+
+def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:
+    """Those of all context-parallel ranks, in rank order.
+
+    States may be tens of gigabytes. They go one by one: with the rest, as Python objects, there
+    would be several copies of all of them on the way.
+    """
+    states, mine.states = mine.states, []
+    shapes = [(each.shape, each.dtype) for each in states]
+    shares = []
+    for rank, (share, theirs) in enumerate(layout.gather_context_parallel((mine, shapes))):
+        is_own = rank == layout.context_parallel_rank
+        share.states = states if is_own else [torch.empty(s, dtype=dtype) for s, dtype in theirs]
+        for each in share.states:
+            layout.broadcast_context_parallel(each, rank)
+        shares.append(share)
+    return shares
