@@ -8,6 +8,8 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
@@ -16,7 +18,7 @@ from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import sample_from_uniform, speculative_accept
 from megatron_occ.rollout.sampling import cut_log_probs
-from tests.mcore.conftest import VOCABULARY, build_model, positions, small_config
+from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 from tests.mcore.test_generation import LIMIT, make_engine, prompts, requests, respond, settings
 from tests.unit.test_rollout_speculative import p_value
 
@@ -50,6 +52,26 @@ def test_coupled_drafts_leave_every_token_as_it_is(layout, kind, length):
         assert one == pytest.approx(other, abs=1e-5)
     assert drafted.drafts.tokens == plain.drafts.tokens
     assert sum(drafted.drafts.accepted) > 0
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that a call makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_a_prompt_makes_no_tensor_as_large_as_its_square(layout, kind):
+    model, prompt = model_of(layout, kind), random_ids(1, 500)[0].tolist()
+    with Largest() as largest:
+        respond(model, [prompt], max_response_length=1, speculation=Speculation(1))
+    assert largest.elements < 500 * 500
 
 
 @pytest.mark.parametrize("slots", [1, 2, 512])

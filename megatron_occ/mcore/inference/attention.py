@@ -7,7 +7,6 @@ row be at a place of its own. Numbers of heads and groups are those of this tens
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from megatron_occ.mcore.inference.cache import Span, Tokens, rotate, write
+from megatron_occ.mcore.inference.cache import Tokens, rotate, write
 
 Shapes = list[tuple[int, ...]]
 
@@ -210,14 +209,19 @@ class LatentAttention:
     def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
         """[n * q, heads, rank + rotary] to [n * q, heads, rank]: one key for all heads."""
         n, q = tokens.rows, tokens.each
-        folded = query.view(n, q, self.heads, -1).transpose(1, 2).reshape(n, 1, self.heads * q, -1)
+        heads = query.view(n, q, self.heads, -1).transpose(1, 2)
         if tokens.is_causal:
-            mask = torch.ones(q, q, dtype=torch.bool, device=query.device).tril()
-            mask = mask.repeat(1, 1, self.heads, 1)
-            tokens = replace(tokens, spans=[Span(None, q, mask)])
-        context = attend_by_spans(folded, tokens, cache, _latent_twice, scale=self.scale)
-        context = context[..., : self.rank]
-        context = context.view(n, self.heads, q, self.rank).transpose(1, 2)
+            # a view of the key for each head: folded queries would need a mask, heads * q * q large
+            latent = cache[:n, :q].unsqueeze(1).expand(-1, self.heads, -1, -1)
+            context = functional.scaled_dot_product_attention(
+                heads, latent, latent, is_causal=q > 1, scale=self.scale
+            )
+        else:
+            # the heads are further rows of one query block
+            folded = heads.reshape(n, 1, self.heads * q, -1)
+            context = attend_by_spans(folded, tokens, cache, _latent_twice, scale=self.scale)
+            context = context.view(n, self.heads, q, -1)
+        context = context[..., : self.rank].transpose(1, 2)
         return context.reshape(n * q, self.heads, self.rank)
 
 
