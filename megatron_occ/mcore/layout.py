@@ -121,23 +121,29 @@ class Layout:
         torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=group)
         return largest.tolist()
 
-    def decide(self, values: list[int]) -> list[int]:
-        """Values of the first tensor and pipeline rank on all that share a model with it.
+    def decide(self, choice: int, flag: bool) -> tuple[int, bool]:
+        """One choice, and whether any rank has the flag, on all that share a model.
 
         Ranks that go through a model together have to do the same, also where a decision hangs on
-        a clock.
+        a clock or on a rank's own thread.
+
+        Args:
+            choice: at least 0; that of the first tensor and pipeline rank counts.
+            flag: of this rank.
         """
-        shared = self.tensor_parallel_size * self.pipeline_size
-        if shared > 1:
-            chosen = torch.tensor(values, device=self.device)
-            for group in (
-                parallel_state.get_pipeline_model_parallel_group(),
-                parallel_state.get_tensor_model_parallel_group(),
-            ):
-                if group.size() > 1:
-                    torch.distributed.broadcast(chosen, group=group, group_src=0)
-            return chosen.tolist()
-        return values
+        if self.tensor_parallel_size * self.pipeline_size == 1:
+            return choice, flag
+        is_first = self.tensor_parallel_rank == self.pipeline_rank == 0
+        # the maximum over all is the first one's choice, and any flag
+        decided = torch.tensor([choice if is_first else 0, int(flag)], device=self.device)
+        for group in (
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),
+        ):
+            if group.size() > 1:
+                torch.distributed.all_reduce(decided, op=ReduceOp.MAX, group=group)
+        choice, flag = decided.tolist()
+        return choice, bool(flag)
 
     def gather_context_parallel(self, value: Any) -> list[Any]:
         """Python objects of the context-parallel ranks, in rank order."""

@@ -165,7 +165,11 @@ class RolloutEngine(Protocol):
         ...
 
     def abort(self) -> None:
-        """End a running :meth:`generate`, from any thread; unfinished responses say ``abort``."""
+        """End the running :meth:`generate`, from any thread; unfinished responses say ``abort``.
+
+        Where none is running it ends the next one. It counts for one call, and is forgotten when
+        that call returns.
+        """
         ...
 
     def close(self) -> None:

@@ -220,6 +220,26 @@ def test_logprobs_are_those_of_the_training_forward(split, name):
                 assert_same_logprobs(responses.found.logprobs, training)
 
 
+def aborted_on_each_rank() -> list[list[list[str]]]:
+    """For each rank, finish reasons of a call that is aborted there, and of the next one."""
+    actor = make_actor(read(MODELS["dense"], (TP2, PP2)))
+    engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=3)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts())]
+    found = []
+    for rank in range(actor.layout.world_size):
+        if actor.layout.rank == rank:
+            engine.abort()
+        found.append([engine.generate(requests, SAMPLING).finish_reasons for _ in range(2)])
+    return found
+
+
+def test_an_abort_on_any_rank_ends_the_call_on_all_that_share_the_model():
+    for found in run_ranks(aborted_on_each_rank, 4):
+        for aborted, whole in found:
+            assert aborted == ["abort"] * len(LENGTHS)
+            assert "abort" not in whole
+
+
 def assert_same_logprobs(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):

@@ -285,6 +285,16 @@ def test_abort_ends_a_call_and_says_which_responses_are_unfinished(layout):
     assert again.finish_reasons.count("abort") == 0
 
 
+def test_an_abort_before_a_call_ends_that_call_alone(layout):
+    engine = make_engine(model_of(layout), slots=2)
+    engine.abort()
+    found = engine.generate(requests(prompts()), settings(stop_ids=()))
+    assert found.finish_reasons == ["abort"] * len(prompts())
+    assert max(map(len, found.tokens)) == 1
+    again = engine.generate(requests(prompts()), settings(stop_ids=()))
+    assert again.finish_reasons == ["length"] * len(prompts())
+
+
 CUTS = {"plain": {"temperature": 1.0}, "cut": {"temperature": 0.7, "top_p": 0.9}}
 
 

@@ -240,9 +240,12 @@ def test_answers_with_other_weights_do_not_survive_an_abort(tmp_path):
         assert results[0].finish_reasons == ["abort"] * len(REQUESTS)
 
 
-def test_abort_without_a_call_does_nothing(tmp_path):
-    with fleet(tmp_path) as (engine, _, _weights):
+def test_abort_without_a_call_ends_the_next_one_alone(tmp_path):
+    with fleet(tmp_path) as (engine, (server,), _weights):
+        asked = len(server.sampled())
         engine.abort()
+        assert engine.generate(REQUESTS, SAMPLING).finish_reasons == ["abort"] * len(REQUESTS)
+        assert len(server.sampled()) == asked
         check(engine.generate(REQUESTS, SAMPLING))
 
 

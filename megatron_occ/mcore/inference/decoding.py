@@ -77,8 +77,9 @@ class Decoding:
     def _decide(self, aborted: threading.Event) -> tuple[int, bool]:
         """Draft length of the next cycle and whether there is one, on all ranks alike."""
         length = self.draft_length.choose(self.active) if self.active else 0
-        decided = [length, int(aborted.is_set()), int(self.active > 0)]
-        length, stops, anyone = self.company.largest(self.layout.decide(decided))
+        length, ends = self.layout.decide(length, aborted.is_set())
+        decided = [length, int(ends), int(self.active > 0)]
+        length, stops, anyone = self.company.largest(decided)
         return length, bool(anyone and not stops)
 
     def _cycle(self, length: int) -> None:

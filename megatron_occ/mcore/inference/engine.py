@@ -98,7 +98,10 @@ class MegatronEngine:
                 f"stop_strings={sampling.stop_strings}: the engine needs the tokenizer's decode"
             )
         rank, size = self.layout.context_parallel_rank, self.layout.context_parallel_size
-        mine = self._generate(requests[rank::size], sampling)
+        try:
+            mine = self._generate(requests[rank::size], sampling)
+        finally:
+            self._aborted.clear()
         found = merge_shares(gather_shares(self.layout, mine), len(requests))
         check_finite(found)
         return found
@@ -107,7 +110,10 @@ class MegatronEngine:
         """Nothing is copied: the engine reads the trained weights at the next call."""
 
     def abort(self) -> None:
-        """See ``RolloutEngine.abort``."""
+        """See ``RolloutEngine.abort``; on one rank it counts for all that share the model with it.
+
+        Context-parallel ranks go through their shares on their own: each ends where it is called.
+        """
         self._aborted.set()
 
     def close(self) -> None:
@@ -115,7 +121,6 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        self._aborted.clear()
         prompt, count = self.company.largest(
             [max((len(request.prompt) for request in requests), default=1), len(requests)]
         )

@@ -45,6 +45,7 @@ class RemoteEngine:
         self._lock = threading.Lock()
         self._job: Job | None = None
         self._job_lock = threading.Lock()
+        self._aborted = False  # before there was a job
         self._newest, self._loaded = -1, False
 
     @property
@@ -70,13 +71,15 @@ class RemoteEngine:
             job = Job(self._fleet, requests, sampling, self._settings)
             with self._job_lock:
                 self._job = job
+                if self._aborted:
+                    job.stop.set()
             try:
                 before = self._fleet.drafts()
                 answers = job.run()
                 drafts = between(before, self._fleet.drafts())
             finally:
                 with self._job_lock:
-                    self._job = None
+                    self._job, self._aborted = None, False
             return collect(answers, drafts)
 
     def update_weights(self, version: int) -> None:
@@ -97,9 +100,9 @@ class RemoteEngine:
             drop_others(self._settings.weights_dir, keep=folder)
 
     def abort(self) -> None:
-        """See ``RolloutEngine.abort``; without a running call nothing happens."""
+        """See ``RolloutEngine.abort``."""
         with self._job_lock:
-            job = self._job
+            job, self._aborted = self._job, True
         if job is not None:
             job.abort()
 
