@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_occ.mcore.main_rank import PATIENCE
+# how long ranks wait for each other: one may have its responses, or their scores, hours before
+# another. A rank that is gone ends the waiting of the others at once: its connections close, and
+# torchrun or srun ends the job
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
