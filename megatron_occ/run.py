@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_occ.config import check_resumed, load_config, pretrains_first, save_config
 from megatron_occ.config.identity import describe
+from megatron_occ.config.pipeline import what_parts_drafts
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.convert.importing import import_folder
@@ -313,8 +314,17 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
                 run.metrics.event(0, warning)
         if run.resume:
             rollout_log.truncate_after(trainer.step)
+        _say_what_is_not_drafted(run, trainer.step)
         trainer.fit()
     rollout_log.close()
+
+
+def _say_what_is_not_drafted(run: Run, step: int) -> None:
+    """``auto`` is the default, so that a layout without drafts is no error."""
+    rollout = run.config.rl.rollout
+    reason = what_parts_drafts(run.config)
+    if rollout.engine == "megatron" and rollout.speculative.mode == "auto" and reason:
+        run.metrics.event(step, f"rollouts draft nothing: {reason}")
 
 
 def evaluate_checkpoint(run: Run, inputs: Inputs, checkpoint: Path) -> dict[str, float]:

@@ -53,6 +53,16 @@ def drafts_on_last_stage(config: Config) -> bool:
     return config.mtp.num_layers > 0 and "m" in model_chunks(config)[-1]
 
 
+def what_parts_drafts(config: Config) -> str | None:
+    """Why MTP layers make no drafts although there are some; None where they do."""
+    if config.mtp.num_layers == 0 or drafts_on_last_stage(config):
+        return None
+    return (
+        f"{_KEY}={config.parallel.pipeline_layout} has the MTP layers and the output layer (L) in "
+        "different chunks, and drafts need both"
+    )
+
+
 def pipeline_problems(config: Config) -> Iterator[str]:
     """Problems of the pipeline keys, one message each."""
     parallel = config.parallel

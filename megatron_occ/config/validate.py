@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import check_value, leaves, spell
 from megatron_occ.config.load import flat_values
-from megatron_occ.config.pipeline import drafts_on_last_stage, pipeline_problems
+from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_layout import layout_problems
@@ -175,12 +175,8 @@ def _speculation(config: Config) -> Iterator[str]:
         return
     if config.mtp.num_layers == 0:
         yield f"{key}=fixed: mtp.num_layers=0 has no head to draft with. Give {key}=off"
-    elif not any(pipeline_problems(config)) and not drafts_on_last_stage(config):
-        yield (
-            f"{key}=fixed: parallel.pipeline_layout={config.parallel.pipeline_layout} has the "
-            "MTP layers and the output layer (L) in different chunks, and drafts need both. "
-            f"Put them into one, or give {key}=off"
-        )
+    elif not any(pipeline_problems(config)) and (reason := what_parts_drafts(config)):
+        yield f"{key}=fixed: {reason}. Put them into one, or give {key}=off"
 
 
 def _reinforcement(config: Config) -> Iterator[str]:

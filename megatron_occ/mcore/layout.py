@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_occ.mcore.main_rank import PATIENCE
+# how long ranks wait for each other: one may have its responses, or their scores, hours before
+# another. A rank that is gone ends the waiting of the others at once: its connections close, and
+# torchrun or srun ends the job
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ def context_group_of_hosts() -> ProcessGroup:
 
     NCCL would take it through the device's memory.
     """
-    return _over_gloo(parallel_state.get_context_parallel_group())
+    group = parallel_state.get_context_parallel_group()
+    return group if torch.distributed.get_backend(group) == "gloo" else _over_gloo(group)
 
 
 @functools.cache

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 
+from megatron_occ.mcore.layout import PATIENCE
 from megatron_occ.rollout import EngineError
-
-# a step's rollouts may take hours, and the others wait; a main rank that is gone closes its
-# connections, which ends the waiting at once
-PATIENCE = timedelta(days=2)
 
 
 class MainRank:

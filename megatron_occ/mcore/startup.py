@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
-from megatron_occ.mcore.layout import Layout, context_group_of_hosts
+from megatron_occ.mcore.layout import PATIENCE, Layout, context_group_of_hosts
 
 
 def initialize(config: Config) -> Layout:
@@ -33,6 +33,9 @@ def initialize(config: Config) -> Layout:
         _init_process_group("gloo" if on_cpu else "nccl")
     if not parallel_state.model_parallel_is_initialized():
         initialize_groups(config)
+        if config.parallel.context > 1:
+            # now, while all ranks are here: it is first used after rollouts of different lengths
+            context_group_of_hosts()
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     if not on_cpu:
@@ -53,6 +56,7 @@ def initialize_groups(config: Config) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
         create_gloo_process_groups=False,
         get_embedding_ranks=lambda ranks: [ranks[stage] for stage in embedding_stages(config)],
     )
@@ -78,10 +82,15 @@ def _init_process_group(backend: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group(backend)
+        # here all ranks have to come in torch's own time: one that never starts is told in minutes
+        store, rank, size = next(torch.distributed.rendezvous("env://"))
     else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        store, rank, size = torch.distributed.HashStore(), 0, 1
+    # NCCL's ranks find each other in the store when they first have something to say
+    store.set_timeout(PATIENCE)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+    )
 
 
 def barrier() -> None:

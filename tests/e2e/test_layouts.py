@@ -59,6 +59,19 @@ def test_processes_equal_one(one, pretrained, tmp_path, layout):
     assert [line["response"] for line in sampled[0]] == [line["response"] for line in sampled[1]]
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_a_run_says_once_that_its_layout_drafts_nothing(pretrained, tmp_path, mode):
+    apart = ("parallel.pipeline=3", "parallel.pipeline_layout=Ett|mm|L")
+    mode = f"rl.rollout.speculative.mode={mode}"
+    folder = launch(tmp_path / "run", 3, f"rl.init_from={pretrained(2)}", *apart, mode)
+    events = [line for line in read_lines(folder / "metrics.jsonl") if line["phase"] == "event"]
+    told = [event["message"] for event in events if "draft" in event["message"]]
+    layout = "parallel.pipeline_layout=Ett|mm|L has the MTP layers and the output layer"
+    assert [message.startswith(f"rollouts draft nothing: {layout}") for message in told] == (
+        [True] if mode.endswith("auto") else []
+    )
+
+
 # the head learns on trunk states of rollouts, those of dropped groups included
 STATES = (
     "mtp.preset=null",

@@ -208,7 +208,11 @@ def _collectives(stack: contextlib.ExitStack) -> None:
         name = (group or torch.distributed.group.WORLD).group_name
         return "cpu" if name in over_gloo else "cuda"
 
+    def backend(group: Any = None) -> str:
+        return "gloo" if device(group) == "cpu" else "nccl"
+
     stack.enter_context(mock.patch.object(torch.distributed, "new_group", remembered))
+    stack.enter_context(mock.patch.object(torch.distributed, "get_backend", backend))
     stack.enter_context(mock.patch.object(distributed_c10d, "_get_object_coll_device", device))
     for name in COLLECTIVES:
         own = getattr(ProcessGroup, name)

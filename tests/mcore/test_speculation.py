@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
+from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.rl.batch import head_targets
@@ -204,6 +206,20 @@ def test_prompts_are_read_once_for_all_of_their_samples(layout, monkeypatch):
     found = respond(model, grouped, slots=4)
     assert sum(read) == len(set(map(tuple, prompts())))
     assert found.tokens == respond(model, grouped).tokens
+
+
+def test_prompts_that_were_read_make_room_for_the_next_ones(layout, monkeypatch):
+    caches, alive, read = [], [], Passes.prefill
+
+    def spy(*args, **kwargs):
+        alive.append([cache for cache in caches if cache() is not None])
+        prefix = read(*args, **kwargs)
+        caches.append(weakref.ref(prefix.cache))
+        return prefix
+
+    monkeypatch.setattr(Passes, "prefill", spy)
+    respond(model_of(layout), prompts(), slots=1, speculation=Speculation(1))
+    assert alive == [[]] * len(prompts())
 
 
 def test_a_freed_slot_is_filled_at_once(layout, monkeypatch):

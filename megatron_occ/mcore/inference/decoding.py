@@ -120,6 +120,8 @@ class Decoding:
         """Prefill the prompts of the next ``count`` requests and some more; 0: keep company."""
         prompts = [(0,)]
         if count:
+            # its samples are all on their way: two caches of prompts need not be there at once
+            self.prefix = None
             wanted = {self.prompts[index] for index in islice(self.waiting, count)}
             # rows get free one at a time: read ahead, not a prompt for each of them
             ahead = max(len(wanted), self.slots.rows // 4)

@@ -1,0 +1,44 @@
+"""Process groups of a run."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_occ.config.schema import Config
+from megatron_occ.mcore.layout import PATIENCE
+from megatron_occ.mcore.startup import initialize, shutdown
+
+GROUPS = {
+    "all": lambda: torch.distributed.group.WORLD,
+    "data": parallel_state.get_data_parallel_group,
+    "tensor": parallel_state.get_tensor_model_parallel_group,
+    "pipeline": parallel_state.get_pipeline_model_parallel_group,
+    "context": parallel_state.get_context_parallel_group,
+    "experts": parallel_state.get_expert_tensor_and_model_parallel_group,
+}
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_ranks_wait_for_each_other_for_hours(monkeypatch, free_port, launched):
+    """One may have its responses, or their scores, long before another."""
+    if launched:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        for name, value in {"MASTER_PORT": free_port, "RANK": 0, "WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+    initialize(Config())
+    try:
+        for name, group in GROUPS.items():
+            assert group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE, name
+    finally:
+        shutdown()
