@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp, get_backend
 
 # how long ranks wait for each other: one may have its responses, or their scores, hours before
 # another. A rank that is gone ends the waiting of the others at once: its connections close, and
@@ -170,7 +170,7 @@ def context_group_of_hosts() -> ProcessGroup:
     NCCL would take it through the device's memory.
     """
     group = parallel_state.get_context_parallel_group()
-    return group if torch.distributed.get_backend(group) == "gloo" else _over_gloo(group)
+    return group if get_backend(group) == "gloo" else _over_gloo(group)
 
 
 @functools.cache

@@ -60,9 +60,6 @@ def initialize_groups(config: Config) -> None:
         create_gloo_process_groups=False,
         get_embedding_ranks=lambda ranks: [ranks[stage] for stage in embedding_stages(config)],
     )
-    if parallel.context > 1:
-        # now, while all ranks are here: it is first used after rollouts of different lengths
-        context_group_of_hosts()
 
 
 def embedding_stages(config: Config) -> list[int]:

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from megatron_occ.cli import main
+from megatron_occ.mcore.inference.trunk import ALIGNED
 from tests.e2e.conftest import TINY, metrics
 from tests.mcore.distributed import run_ranks
 from tests.mcore.simulated_cuda import simulated_cuda
@@ -60,7 +61,9 @@ def learned(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_learns_there_what_it_learns_here(run, pretrained, case):
+def test_a_run_learns_there_what_it_learns_here(run, pretrained, monkeypatch, case):
+    # masks of other widths would round otherwise
+    monkeypatch.setitem(ALIGNED, "cpu", ALIGNED["cuda"])
     settings = (FIXED, *CASES[case], f"rl.init_from={pretrained(1)}")
     here = run("rl", "here", *settings)
     with simulated_cuda():

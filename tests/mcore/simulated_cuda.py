@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from megatron_occ.mcore import layout
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import Layout
 
@@ -212,7 +213,8 @@ def _collectives(stack: contextlib.ExitStack) -> None:
         return "gloo" if device(group) == "cpu" else "nccl"
 
     stack.enter_context(mock.patch.object(torch.distributed, "new_group", remembered))
-    stack.enter_context(mock.patch.object(torch.distributed, "get_backend", backend))
+    # torch asks too, and would take what it gets for a real device
+    stack.enter_context(mock.patch.object(layout, "get_backend", backend))
     stack.enter_context(mock.patch.object(distributed_c10d, "_get_object_coll_device", device))
     for name in COLLECTIVES:
         own = getattr(ProcessGroup, name)

@@ -17,6 +17,9 @@ from megatron_occ.mcore.inference.cache import Cache, Rotary, Span, Tokens, long
 from megatron_occ.mcore.inference.layers import Company, Layer
 from megatron_occ.mcore.model import OCCGPTModel
 
+# keys of a mask: CUDA's attention kernels copy one whose rows are not aligned, in each layer
+ALIGNED = {"cuda": 8}
+
 
 class Trunk:
     """This rank's part of the trunk, on the weights that Megatron's modules have now.
@@ -155,8 +158,7 @@ class Placer:
         self.trunk = trunk
         self.rotary = trunk.rotary(length, device)
         self.positions = torch.arange(length, device=device)
-        # CUDA's attention kernels copy a mask whose rows are not aligned, in each layer
-        self.multiple = 8 if device.type == "cuda" else 1
+        self.multiple = ALIGNED.get(device.type, 1)
         self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=trunk.dtype, device=device)
 
     def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
