@@ -167,7 +167,8 @@ class Layout:
 def context_group_of_hosts() -> ProcessGroup:
     """The context-parallel ranks over gloo, for what lies on the host.
 
-    NCCL would take it through the device's memory.
+    NCCL would take it through the device's memory. All ranks of the run come for it together the
+    first time, which is at start-up.
     """
     group = parallel_state.get_context_parallel_group()
     return group if get_backend(group) == "gloo" else _over_gloo(group)
@@ -175,11 +176,17 @@ def context_group_of_hosts() -> ProcessGroup:
 
 @functools.cache
 def _over_gloo(group: ProcessGroup) -> ProcessGroup:
-    """The ranks of a group over gloo; made once, where all of them come for it."""
-    ranks = torch.distributed.get_process_group_ranks(group)
-    return torch.distributed.new_group(
-        ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True
-    )
+    """The ranks of a group over gloo; all ranks of the run come with their groups."""
+    mine = torch.distributed.get_process_group_ranks(group)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    # each rank makes all of them, in one order
+    lists = sorted({tuple(ranks) for ranks in found})
+    groups = {
+        ranks: torch.distributed.new_group(list(ranks), timeout=PATIENCE, backend="gloo")
+        for ranks in lists
+    }
+    return groups[tuple(mine)]
 
 
 def expert_sharing_group() -> ProcessGroup | None:

@@ -117,9 +117,10 @@ def test_the_host_waits_once_a_cycle_and_not_for_each_token_or_layer(layout, dra
 
 
 def gather_there():
-    """Shares of two context-parallel ranks, and what the host waited for."""
+    """Shares of two context-parallel ranks of two groups, and what the host waited for."""
     with simulated_cuda() as device:
-        layout = initialize(load_config([], ["parallel.context=2"]))
+        layout = initialize(load_config([], ["parallel.context=2", "parallel.tensor=2"]))
+        device.waits.clear()
         rank = layout.context_parallel_rank
         states = [torch.full((3 + rank, 4), rank, dtype=torch.bfloat16), torch.empty(0)]
         mine = Generation([[rank], []], [[-1.0], []], ["stop", "abort"], states=states)
@@ -127,7 +128,7 @@ def gather_there():
 
 
 def test_shares_of_context_parallel_ranks_do_not_go_through_the_device():
-    for shares, waits in run_ranks(gather_there, 2):
+    for shares, waits in run_ranks(gather_there, 4):
         assert not waits
         assert [share.tokens for share in shares] == [[[0], []], [[1], []]]
         for rank, share in enumerate(shares):
