@@ -7,8 +7,10 @@ numbers of any token are there when they are wanted, equal on every device, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,9 +36,25 @@ def _shifted(values: Tensor, by: int) -> Tensor:
 
 def _mixed(values: Tensor) -> Tensor:
     """SplitMix64's output function, in place."""
+    if values.device.type == "cpu":
+        _mix_on_host(values.numpy().view(np.uint64))
+        return values
     for by, factor in _ROUNDS:
         values.bitwise_xor_(_shifted(values, by)).mul_(factor)
     return values.bitwise_xor_(_shifted(values, _LAST_SHIFT))
+
+
+def _mix_on_host(values: np.ndarray) -> None:
+    """The same: NumPy has 64 bits without a sign, and a call costs it half as much."""
+    for by, factor in _ROUNDS:
+        values ^= values >> np.uint64(by)
+        values *= np.uint64(factor % 2**_BITS)
+    values ^= values >> np.uint64(_LAST_SHIFT)
+
+
+@functools.lru_cache(maxsize=8)
+def _steps(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, device=device) * _STEP
 
 
 def row_keys(seeds: Sequence[int]) -> Tensor:
@@ -64,6 +82,6 @@ def uniforms(keys: Tensor, count: int) -> Tensor:
         keys: [...] from :func:`token_keys`.
         count: numbers of each.
     """
-    steps = torch.arange(1, count + 1, device=keys.device) * _STEP
-    digits = _shifted(_mixed(keys.unsqueeze(-1) + steps), _BITS - _DIGITS)
+    digits = _mixed(keys.unsqueeze(-1) + _steps(count, keys.device))
+    digits = _shifted(digits, _BITS - _DIGITS)
     return digits.double().add_(0.5).mul_(2.0**-_DIGITS)
