@@ -39,7 +39,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 # of the optimizer's state; weights of any format can be read
 _FORMAT = 2
 # beside the files of tensors
-_FILES = ("common.pt", ".metadata", "metadata.json")
+_FILES = (".metadata", "metadata.json")
 # of what two descriptions differ in, how much an error names
 _SHOWN = 5
 
@@ -141,7 +141,8 @@ def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path}: {', '.join(missing)} is missing")
     try:
         return dist_checkpointing.load(wanted, str(path))
-    except (CheckpointException, CheckpointingException) as error:
+    # the last is how 0.16 misses common.pt, which newer versions don't write
+    except (CheckpointException, CheckpointingException, AttributeError) as error:
         # torch's message is a traceback of each rank, and ends with what was wrong
         reason = str(error).strip().rpartition("\n")[2]
         raise DamagedCheckpointError(

@@ -142,8 +142,8 @@ def test_a_damaged_newest_checkpoint_is_told_with_the_way_past_it(run):
     settings = ("pretrain.steps=6", "pretrain.save_every=2", "keep_checkpoints=2")
     folder = run("pretrain", "run", *settings)
     damaged = folder / "checkpoints" / "pretrain" / "step_000006"
-    (damaged / "common.pt").unlink()
-    told = f"common.pt is missing. Delete the folder {damaged} to go on from step_000004"
+    (damaged / ".metadata").unlink()
+    told = f".metadata is missing. Delete the folder {damaged} to go on from step_000004"
     with pytest.raises(SystemExit, match=told):
         run("pretrain", "run", *settings, "--resume")
     shutil.rmtree(damaged)
