@@ -131,9 +131,7 @@ class Run:
         is_main, saved = self.layout.is_main, self.folder / "config.yaml"
         changes, done = [], self._steps_done()
         if self.resume and saved.is_file():
-            changes = check_resumed(
-                load_config([saved], []), self.config, is_in_rl=self.is_in_rl, done=done
-            )
+            changes = check_resumed(load_config([saved], []), self.config, done=done)
         barrier()  # all ranks have read what the main one is about to write
         if is_main:
             try:

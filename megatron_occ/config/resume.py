@@ -29,15 +29,15 @@ _CHANGEABLE = (
 
 
 def check_resumed(
-    saved: Config, now: Config, *, is_in_rl: bool = False, done: Mapping[str, int] | None = None
+    saved: Config, now: Config, *, done: Mapping[str, int] | None = None
 ) -> list[str]:
     """Compare a run's saved configuration with the one it is to be resumed with.
 
     Args:
         saved: what the run was started with.
         now: what it is to go on with.
-        is_in_rl: RL has a checkpoint, so that pretraining is not entered again.
-        done: steps that ``pretrain`` and ``rl`` have behind them; None: none.
+        done: step of the newest checkpoint of ``pretrain`` and of ``rl``, 0 without one; None:
+            there are none. With one of RL, pretraining is not entered again.
 
     Returns:
         The permitted changes, one line each, for the log.
@@ -48,7 +48,7 @@ def check_resumed(
     before, after = flat_values(saved), flat_values(now)
     changed = [key for key in after if after[key] != before[key]]
     lines = {key: f"{key} was {before[key]!r}, is {after[key]!r}" for key in changed}
-    objections = {key: _objection(key, now, is_in_rl, done or {}) for key in changed}
+    objections = {key: _objection(key, now, done or {}) for key in changed}
     refused = [f"{lines[key]} ({text})" for key, text in objections.items() if text]
     if refused:
         raise ConfigError(
@@ -59,9 +59,9 @@ def check_resumed(
     return list(lines.values())
 
 
-def _objection(key: str, config: Config, is_in_rl: bool, done: Mapping[str, int]) -> str:
+def _objection(key: str, config: Config, done: Mapping[str, int]) -> str:
     """Why a key may not change; empty where it may."""
-    if key == "pretrain.steps" and is_in_rl:
+    if key == "pretrain.steps" and done.get("rl", 0):
         return "pretraining is over, RL goes on from its end"
     if key in ("pretrain.steps", "rl.steps"):
         phase = config.pretrain if key == "pretrain.steps" else config.rl

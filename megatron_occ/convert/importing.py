@@ -17,6 +17,7 @@ from megatron_occ.convert.distributed import DistributedWriter
 from megatron_occ.convert.dtypes import dtype_name
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.fresh import fresh_weights
+from megatron_occ.convert.kinds import CHECKPOINT_FILE
 from megatron_occ.convert.plan import ImportPlan, MTPChoice, open_source, plan_import
 from megatron_occ.convert.shards import split_into_files
 from megatron_occ.convert.slots import Slot
@@ -105,7 +106,7 @@ def import_folder(
     side = workspace.folder / SIDE_FOLDER
     copy_side_files(folder, side)
     shutil.copyfile(folder / "config.json", side / "config.json")
-    (workspace.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (workspace.folder / CHECKPOINT_FILE).write_text(json.dumps(meta, indent=1))
     workspace.publish()
     return Imported(plan, written, len(parts))
 

@@ -82,7 +82,7 @@ def save_checkpoint(
             "format": _FORMAT,
             "megatron_core": installed_version(),
         }
-        (temporary / "meta.json").write_text(json.dumps(content, indent=1))
+        (temporary / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         for _, old in list_checkpoints(folder)[:-keep]:

@@ -58,8 +58,8 @@ def test_the_length_of_pretraining_may_not_change_once_rl_has_begun():
     saved, now = load_config([], []), load_config([], ["pretrain.steps=900"])
     assert check_resumed(saved, now) == ["pretrain.steps was 750, is 900"]
     with pytest.raises(ConfigError, match=r"pretraining is over.*rl\.init_from"):
-        check_resumed(saved, now, is_in_rl=True)
-    assert check_resumed(saved, load_config([], ["rl.steps=900"]), is_in_rl=True)
+        check_resumed(saved, now, done={"rl": 1})
+    assert check_resumed(saved, load_config([], ["rl.steps=900"]), done={"rl": 1})
 
 
 def test_micro_batches_stay_where_lambda_is_taken_from_each():
