@@ -18,15 +18,26 @@ def _regime(signal: str, coefficient: str, head: str) -> dict[str, Any]:
     }
 
 
+# The clipped loss of the MTP heads in arXiv 2605.28184 has a dual clip whatever the policy's has.
+_PAPER = {"mtp.trunk.weighting": "ppo", "mtp.trunk.dual_clip": 10.0}
+_EXACT = {
+    "mtp.trunk.weighting": "truncated",
+    "mtp.trunk.estimator": "exact",
+    "mtp.trunk.lambda_plus": None,
+    "mtp.trunk.ema": 0.98,
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # The regimes compared in arXiv 2605.28184; occ_decoupled is this project's.
+    # The regimes compared in arXiv 2605.28184; occ_decoupled and occ_exact are this
+    # project's.
     "mtp.preset": {
         "none": _regime("none", "fixed", "none"),
         "detach": _regime("none", "fixed", "ce") | {"mtp.head.weight": 0.1},
         "ce": _regime("ce", "fixed", "same_as_trunk") | {"mtp.trunk.weight": 0.1},
-        "policy": _regime("policy", "fixed", "same_as_trunk") | {"mtp.trunk.weight": 1.0},
-        "occ": _regime("policy", "occ", "same_as_trunk"),
+        "policy": _regime("policy", "fixed", "same_as_trunk") | _PAPER | {"mtp.trunk.weight": 1.0},
+        "occ": _regime("policy", "occ", "same_as_trunk") | _PAPER,
         "occ_decoupled": _regime("policy", "occ", "ce") | {"mtp.head.weight": 0.1},
+        "occ_exact": _regime("policy", "occ", "ce") | _EXACT | {"mtp.head.weight": 0.1},
     },
     "rl.algorithm": {
         # GRPO: arXiv 2402.03300, equation 3.

@@ -55,29 +55,75 @@ class OptimizerConfig:
 
 
 @dataclass
+class ExactConfig:
+    every: int = option(
+        1, "mini-batches from one measurement to the next; each is a pass more", minimum=1
+    )
+    pairs: str = option(
+        "cross",
+        "inner products of RL's and MTP's gradients of independent mini-batches (unbiased), or of "
+        "the same one (the paper's full-gradient variant: mostly their common noise)",
+        choices=("cross", "same"),
+    )
+    kept: int = option(
+        1, "measured mini-batches whose gradients are kept, to be paired with later ones", minimum=1
+    )
+    per: str = option("trunk", "one coefficient, or one for each layer", choices=("trunk", "layer"))
+    metric: str = option(
+        "adam", "of inner products: the optimizer's, or plain", choices=("adam", "euclidean")
+    )
+    gate: float = option(
+        2.0,
+        "standard errors that an inner product has to be away from 0 to act (0: any)",
+        minimum=0,
+    )
+    share: float | None = option(
+        None,
+        "MTP's part of the trunk's update, as a share of RL's, where the gate is passed (null: as "
+        "lambda_plus makes it)",
+        above=0,
+    )
+    share_cap: float | None = option(0.5, "largest such share (null: no bound)", above=0)
+
+
+@dataclass
 class TrunkConfig:
     signal: str = option(
         "policy", "MTP loss whose gradient enters the trunk", choices=("none", "ce", "policy")
     )
+    weighting: str = option(
+        "ppo",
+        "weights of tokens in a policy loss of the MTP heads: the clipped ratio exp(m - o), the "
+        "ratio cut at ratio_cap and without gradient, or 1",
+        choices=("ppo", "truncated", "unit"),
+    )
+    dual_clip: float | None = option(
+        10.0, "bound of weighting=ppo for negative advantages (null: off, heavy tails)", above=1
+    )
+    ratio_cap: float = option(1.0, "largest weight of weighting=truncated", above=0)
     coefficient: str = option("occ", "how its weight is chosen", choices=("fixed", "occ"))
     weight: float = option(0.1, "the weight, with coefficient=fixed", minimum=0)
     estimator: str = option(
         "logprob",
-        "OCC formula: the paper's, or the released code's",
-        choices=("logprob", "released"),
+        "OCC formula: the paper's log-prob proxy, the released code's, or the gradients themselves",
+        choices=("logprob", "released", "exact"),
     )
     statistics: str = option(
         "previous",
         "mini-batch that lambda is taken from: the previous one, or this one (a forward pass more)",
         choices=("previous", "current"),
     )
-    lambda_plus: float = option(
-        1.0, "lambda+ of the paper's formula (f of the released one)", above=0
+    lambda_plus: float | None = option(
+        1.0,
+        "lambda+ of the paper's formula (f of the released one; null, with estimator=exact: the "
+        "scale of the best step, from the signal in RL's own gradient)",
+        above=0,
     )
     clamp: list[float | None] = option([0.0, None], "lower and upper bound of lambda (null: open)")
     ema: float = option(
         0.0, "decay of the exponential average of the statistics", minimum=0, below=1
     )
+    exact: ExactConfig = section(ExactConfig, "measurements of estimator=exact")
 
 
 @dataclass
@@ -105,7 +151,7 @@ class MTPConfig:
     preset: str | None = option(
         None,
         "published regime: sets trunk and head",
-        choices=("none", "detach", "ce", "policy", "occ", "occ_decoupled"),
+        choices=("none", "detach", "ce", "policy", "occ", "occ_decoupled", "occ_exact"),
     )
     trunk: TrunkConfig = section(TrunkConfig, "gradient that MTP sends into the trunk")
     head: HeadConfig = section(HeadConfig, "training of the MTP head itself")

@@ -11,6 +11,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.validate_exact import exact_problems
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
@@ -77,6 +78,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     if trains:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
+        yield from exact_problems(config)
     yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 
 

@@ -38,11 +38,28 @@ def mtp_problems(config: Config) -> Iterator[str]:
             f"mtp.trunk.weight=0: mtp.trunk.signal={trunk.signal} would have no effect. Give a "
             "weight above 0, or mtp.trunk.signal=none"
         )
+    yield from _weighting(config)
     if head.states == "rollout":
         yield from _states_of_rollouts(config)
     yield from _clamp(trunk)
     if trunk.coefficient == "occ":
         yield from _calibration(trunk, config.rl.mini_batches)
+
+
+def _weighting(config: Config) -> Iterator[str]:
+    """Weights of tokens where no MTP head has a policy loss."""
+    trunk, head = config.mtp.trunk, config.mtp.head
+    if trunk.signal == "policy" or head.signal == "policy":
+        return
+    defaults = TrunkConfig()
+    for name in ("weighting", "dual_clip", "ratio_cap"):
+        value = getattr(trunk, name)
+        if value != getattr(defaults, name):
+            yield (
+                f"mtp.trunk.{name}={spell(value)}: no MTP head has a policy loss "
+                f"(mtp.trunk.signal={trunk.signal}, mtp.head.signal={head.signal}). Set "
+                "mtp.trunk.signal=policy, or drop the key"
+            )
 
 
 def _states_of_rollouts(config: Config) -> Iterator[str]:
@@ -88,12 +105,20 @@ def _clamp(trunk: TrunkConfig) -> Iterator[str]:
 
 
 def _calibration(trunk: TrunkConfig, mini_batches: int) -> Iterator[str]:
-    if trunk.signal != "policy":
+    if trunk.signal == "none" or (trunk.signal == "ce" and trunk.estimator != "exact"):
         yield (
-            f"mtp.trunk.coefficient=occ: calibrates the policy gradient of the MTP heads, not "
-            f"mtp.trunk.signal={trunk.signal}. Set mtp.trunk.coefficient=fixed, or "
-            "mtp.trunk.signal=policy"
+            f"mtp.trunk.coefficient=occ: with mtp.trunk.estimator={trunk.estimator} calibrates the "
+            f"policy gradient of the MTP heads, not mtp.trunk.signal={trunk.signal}. Set "
+            "mtp.trunk.coefficient=fixed, or mtp.trunk.signal=policy"
         )
+    if trunk.lambda_plus is None and trunk.estimator != "exact":
+        yield (
+            f"mtp.trunk.lambda_plus=null: mtp.trunk.estimator={trunk.estimator} does not measure "
+            "the scale of lambda. Give a number (1.0 is the paper's), or "
+            "mtp.trunk.estimator=exact"
+        )
+    if trunk.estimator == "exact":
+        return
     if mini_batches == 1:
         yield (
             "rl.mini_batches=1: with mtp.trunk.coefficient=occ lambda would stay 0, since in the "

@@ -37,16 +37,15 @@ class Switch:
     zero: Any = None
 
 
-_CALIBRATION = tuple(
-    f"mtp.trunk.{name}" for name in ("estimator", "statistics", "lambda_plus", "clamp", "ema")
-)
-
-
 def _all_but(section: str, *names: str) -> tuple[str, ...]:
     without = {f"{section}.{name}" for name in names}
     return tuple(key for key in leaves() if key.startswith(f"{section}.") and key not in without)
 
 
+_CALIBRATION = (
+    *(f"mtp.trunk.{name}" for name in ("estimator", "statistics", "lambda_plus", "clamp", "ema")),
+    *_all_but("mtp.trunk.exact"),
+)
 _YARN = (
     "yarn.original_max_position_embeddings",
     "yarn.beta_fast",
@@ -132,7 +131,31 @@ RL_SWITCHES = (
         "mtp.trunk.coefficient",
         _is("fixed"),
         _CALIBRATION,
-        "mtp.trunk.coefficient=occ (mtp.preset=occ or occ_decoupled)",
+        "mtp.trunk.coefficient=occ (mtp.preset=occ, occ_decoupled or occ_exact)",
+    ),
+    Switch(
+        "mtp.trunk.estimator",
+        _is("logprob", "released"),
+        _all_but("mtp.trunk.exact"),
+        "mtp.trunk.estimator=exact (mtp.preset=occ_exact)",
+    ),
+    Switch(
+        "mtp.trunk.estimator",
+        _is("exact"),
+        ("mtp.trunk.statistics",),
+        "mtp.trunk.estimator=logprob",
+    ),
+    Switch(
+        "mtp.trunk.weighting",
+        _is("truncated", "unit"),
+        ("mtp.trunk.dual_clip",),
+        "mtp.trunk.weighting=ppo",
+    ),
+    Switch(
+        "mtp.trunk.weighting",
+        _is("ppo", "unit"),
+        ("mtp.trunk.ratio_cap",),
+        "mtp.trunk.weighting=truncated",
     ),
     Switch(
         "mtp.trunk.signal",

@@ -13,6 +13,7 @@ from megatron_occ.losses.head_loss import describe_heads, mean_distances
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.policy import clipped_policy_loss
+from megatron_occ.losses.weighted import weighted_policy_loss
 
 _METRIC_NAMES = {
     "clip_fraction_low": "clip_fraction/low",
@@ -25,7 +26,7 @@ _METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Settings of the clipped policy loss, shared by the main head and the MTP policy loss."""
+    """Settings of the clipped policy loss; all but the dual clip are shared with the MTP heads."""
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -47,7 +48,11 @@ class Regime:
         trunk_weight: weight of the trunk loss, averaged over depths; None: the coefficients given
             to the loss (OCC).
         head_weight: weight of the head's own loss, averaged over depths.
-        estimator: ``logprob`` or ``released`` (used with ``trunk_weight=None``).
+        weighting: of the tokens in a policy loss of an MTP depth: ``ppo`` (the clipped ratio),
+            ``truncated`` (a capped ratio that carries no gradient) or ``unit``.
+        dual_clip: of ``ppo``, see ``clipped_policy_loss``.
+        ratio_cap: of ``truncated``.
+        estimator: ``logprob``, ``released`` or ``exact`` (used with ``trunk_weight=None``).
         lambda_plus: scale of the released formula, the f of the released code.
         clamp: bounds of the released formula's coefficient (the calibrator bounds the paper's).
         head_on_rollouts: the head's own loss, ``soft_ce`` or ``tv``, is taken on trunk states that
@@ -58,8 +63,11 @@ class Regime:
     head: str = "ce"
     trunk_weight: float | None = 0.1
     head_weight: float = 0.1
+    weighting: str = "ppo"
+    dual_clip: float | None = 10.0
+    ratio_cap: float = 1.0
     estimator: str = "logprob"
-    lambda_plus: float = 1.0
+    lambda_plus: float | None = 1.0
     clamp: tuple[float | None, float | None] = (None, None)
     head_on_rollouts: bool = False
 
@@ -93,6 +101,17 @@ class Regime:
         own_pass = self.has_own_loss and not self.head_on_rollouts
         return ((True, False),) * to_trunk + ((False, True),) * own_pass
 
+    @property
+    def cut_passes(self) -> tuple[tuple[bool, bool], ...]:
+        """The passes of an update in which MTP's gradient does not reach the trunk by the loss.
+
+        Its coefficient is 0, or the gradient is added apart from the loss. A head that shares the
+        trunk's loss keeps a pass, with a gradient of zeros: an overlapped reduction waits for it.
+        """
+        if self.head == "same_as_trunk":
+            return ((False, True),)
+        return tuple(one for one in self.passes if one == (False, True))
+
 
 @dataclass(frozen=True)
 class JointLoss:
@@ -107,6 +126,8 @@ class JointLoss:
         targets: JointTargets,
         normalizers: Normalizers,
         coefficients: Tensor | None = None,
+        *,
+        cut: bool = False,
     ) -> tuple[Tensor, LossReport]:
         """Compute loss and report.
 
@@ -114,7 +135,10 @@ class JointLoss:
             outputs: of the model.
             targets: constants.
             normalizers: global counts.
-            coefficients: lambda [K], with ``regime.trunk_weight=None`` and the log-prob estimator.
+            coefficients: lambda [K], with ``regime.trunk_weight=None`` unless the estimator is the
+                released one.
+            cut: the outputs are those of ``regime.cut_passes``: the trunk's MTP loss is reported
+                alone.
 
         Returns:
             The scalar ``L_RL + (1/K) sum_k lambda_k L_k + (w/K) sum_k H_k`` (arXiv 2605.28184, with
@@ -129,17 +153,26 @@ class JointLoss:
         if not self.regime.head_on_rollouts:
             describe_heads(outputs, targets.mask, normalizers, report.metrics)
         if self.regime.trunk != "none":
-            weights = self._trunk_weights(outputs, targets, coefficients, depths)
-            if self._is_released:
-                weights = _answer_non_finite(weights, targets, normalizers, report.metrics)
-            losses = self._depth_losses(self.regime.trunk, outputs.passes[0], targets, normalizers)
+            losses = self.trunk_losses(outputs, targets, normalizers)
             for k, value in enumerate(losses.detach(), start=1):
                 report.metrics[f"loss/trunk_mtp_{k}"] = value
+            if cut:
+                weights = torch.zeros_like(losses)
+            else:
+                weights = self._trunk_weights(outputs, targets, coefficients, depths)
+            if self._is_released:
+                weights = _answer_non_finite(weights, targets, normalizers, report.metrics)
             loss = loss + (weights.to(losses.dtype) * losses).sum()
         if self.regime.has_own_loss and not self.regime.head_on_rollouts:
             losses = self._head_losses(outputs, targets, normalizers)
             loss = loss + self.regime.head_weight * losses.mean()
         return loss, report
+
+    def trunk_losses(
+        self, outputs: HeadOutputs, targets: JointTargets, normalizers: Normalizers
+    ) -> Tensor:
+        """What MTP sends into the trunk with weight 1: the loss of each depth, [K]."""
+        return self._depth_losses(self.regime.trunk, outputs.passes[0], targets, normalizers)
 
     @property
     def _is_released(self) -> bool:
@@ -176,9 +209,6 @@ class JointLoss:
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         per_token = self.policy.aggregation == "token"
-        weights = targets.importance_weights
-        if weights is not None and depth > 0:
-            weights = shift_to_source(weights, depth - 1, fill=1.0)
         return clipped_policy_loss(
             logprobs,
             targets.old_logprobs[depth],
@@ -186,9 +216,27 @@ class JointLoss:
             targets.mask[depth],
             clip_low=self.policy.clip_low,
             clip_high=self.policy.clip_high,
-            dual_clip=self.policy.dual_clip,
+            dual_clip=self.policy.dual_clip if depth == 0 else self.regime.dual_clip,
             aggregation=self.policy.aggregation,
-            importance_weights=weights,
+            importance_weights=_importance(targets, depth),
+            normalizer=(normalizers.tokens if per_token else normalizers.sequences)[depth],
+        )
+
+    def _mtp_policy_loss(
+        self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
+    ) -> Tensor:
+        regime = self.regime
+        if regime.weighting == "ppo":
+            return self._policy_loss(logprobs, targets, normalizers, depth)[0]
+        per_token = self.policy.aggregation == "token"
+        return weighted_policy_loss(
+            logprobs,
+            targets.old_logprobs[depth],
+            targets.advantages,
+            targets.mask[depth],
+            ratio_cap=regime.ratio_cap if regime.weighting == "truncated" else None,
+            aggregation=self.policy.aggregation,
+            importance_weights=_importance(targets, depth),
             normalizer=(normalizers.tokens if per_token else normalizers.sequences)[depth],
         )
 
@@ -216,7 +264,7 @@ class JointLoss:
         depths = range(logprobs.size(0))
         if signal == "policy":
             losses = [
-                self._policy_loss(logprobs[k], targets, normalizers, k + 1)[0] for k in depths
+                self._mtp_policy_loss(logprobs[k], targets, normalizers, k + 1) for k in depths
             ]
         else:
             losses = [
@@ -236,6 +284,14 @@ class JointLoss:
 def calibration_report(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, LossReport]:
     """Calibration sums alone, for a forward pass ahead of the update; the loss is 0."""
     return outputs.logprobs.new_zeros(()), LossReport(calibration=_calibration(outputs, targets))
+
+
+def _importance(targets: JointTargets, depth: int) -> Tensor | None:
+    """Importance weights in a depth's frame."""
+    weights = targets.importance_weights
+    if weights is None or depth == 0:
+        return weights
+    return shift_to_source(weights, depth - 1, fill=1.0)
 
 
 def _calibration(outputs: HeadOutputs, targets: JointTargets) -> CalibrationSums:

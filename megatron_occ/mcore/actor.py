@@ -19,6 +19,7 @@ from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
+from megatron_occ.mcore.gradients import Gradient, GradientSpace
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
 from megatron_occ.mcore.model import HeadRequest, OCCGPTModel
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
@@ -98,6 +99,14 @@ class MegatronGPTActor:
             distributed=parallel.distributed_optimizer,
             total_updates=total_updates,
             head_clip=config.mtp.head.clip_grad,
+        )
+        self.gradient_space = GradientSpace(
+            self.chunks,
+            self.optimizer.megatron,
+            num_layers=config.model.num_layers,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            updates=lambda: self.optimizer.updates,
         )
         self._context = ContextRanks()
         if layout.context_parallel_size > 1:
@@ -194,9 +203,31 @@ class MegatronGPTActor:
         placed = self._placed(micro_batches)
         return self._reduce(run_mini_batch(self.wrapped, placed, loss, forward_only=forward_only))
 
-    def finish_training_step(self) -> StepReport:
-        """Clip and update."""
-        return self.optimizer.step()
+    def get_gradient(
+        self, micro_batches: Sequence[Sequences], loss: LossFunction, *, head: bool = False
+    ) -> Gradient:
+        """Trunk gradient of a loss that is not the update's, over the whole mini-batch.
+
+        Args:
+            micro_batches: from :meth:`micro_batch`.
+            loss: as in :meth:`get_loss_and_metrics`; its report is dropped.
+            head: also the gradient of the MTP head's own parameters.
+        """
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
+        # routers count tokens and move their bias after a backward pass: once, in the update's
+        before = [buffer.clone() for buffer in buffers]
+        run_mini_batch(self.wrapped, self._placed(micro_batches), loss)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        return self.gradient_space.take(head=head)
+
+    def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReport:
+        """Clip and update.
+
+        Args:
+            mix: called before, with the gradients in place, to change them through ``gradient_space``.
+        """
+        return self.optimizer.step(mix)
 
     def micro_batch(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +84,17 @@ class JointOptimizer:
         # made so far, skipped ones not counted
         self.updates = 0
 
-    def step(self) -> StepReport:
-        """Clip, update, and advance the schedule. Non-finite gradients skip the update."""
+    def step(self, mix: Callable[[], None] | None = None) -> StepReport:
+        """Clip, update, and advance the schedule. Non-finite gradients skip the update.
+
+        Args:
+            mix: called before norms are taken; it may change the gradients.
+        """
         # the schedule counts finished updates; this one runs at the rate of the next count
         self.schedule.step(1)
         overflow = self.megatron.prepare_grads()
+        if mix is not None:
+            mix()
         norms = {head: self._norm(head) for head in (False, True)}
         finite = all(torch.isfinite(torch.tensor(norm)) for norm in norms.values())
         if finite and not overflow:

@@ -100,6 +100,21 @@ def load_state(optimizer: ChainedOptimizer, state: dict[str, Any], updates: int)
         _set_updates(part, updates)
 
 
+def main_parameters(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters of the model and what the optimizer updates in their place on this rank.
+
+    That is the parameter itself, its fp32 copy, or, with the distributed optimizer, this rank's
+    share of it; a parameter without such a share is left out.
+    """
+    if part.optimizer is None:  # no parameter on this rank
+        return
+    if isinstance(part, DistributedOptimizer):
+        for parameter, (group, place) in part.model_param_group_index_map.items():
+            yield parameter, part.optimizer.param_groups[group]["params"][place]
+    else:
+        yield from _pairs(part)
+
+
 def _slots(optimizer: ChainedOptimizer) -> Iterator[_Slot]:
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:  # no parameter on this rank

@@ -54,6 +54,34 @@ class Collectives(Protocol):
         ...
 
 
+class GradientSpaceLike(Protocol):
+    """Gradients of the trunk as vectors; ``mcore.gradients.GradientSpace`` is one.
+
+    Attributes:
+        groups: names of the G groups of layers.
+        has_adam_metric: the optimizer has made an update.
+    """
+
+    groups: Sequence[str]
+
+    @property
+    def has_adam_metric(self) -> bool: ...
+
+    def current(self) -> Any:
+        """The gradient that the optimizer is about to use, not a copy."""
+        ...
+
+    def copy(self, gradient: Any) -> Any: ...
+
+    def add(self, gradients: Sequence[Any], weights: Tensor) -> None:
+        """Add gradients with weights [n, G] or [n, 1] to what the optimizer is about to use."""
+        ...
+
+    def products(self, left: Sequence[Any], right: Sequence[Any], metric: str) -> Tensor:
+        """Inner products [len(left), len(right), G], float64 on the CPU, over all ranks."""
+        ...
+
+
 class Actor(Protocol):
     """A policy that can be scored and updated; ``mcore.actor.MegatronGPTActor`` is one.
 
@@ -66,6 +94,7 @@ class Actor(Protocol):
         sequence_multiple: a packed sequence is padded to a multiple of this.
         micro_batch_multiple: the number of micro-batches is a multiple of this.
         version: of the weights, optimizer updates so far.
+        gradient_space: gradients of the trunk.
     """
 
     layout: Collectives
@@ -73,6 +102,7 @@ class Actor(Protocol):
     sequence_multiple: int
     micro_batch_multiple: int
     version: int
+    gradient_space: GradientSpaceLike
 
     def get_inference_log_probs(
         self,
@@ -120,4 +150,10 @@ class Actor(Protocol):
         self, micro_batches: Sequence[Any], loss: LossFunction, *, forward_only: bool = False
     ) -> LossReport: ...
 
-    def finish_training_step(self) -> StepReportLike: ...
+    def get_gradient(
+        self, micro_batches: Sequence[Any], loss: LossFunction, *, head: bool = False
+    ) -> Any:
+        """Trunk gradient of a loss that is not the update's, with ``head`` also the head's."""
+        ...
+
+    def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReportLike: ...

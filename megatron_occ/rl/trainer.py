@@ -70,6 +70,7 @@ class GRPOTrainer:
                     self.run_validation()
                 if self.step == rl.steps or _is_due(self.step, rl.save_every):
                     with self.timers("save"):
+                        self.updater.before_save()
                         self.save(self.step)
 
     def run_step(self) -> dict[str, float]:
@@ -105,8 +106,7 @@ class GRPOTrainer:
             self._warn(self.step + 1, update.events)
             updates.append(update.metrics)
             gap |= update.gap
-        means = {name: sum(m[name] for m in updates) / len(updates) for name in updates[0]}
-        return means | gap
+        return _means(updates) | gap
 
     def run_validation(self) -> dict[str, float]:
         """Validate the current policy and log the result."""
@@ -142,6 +142,15 @@ class GRPOTrainer:
     def _warn(self, step: int, events: list[str]) -> None:
         for event in events:
             self.logger.event(step, event)
+
+
+def _means(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Of each metric over the updates that have it."""
+    found: dict[str, list[float]] = {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_occ.losses.heads import (
 from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
 from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
+from megatron_occ.rl.exact import ExactTracker, measures_gradients
 from megatron_occ.rl.head_rows import HeadBatch, HeadRows
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
@@ -61,7 +63,10 @@ class PolicyUpdater:
     def __init__(self, config: Config, actor: Actor) -> None:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
-        self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
+        self.exact = (
+            ExactTracker(config.mtp, actor.gradient_space) if measures_gradients(config.mtp) else None
+        )
+        self.loss = JointLoss(policy_settings(config), self.coefficients.regime)
         self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
         self.reuses_rollout = config.rl.old_logprobs == "rollout"
         self._gap_is_due = False
@@ -131,27 +136,35 @@ class PolicyUpdater:
         normalizers = self._normalizers(parts)
         head_parts = self._head_batches(head)
         head_normalizers = self._normalizers(head_parts) if head_parts else None
-        used = self.coefficients.before_update(lambda: self._forward_sums(parts))
+        used = self._coefficients(parts)
         weights = to_device(used, self.actor.layout.device)
+        measured = self._measured(parts, normalizers)
+        cut = measured is not None or self._is_idle(used)
 
         def loss(
             outputs: HeadOutputs, targets: JointTargets | HeadTargets
         ) -> tuple[torch.Tensor, LossReport]:
             if isinstance(targets, HeadTargets):
                 return self.head_loss(outputs, targets, head_normalizers)
-            value, report = self.loss(outputs, targets, normalizers, weights)
+            value, report = self.loss(outputs, targets, normalizers, weights, cut=cut)
             if measures_gap:
                 _add_gap(report, outputs, targets, normalizers)
             return value, report
 
         # the policy's come last: gradients may be reduced while the last micro-batch goes backward
-        batches = self._for_head(head_parts) + self._for_training(parts)
+        batches = self._for_head(head_parts) + self._for_training(parts, cut=cut)
         report = self.actor.get_loss_and_metrics(batches, loss)
-        step = self.actor.finish_training_step()
+        mix = None
+        if measured is not None:
+            mix = functools.partial(self.exact.mix, measured)
+        step = self.actor.finish_training_step(mix)
         report = on_host(report)
         metrics = update_metrics(report, step)
         metrics.update(self.coefficients.after_update(report.calibration, used))
         events = self.coefficients.pop_events()
+        if self.exact is not None:
+            metrics.update(self.exact.after_update())
+            events += self.exact.pop_events()
         if metrics.pop("calibration/non_finite", 0.0):
             events.append("released lambda not finite in a micro-batch: using 0")
         if step.skipped:
@@ -161,11 +174,48 @@ class PolicyUpdater:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the calibration."""
-        return self.coefficients.state_dict()
+        return (self.exact or self.coefficients).state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.coefficients.load_state_dict(state)
+        (self.exact or self.coefficients).load_state_dict(state)
+
+    def before_save(self) -> None:
+        """Drop what a checkpoint does not hold."""
+        if self.exact is not None:
+            self.exact.forget()
+
+    def _coefficients(self, parts: list[_MicroBatch]) -> torch.Tensor | None:
+        """Lambda [K] of the loss; None where the regime's weight is fixed, or the released one."""
+        if self.exact is not None:
+            return self.exact.current
+        return self.coefficients.before_update(lambda: self._forward_sums(parts))
+
+    def _measured(self, parts: list[_MicroBatch], normalizers: Normalizers) -> list[Any] | None:
+        """Gradients of what MTP sends into the trunk, by depth; None where none is due."""
+        if self.exact is None or not self.exact.is_due:
+            return None
+        shares_loss = not self.loss.regime.has_own_loss and self.loss.regime.trains_head
+        # an overlapped reduction waits for the gradient of every parameter that has one
+        to_head = shares_loss or self.config.parallel.overlap_grad_reduce
+        batches = self._micro_batches(parts, passes=((True, to_head),))
+
+        def gradient(depth: int) -> Any:
+            def loss(
+                outputs: HeadOutputs, targets: JointTargets
+            ) -> tuple[torch.Tensor, LossReport]:
+                return self.loss.trunk_losses(outputs, targets, normalizers)[depth], LossReport()
+
+            return self.actor.get_gradient(batches, loss, head=shares_loss)
+
+        return self.exact.take(gradient)
+
+    def _is_idle(self, used: torch.Tensor | None) -> bool:
+        """Whether the trunk's MTP loss has the weight 0 and a pass to itself."""
+        regime = self.loss.regime
+        if used is None or regime.trunk == "none" or not regime.has_own_loss:
+            return False
+        return not bool(used.any())
 
     def _with_constants(self, mini_batch: MiniBatch) -> list[_MicroBatch]:
         depths, cap = self.actor.num_depths, self.config.rl.loss.importance_cap
@@ -203,11 +253,11 @@ class PolicyUpdater:
         assert report.calibration is not None
         return report.calibration
 
-    def _for_training(self, parts: list[_MicroBatch]) -> list[Any]:
+    def _for_training(self, parts: list[_MicroBatch], *, cut: bool) -> list[Any]:
         regime = self.loss.regime
         return self._micro_batches(
             parts,
-            passes=regime.passes,
+            passes=regime.cut_passes if cut else regime.passes,
             entropy=True,
             distance=regime.distance,
         )
@@ -236,7 +286,7 @@ def _add_gap(
     report.maxima[_GAP_MAX] = gap.max()
 
 
-def _policy_settings(config: Config) -> PolicySettings:
+def policy_settings(config: Config) -> PolicySettings:
     loss = config.rl.loss
     return PolicySettings(
         clip_low=loss.clip_low,

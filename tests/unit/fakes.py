@@ -14,6 +14,7 @@ from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import Generation, row_keys, sample_by_race, token_keys
+from tests.unit.fake_gradients import FakeGradients
 from tests.unit.fake_layouts import FakeLayout
 
 ALPHABET = "abcdefgh."
@@ -87,6 +88,7 @@ class FakeActor:
     def __init__(self, depths=2, *, layout=None, lr=0.5, seed=0):
         self.layout = layout or FakeLayout()
         self.num_depths, self.lr = depths, lr
+        self.gradient_space = FakeGradients(self)
         self.model, self.reference = Bigram(depths, seed), Bigram(depths, seed)
         self.losses, self.gradients, self.reports, self.calls = [], [], [], []
         self.cuts = []
@@ -160,6 +162,15 @@ class FakeActor:
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
         return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance)
 
+    def get_gradient(self, micro_batches, loss, *, head=False):
+        self.model.zero_grad()
+        for batch in micro_batches:
+            loss(self.outputs(batch), batch.payload)[0].backward()
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                self.layout.all_reduce_data_parallel(parameter.grad)
+        return self.gradient_space.take(head)
+
     def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
         if not forward_only:
             self.model.zero_grad()
@@ -202,7 +213,14 @@ class FakeActor:
             outputs["distance"] = cut(DISTANCES[batch.distance](scaled, ahead))
         return HeadOutputs(**outputs, passes=tuple(passes), agreement=cut(agreement))
 
-    def finish_training_step(self):
+    def finish_training_step(self, mix=None):
+        if mix is not None:
+            mix()
+            self.gradients[-1] = {
+                name: p.grad.clone()
+                for name, p in self.model.named_parameters()
+                if p.grad is not None
+            }
         self.version += 1
         trunk = [self.model.embedding, self.model.trunk, self.model.output]
         trunk_norm, head_norm = (_norm(group) for group in (trunk, self.model.heads))

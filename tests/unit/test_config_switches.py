@@ -33,6 +33,16 @@ SERVER = {
     "draft_share": 0.1,
     "require_seeds": "false",
 }
+EXACT = {
+    "every": 8,
+    "pairs": "same",
+    "kept": 2,
+    "per": "layer",
+    "metric": "euclidean",
+    "gate": 1,
+    "share": 0.1,
+    "share_cap": 0.1,
+}
 SERVED = (
     "rl.rollout.engine=vllm rl.rollout.server.urls=['http://a:1'] rl.rollout.batch_size=512 "
     "rl.rollout.speculative.mode=auto rl.rollout.speculative.draft_length=3"
@@ -116,6 +126,14 @@ SWITCHED_OFF = [
         "rl.rollout.engine=sglang",
         "acceptance=coupled",
     ),
+    *(
+        ("mtp.preset=occ", f"mtp.trunk.exact.{key}={value}", "estimator=logprob", "occ_exact")
+        for key, value in EXACT.items()
+    ),
+    ("mtp.preset=detach", "mtp.trunk.exact.gate=1", "coefficient=fixed", "coefficient=occ"),
+    ("mtp.preset=occ_exact", "mtp.trunk.statistics=current", "estimator=exact", "=logprob"),
+    ("mtp.preset=occ_exact", "mtp.trunk.dual_clip=3", "weighting=truncated", "weighting=ppo"),
+    ("mtp.preset=policy", "mtp.trunk.ratio_cap=3", "weighting=ppo", "weighting=truncated"),
     ("pretrain.steps=0", "pretrain.validate_every=5", "pretrain.steps=0", "validate_every=0"),
     ("pretrain.steps=0", "pretrain.stop_at_pass_rate=0.5", "pretrain.steps=0", "rate=null"),
 ]

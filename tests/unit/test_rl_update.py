@@ -49,7 +49,7 @@ class MetaActor(FakeActor):
             assert {metric.device.type for metric in report.metrics.values()} <= {"meta"}
         return LossReport({"loss": torch.ones(())}, CalibrationSums.zeros(depths))
 
-    def finish_training_step(self):
+    def finish_training_step(self, mix=None):
         return FakeStep(1.0, 1.0, 0.1, False)
 
 
