@@ -64,7 +64,9 @@ class PolicyUpdater:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
         self.exact = (
-            ExactTracker(config.mtp, actor.gradient_space) if measures_gradients(config.mtp) else None
+            ExactTracker(config.mtp, actor.gradient_space)
+            if measures_gradients(config.mtp)
+            else None
         )
         self.loss = JointLoss(policy_settings(config), self.coefficients.regime)
         self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
@@ -195,20 +197,22 @@ class PolicyUpdater:
         """Gradients of what MTP sends into the trunk, by depth; None where none is due."""
         if self.exact is None or not self.exact.is_due:
             return None
-        shares_loss = not self.loss.regime.has_own_loss and self.loss.regime.trains_head
+        regime, overlaps = self.loss.regime, self.config.parallel.overlap_grad_reduce
+        shares_loss = regime.trains_head and not regime.has_own_loss
         # an overlapped reduction waits for the gradient of every parameter that has one
-        to_head = shares_loss or self.config.parallel.overlap_grad_reduce
-        batches = self._micro_batches(parts, passes=((True, to_head),))
+        batches = self._micro_batches(parts, passes=((True, shares_loss or overlaps),))
 
-        def gradient(depth: int) -> Any:
-            def loss(
-                outputs: HeadOutputs, targets: JointTargets
-            ) -> tuple[torch.Tensor, LossReport]:
-                return self.loss.trunk_losses(outputs, targets, normalizers)[depth], LossReport()
+        def loss(
+            depth: int, outputs: HeadOutputs, targets: JointTargets
+        ) -> tuple[torch.Tensor, LossReport]:
+            losses = self.loss.trunk_losses(outputs, targets, normalizers)
+            others = 0.0 * losses.sum() if overlaps else 0.0
+            return losses[depth] + others, LossReport()
 
-            return self.actor.get_gradient(batches, loss, head=shares_loss)
-
-        return self.exact.take(gradient)
+        return [
+            self.actor.get_gradient(batches, functools.partial(loss, depth), head=shares_loss)
+            for depth in range(self.actor.num_depths)
+        ]
 
     def _is_idle(self, used: torch.Tensor | None) -> bool:
         """Whether the trunk's MTP loss has the weight 0 and a pass to itself."""

@@ -41,9 +41,9 @@ def test_the_ratio_is_cut_and_carries_no_gradient():
 def test_the_clipped_loss_has_a_gradient_of_hundreds_there_and_a_dual_clip_cuts_it_off():
     def clipped(dual_clip):
         new = NEW.clone().requires_grad_()
-        clipped_policy_loss(
-            new, OLD, ADVANTAGES, MASK, dual_clip=dual_clip, normalizer=1.0
-        )[0].backward()
+        clipped_policy_loss(new, OLD, ADVANTAGES, MASK, dual_clip=dual_clip, normalizer=1.0)[
+            0
+        ].backward()
         return new.grad[0, 1].item()
 
     assert clipped(None) == pytest.approx(2 * 800, rel=1e-4)
