@@ -225,7 +225,7 @@ class MegatronGPTActor:
         """Clip and update.
 
         Args:
-            mix: called before, with the gradients in place, to change them through ``gradient_space``.
+            mix: called before, with gradients in place that it may change by ``gradient_space``.
         """
         return self.optimizer.step(mix)
 
