@@ -61,7 +61,11 @@ class PolicyUpdater:
     def __init__(self, config: Config, actor: Actor) -> None:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
-        self.loss = JointLoss(_policy_settings(config), self.coefficients.regime)
+        self.loss = JointLoss(
+            _policy_settings(config),
+            self.coefficients.regime,
+            config.rl.rollout.max_response_length,
+        )
         self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
         self.reuses_rollout = config.rl.old_logprobs == "rollout"
         self._gap_is_due = False
