@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_occ.config import load_config
 from megatron_occ.config.schema import Config
+from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
-from megatron_occ.inputs import read_task, read_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
 from megatron_occ.mcore.startup import Layout, initialize

@@ -28,8 +28,8 @@ from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Nor
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.startup import Layout, initialize, shutdown
 from megatron_occ.mcore.training import MicroBatch
-from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch, joint_targets
+from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rl.update import PolicyUpdater
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"

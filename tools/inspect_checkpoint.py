@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_occ.convert_cli import main
+from megatron_occ.commands.convert import main
 
 if __name__ == "__main__":
     main(["inspect", *sys.argv[1:]])

@@ -212,19 +212,12 @@ def _reinforcement(config: Config) -> Iterator[str]:
 def _old_logprobs(config: Config) -> Iterator[str]:
     if config.rl.old_logprobs != "rollout":
         return
-    cap, trunk = config.rl.loss.importance_cap, config.mtp.trunk
+    cap = config.rl.loss.importance_cap
     if cap is not None:
         yield (
             f"rl.loss.importance_cap={cap}: weighs the training model's old log-probs against the "
             "rollout's, and rl.old_logprobs=rollout takes the rollout's for both. Give "
             "rl.loss.importance_cap=null, or rl.old_logprobs=training"
-        )
-    uses_released = trunk.coefficient == "occ" and trunk.estimator == "released"
-    if trunk.signal != "none" and uses_released:
-        yield (
-            "mtp.trunk.estimator=released: also reads the old log-probs of the prompt, and "
-            "rl.old_logprobs=rollout has none. Give mtp.trunk.estimator=logprob, or "
-            "rl.old_logprobs=training"
         )
 
 

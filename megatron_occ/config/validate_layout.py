@@ -183,12 +183,6 @@ def _packed_counts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
             "multiple of it (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or "
             "give parallel.virtual_pipeline=1"
         )
-    if config.mtp.trunk.coefficient == "occ" and config.mtp.trunk.estimator == "released":
-        yield (
-            f"rl.micro_batch_tokens={config.rl.micro_batch_tokens}: "
-            "mtp.trunk.estimator=released is a mean over the positions of a padded micro-batch. "
-            "Give rl.micro_batch_tokens=null, or mtp.trunk.estimator=logprob"
-        )
 
 
 def _batch(phase: str, key: str, size: int, ranks: int) -> Iterator[str]:

@@ -97,16 +97,11 @@ def calibration_sums(
     Raises:
         ValueError: shapes that do not match.
     """
-    keep = as_bool_mask(_per_depth(mask, mtp_logprobs, "mask"))
-    old = neutralised(_per_depth(old_logprobs, mtp_logprobs, "old_logprobs").double(), keep)
-    main = neutralised(_per_depth(logprobs, mtp_logprobs, "logprobs").double(), keep)
-    mtp = neutralised(mtp_logprobs.double(), keep)
-    moved = (main - old).flatten(start_dim=1)
-    gap = (mtp - old).flatten(start_dim=1)
+    keep, moved, gap = _differences(logprobs, old_logprobs, mtp_logprobs, mask)
     return CalibrationSums(
         cross=(moved * gap).sum(dim=1),
         gram=gap @ gap.T,
-        count=keep.flatten(start_dim=1).sum(dim=1).double(),
+        count=keep.sum(dim=1).double(),
         moved=moved.square().sum(dim=1),
     )
 
@@ -133,34 +128,47 @@ def released_coefficient(
     logprobs: Tensor,
     old_logprobs: Tensor,
     mtp_logprobs: Tensor,
+    mask: Tensor,
     *,
+    max_response_length: int,
     factor: float = 0.1,
     eps: float = 1e-8,
 ) -> Tensor:
-    """lambda [K] as the code released with OCC computes it. For reproduction only.
+    """lambda [K] of one micro-batch as the code released with OCC computes it, for reproduction.
 
-    `(factor / K) * mean_t(d_RL * d_k / (d_k^2 + eps))`. Compared with `coefficient_from_sums`:
+    `(factor / K) * sum_t w_k d_RL d_k / (d_k^2 + eps) / (b * max_response_length)`. That code takes
+    the mean over response positions alone, padded with exact zeros to the longest allowed response.
+    Compared with `coefficient_from_sums`:
 
     - a mean of ratios is heavy-tailed: a single token with a tiny `d_k` can dominate;
-    - the mean takes all positions without a response mask: padding dilutes it, prompt tokens count;
-    - it is not additive: its value depends on how a mini-batch is cut into micro-batches.
+    - zeros up to the longest allowed response dilute lambda by the fill fraction, response tokens
+      over `b * max_response_length`; prompts are not in it;
+    - each micro-batch has a lambda of its own, so the loss depends on how a mini-batch is cut.
 
     The released code stops for K > 1; here the formula is applied to each depth.
 
     Args:
-        logprobs: [b, s] or [K, b, s], aligned; padding must hold finite numbers.
+        logprobs: [b, s] or [K, b, s], as for `calibration_sums`.
         old_logprobs: [b, s] or [K, b, s].
         mtp_logprobs: [K, b, s].
+        mask: [b, s] or [K, b, s] response mask, without the first k + 1 tokens of a sequence.
+            Without any token lambda is 0.
+        max_response_length: tokens of the longest allowed response, at least those of any row.
         factor: f, 0.1 in the released training script.
+        eps: added to each token's `d_k^2`.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: shapes that do not match, `max_response_length` below 1.
     """
-    old = _per_depth(old_logprobs, mtp_logprobs, "old_logprobs").double()
-    moved = _per_depth(logprobs, mtp_logprobs, "logprobs").double() - old
-    gap = mtp_logprobs.double() - old
-    ratio = (moved * gap / (gap.square() + eps)).flatten(start_dim=1)
-    return factor / mtp_logprobs.shape[0] * ratio.mean(dim=1)
+    if max_response_length < 1:
+        raise ValueError(
+            f"max_response_length is {max_response_length}: give the tokens that a response may "
+            "have, 1 or more"
+        )
+    keep, moved, gap = _differences(logprobs, old_logprobs, mtp_logprobs, mask)
+    ratio = torch.where(keep, moved * gap / (gap.square() + eps), 0.0)
+    depths, rows = mtp_logprobs.shape[:2]
+    return factor / depths * ratio.sum(dim=1) / (rows * max_response_length)
 
 
 def occ_coefficient(
@@ -172,6 +180,7 @@ def occ_coefficient(
     lambda_plus: float = 1.0,
     eps: float = 1e-8,
     estimator: str = "logprob",
+    max_response_length: int | None = None,
     joint: bool = False,
 ) -> Tensor:
     """lambda [K], float64 and detached, of one batch that is held in memory at once.
@@ -183,25 +192,56 @@ def occ_coefficient(
         logprobs: [b, s] l, aligned: entry t is about token x_t.
         old_logprobs: [b, s] o, aligned.
         mtp_logprobs: [K, b, s] m_k, aligned.
-        mask: [b, s] or [K, b, s] response mask. **Not used by "released"**, as in that code.
+        mask: [b, s] or [K, b, s] response mask, as for `calibration_sums`.
         lambda_plus: scale of the coefficient; for "released" the factor f (0.1 in its script).
         eps: added to the squared norm; for "released" to each token's `d_k^2`.
         estimator: "logprob", the paper's ratio of sums, or "released", for reproduction.
+        max_response_length: tokens of the longest allowed response; "released" needs it, and it
+            alone.
         joint: solve for all depths at once; "logprob" only.
 
     Raises:
-        ValueError: unknown estimator, "released" with `joint`, shapes that do not match.
+        ValueError: unknown estimator, an argument that the estimator lacks or has no use for,
+            shapes that do not match.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}: use one of {', '.join(ESTIMATORS)}")
     if estimator == "released":
         if joint:
             raise ValueError("joint=True needs estimator='logprob': 'released' has no joint form")
+        if max_response_length is None:
+            raise ValueError(
+                "estimator='released' divides by the longest allowed response: give "
+                "max_response_length"
+            )
         return released_coefficient(
-            logprobs, old_logprobs, mtp_logprobs, factor=lambda_plus, eps=eps
+            logprobs,
+            old_logprobs,
+            mtp_logprobs,
+            mask,
+            max_response_length=max_response_length,
+            factor=lambda_plus,
+            eps=eps,
+        )
+    if max_response_length is not None:
+        raise ValueError(
+            f"max_response_length={max_response_length} needs estimator='released': 'logprob' has "
+            "no use for it"
         )
     sums = calibration_sums(logprobs, old_logprobs, mtp_logprobs, mask)
     return coefficient_from_sums(sums, lambda_plus=lambda_plus, eps=eps, joint=joint)
+
+
+def _differences(
+    logprobs: Tensor, old_logprobs: Tensor, mtp_logprobs: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bool mask, d_RL and d_k, each [K, b * s]; float64, exact zeros where masked."""
+    keep = as_bool_mask(_per_depth(mask, mtp_logprobs, "mask"))
+    old = neutralised(_per_depth(old_logprobs, mtp_logprobs, "old_logprobs").double(), keep)
+    main = neutralised(_per_depth(logprobs, mtp_logprobs, "logprobs").double(), keep)
+    mtp = neutralised(mtp_logprobs.double(), keep)
+    keep, moved, gap = (v.flatten(start_dim=1) for v in (keep, main - old, mtp - old))
+    return keep, moved, gap
 
 
 def _per_depth(values: Tensor, mtp_logprobs: Tensor, name: str) -> Tensor:

@@ -115,10 +115,17 @@ class Regime:
 
 @dataclass(frozen=True)
 class JointLoss:
-    """Loss of one micro-batch, to be summed over micro-batches and data-parallel ranks."""
+    """Loss of one micro-batch, to be summed over micro-batches and data-parallel ranks.
+
+    Args:
+        policy: settings of the policy loss.
+        regime: what MTP does.
+        max_response_length: tokens of the longest allowed response, for the released formula.
+    """
 
     policy: PolicySettings
     regime: Regime
+    max_response_length: int | None = None
 
     def __call__(
         self,
@@ -248,10 +255,12 @@ class JointLoss:
         if self.regime.trunk_weight is not None:
             return torch.full((depths,), self.regime.trunk_weight / depths, device=device)
         if self._is_released:
-            aligned = _token_aligned(outputs, targets)
-            # the first tokens have no prediction at every depth: not even padding, leave them out
-            whole = [values[..., depths + 1 :] for values in aligned]
-            raw = released_coefficient(*whole, factor=self.regime.lambda_plus)
+            assert self.max_response_length is not None, "the released formula divides by it"
+            raw = released_coefficient(
+                *_token_aligned(outputs, targets),
+                max_response_length=self.max_response_length,
+                factor=self.regime.lambda_plus,
+            )
             # its 1/K is part of the formula
             return raw if self.regime.clamp == (None, None) else raw.clamp(*self.regime.clamp)
         assert coefficients is not None, "OCC needs the coefficients of this mini-batch"
@@ -295,15 +304,18 @@ def _importance(targets: JointTargets, depth: int) -> Tensor | None:
 
 
 def _calibration(outputs: HeadOutputs, targets: JointTargets) -> CalibrationSums:
-    return calibration_sums(*_token_aligned(outputs, targets), _each_to_tokens(targets.mask[1:]))
+    return calibration_sums(*_token_aligned(outputs, targets))
 
 
-def _token_aligned(outputs: HeadOutputs, targets: JointTargets) -> tuple[Tensor, Tensor, Tensor]:
-    """Detached l [b, s], o [b, s] and m_k [K, b, s], entry t about token x_t."""
+def _token_aligned(
+    outputs: HeadOutputs, targets: JointTargets
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Detached l [b, s], o [b, s], m_k [K, b, s] and w_k [K, b, s], entry t about token x_t."""
     return (
         shift_to_tokens(outputs.logprobs.detach(), 0),
         shift_to_tokens(targets.old_logprobs[0], 0),
         _each_to_tokens(outputs.passes[0].detach()),
+        _each_to_tokens(targets.mask[1:]),
     )
 
 

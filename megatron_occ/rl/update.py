@@ -63,12 +63,14 @@ class PolicyUpdater:
     def __init__(self, config: Config, actor: Actor) -> None:
         self.config, self.actor = config, actor
         self.coefficients = CoefficientTracker(config.mtp)
-        self.exact = (
-            ExactTracker(config.mtp, actor.gradient_space)
-            if measures_gradients(config.mtp)
-            else None
+        self.exact: ExactTracker | None = None
+        if measures_gradients(config.mtp):
+            self.exact = ExactTracker(config.mtp, actor.gradient_space)
+        self.loss = JointLoss(
+            policy_settings(config),
+            self.coefficients.regime,
+            config.rl.rollout.max_response_length,
         )
-        self.loss = JointLoss(policy_settings(config), self.coefficients.regime)
         self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
         self.reuses_rollout = config.rl.old_logprobs == "rollout"
         self._gap_is_due = False

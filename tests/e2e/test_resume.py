@@ -7,9 +7,8 @@ import shutil
 import pytest
 import torch
 
-from megatron_occ import pretraining
 from megatron_occ.mcore.checkpoint import list_checkpoints, read_plain
-from megatron_occ.rl import trainer
+from megatron_occ.rl import pretraining, trainer
 from tests.e2e.conftest import Killed, kill_after, metrics
 
 

@@ -9,13 +9,14 @@ import weakref
 
 import pytest
 
-from megatron_occ import run as runs
 from megatron_occ.cli import main
 from megatron_occ.data import build_tokenizer
 from megatron_occ.data.prompts import PromptStream
+from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.corpus import write_corpus
-from megatron_occ.pretraining import PretrainTrainer
+from megatron_occ.phases import sampling, start
 from megatron_occ.rl.evaluation import held_out_problems
+from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.e2e.conftest import metrics
 
 ALPHABET = "0123456789+*=."
@@ -118,18 +119,18 @@ def test_pretraining_is_not_measured_on_bad_prompts(run, tmp_path):
 
 
 def test_pretraining_reads_the_prompts_it_is_measured_on_first_and_once(run, monkeypatch):
-    splits, original, build = [], PromptStream.__init__, runs.MegatronGPTActor
+    splits, original, build = [], PromptStream.__init__, MegatronGPTActor.__init__
 
     def make(self, source, seed=0, split="train", **options):
         splits.append(split)
         original(self, source, seed, split, **options)
 
-    def built(*args, **kwargs):
+    def built(self, *args, **kwargs):
         splits.append("model")
-        return build(*args, **kwargs)
+        build(self, *args, **kwargs)
 
     monkeypatch.setattr(PromptStream, "__init__", make)
-    monkeypatch.setattr(runs, "MegatronGPTActor", built)
+    monkeypatch.setattr(MegatronGPTActor, "__init__", built)
     folder = run("pretrain", "run", *MEASURED)
     assert [line["step"] for line in metrics(folder, "pretrain")] == [3, 6]
     # "train" is the fingerprint of the generated corpus
@@ -137,28 +138,27 @@ def test_pretraining_reads_the_prompts_it_is_measured_on_first_and_once(run, mon
 
 
 def test_pretraining_and_rl_are_measured_on_different_problems(run, monkeypatch):
-    seen, original = [], runs.evaluate
+    seen, original = [], sampling.evaluate
 
     def evaluate(sampler, stream, config, seed, *, part):
         seen.append({r.index for r in held_out_problems(stream, config.problems, part)})
         return original(sampler, stream, config, seed, part=part)
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(sampling, "evaluate", evaluate)
     run("rl", "run", *MEASURED, "rl.steps=1")
     assert seen == [set(range(8, 16))] * 2 + [set(range(8))] * 2
 
 
 def test_the_pretraining_model_is_gone_when_rl_builds_its_own(run, monkeypatch):
-    alive, build = [], runs.MegatronGPTActor
+    alive, build = [], MegatronGPTActor.__init__
 
-    def watched(*args, **kwargs):
+    def watched(self, *args, **kwargs):
         alive.append([ref() is not None for ref in refs])
-        actor = build(*args, **kwargs)
-        refs.extend(weakref.ref(part) for part in (actor, actor.chunks[0], actor.optimizer))
-        return actor
+        build(self, *args, **kwargs)
+        refs.extend(weakref.ref(part) for part in (self, self.chunks[0], self.optimizer))
 
     refs = []
-    monkeypatch.setattr(runs, "MegatronGPTActor", watched)
+    monkeypatch.setattr(MegatronGPTActor, "__init__", watched)
     gc.disable()
     try:
         run("rl", "run", *MEASURED, "rl.steps=1")
@@ -190,10 +190,10 @@ def test_ctrl_c_exits_with_130_and_tells_how_to_go_on(run, monkeypatch, capsys, 
 
 
 def test_ctrl_c_before_a_run_folder_is_made_says_so(run, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Run, "read_inputs", interrupted)
+    monkeypatch.setattr(start, "checked_inputs", interrupted)
     with pytest.raises(SystemExit):
         run("pretrain", "run", "pretrain.steps=6")
     assert "megatron-occ: interrupted: nothing was written yet" in capsys.readouterr().err

@@ -11,9 +11,9 @@ from megatron_occ.config import load_config
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.data.tasks import build_task
 from megatron_occ.data.tokenizers import build_tokenizer
-from megatron_occ.engines import ProbeMaterial, build_engine, remote_settings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.inference.engine import MegatronEngine
+from megatron_occ.phases.engines import ProbeMaterial, build_engine, remote_settings
 
 SERVED = ("rl.rollout.engine=sglang", "rl.rollout.server.urls=['http://a:1','http://b:1']")
 TASK = build_task("reversed_multiplication")

@@ -124,6 +124,21 @@ def test_packed_micro_batches_update_as_padded_ones(layout, preset, sizes):
         assert difference <= 1e-5 * gradient.abs().max(), name
 
 
+def test_the_released_lambda_of_packed_rows_is_that_of_padded_ones(layout):
+    found = []
+    for packed in (False, True):
+        overrides = ("mtp.trunk.estimator=released", "mtp.trunk.clamp=[null,null]")
+        _, updater = actor_and_updater(layout, rl_config("occ", 4, *overrides))
+        rows = rollout_batch().rows(0, 4)
+        mini = MiniBatch(rows, [4], rows.lengths().tolist() if packed else None)
+        old = rows.response_mask * (0.1 * rows.ids.cos() - 4.0)
+        metrics = updater.run_update(mini.with_logprobs(old, None)).metrics
+        found.append([metrics[f"lambda/mtp_{k}"] for k in (1, 2)])
+    padded, in_one_row = found
+    assert min(map(abs, padded)) > 1e-2
+    assert in_one_row == pytest.approx(padded, rel=1e-4)
+
+
 def test_the_second_update_uses_its_own_gradients_alone(layout):
     """p.grad aliases the buffer after an update; left there, the next backward counts twice."""
     config = rl_config("ce", 2)

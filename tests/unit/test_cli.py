@@ -11,7 +11,7 @@ import pytest
 
 from megatron_occ import __version__, cli
 from megatron_occ.cli import main
-from megatron_occ.convert_cli import main as convert
+from megatron_occ.commands.convert import main as convert
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("demo", "pretrain", "rl", "eval", "report", "convert")

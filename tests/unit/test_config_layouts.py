@@ -324,28 +324,17 @@ def test_sizes_of_a_layout_by_hand(given, share, multiple):
     assert (model_parallel_size(config), sequence_multiple(config)) == (share, multiple)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            ("mtp.trunk.estimator=released", "rl.micro_batch_tokens=4096"),
-            "rl.micro_batch_tokens=4096: mtp.trunk.estimator=released",
-        ),
-        (
-            (
-                "parallel.pipeline=2",
-                "parallel.virtual_pipeline=2",
-                "model.num_layers=4",
-                "rl.prompts_per_step=3",
-                "rl.samples_per_prompt=4",
-                "rl.mini_batches=4",
-                "rl.micro_batch_tokens=4096",
-            ),
-            "parallel.virtual_pipeline=2: an update has 3 sequences",
-        ),
-    ],
-)
-def test_packing_is_refused_where_it_cannot_act(overrides, message):
+def test_packing_is_refused_where_the_interleaved_schedule_needs_equal_counts():
+    overrides = (
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "model.num_layers=4",
+        "rl.prompts_per_step=3",
+        "rl.samples_per_prompt=4",
+        "rl.mini_batches=4",
+        "rl.micro_batch_tokens=4096",
+    )
     config = load_config([], ["pretrain.steps=0", *overrides])
+    message = "parallel.virtual_pipeline=2: an update has 3 sequences"
     with pytest.raises(ConfigError, match=re.escape(message)):
-        validate(config, command="rl", world_size=config.parallel.pipeline)
+        validate(config, command="rl", world_size=2)

@@ -1,4 +1,4 @@
-"""The shipped cluster configurations say what the paper says, and ask for what is the user's."""
+"""The shipped cluster configurations fit their layout, and ask for what is the user's."""
 
 from __future__ import annotations
 
@@ -19,23 +19,6 @@ RUNS = {
 
 def load(name: str, *overrides: str) -> Config:
     return load_config([CONF / f"{name}.yaml"], list(overrides))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_settings_of_the_paper(name):
-    config = load(name)
-    rl, loss, optimizer = config.rl, config.rl.loss, config.rl.optimizer
-    assert (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches) == (128, 16, 4)
-    assert (optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay) == (1e-6, 10, 0.1)
-    assert (optimizer.clip_grad, optimizer.schedule, rl.steps) == (1.0, "constant", 200)
-    assert (loss.kl_coefficient, loss.entropy_coefficient) == (0, 0)
-    assert (rl.rollout.temperature, rl.rollout.max_response_length) == (1.0, 8192)
-    assert config.model.max_position_embeddings == 2048 + 8192
-    assert (rl.overlong.buffer, rl.overlong.penalty) == (4096, 1.0)
-    assert (config.mtp.num_layers, config.mtp.preset) == (1, "occ")
-    clips = (loss.clip_low, loss.clip_high, loss.dual_clip, loss.aggregation)
-    gspo = name.startswith("gspo")
-    assert clips == ((3e-4, 4e-4, None, "gspo") if gspo else (0.2, 0.28, 10.0, "token"))
 
 
 @pytest.mark.parametrize("name", RUNS)

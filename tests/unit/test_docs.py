@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_occ.cli import main
+from megatron_occ.commands.convert import make_parser
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves, sections
-from megatron_occ.convert_cli import make_parser
 from megatron_occ.data.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]

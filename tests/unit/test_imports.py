@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_occ"
 LIBRARY = ("losses", "rl", "rollout", "convert", "data")
+ROOMS = (*LIBRARY, "config", "observe", "mcore")
+# each may import those after it and every room
+TOP = ("cli", "commands", "phases", "run")
 
 
 def imported(path: Path) -> set[str]:
@@ -26,10 +29,15 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def files(path: Path) -> list[Path]:
+    """Python files below a folder; of a file, the file."""
+    return [path] if path.is_file() else list(path.rglob("*.py"))
+
+
 def offenders(folders: list[Path], forbidden: str) -> list[str]:
-    """Files below the folders that import ``forbidden`` or anything in it."""
+    """Files, those below folders too, that import ``forbidden`` or anything in it."""
     found = []
-    for path in sorted({file for folder in folders for file in folder.rglob("*.py")}):
+    for path in sorted({file for folder in folders for file in files(folder)}):
         names = imported(path)
         if any(name == forbidden or name.startswith(f"{forbidden}.") for name in names):
             found.append(str(path.relative_to(ROOT)))
@@ -58,12 +66,26 @@ def test_the_library_does_not_import_the_megatron_side(room):
     assert offenders([PACKAGE / room], "megatron_occ.mcore") == []
 
 
+@pytest.mark.parametrize("module", TOP)
+def test_the_top_is_imported_by_what_is_above_it_alone(module):
+    below = [PACKAGE / room for room in ROOMS]
+    for name in TOP[TOP.index(module) + 1 :]:
+        path = PACKAGE / name
+        below.append(path if path.is_dir() else path.with_suffix(".py"))
+    assert offenders(below, f"megatron_occ.{module}") == []
+
+
+def test_every_file_belongs_to_a_room_or_to_the_top():
+    names = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    assert names == {*ROOMS, *TOP}
+
+
 @pytest.mark.parametrize("other", ["rl", "rollout", "mcore", "data"])
 def test_losses_import_no_other_room(other):
     assert offenders([PACKAGE / "losses"], f"megatron_occ.{other}") == []
 
 
-@pytest.mark.parametrize("module", ["config", "observe", "cli"])
+@pytest.mark.parametrize("module", ["config", "observe", "commands", "cli"])
 def test_importing_it_imports_no_torch(module):
     code = (
         f"import sys, megatron_occ.{module}\n"

@@ -8,10 +8,11 @@ import re
 import pytest
 
 from megatron_occ.data import build_task
+from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.prompt_checks import check_prompts
 from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.tokenizers import CharTokenizer
-from megatron_occ.inputs import check_lengths, prompt_room, read_inputs, read_task, read_tokenizer
+from megatron_occ.phases.inputs import check_lengths, prompt_room, read_inputs
 from tests.unit.fakes import ALPHABET, TOKENIZER
 from tests.unit.rl_setup import file_config, rl_config
 
@@ -24,7 +25,7 @@ def write(path, *prompts):
 
 
 def read(config, tokenizer=TOKENIZER, **command):
-    inputs = read_inputs(config, None, tokenizer, **{"pretrains": False, "trains": True} | command)
+    inputs = read_inputs(config, None, tokenizer, **{"trains": True, "validates": True} | command)
     check_lengths(config, inputs, tokenizer)
     return inputs
 
@@ -54,9 +55,9 @@ def test_prompts_that_just_fit_are_taken(tmp_path):
 
 def test_a_measured_checkpoint_reads_the_validation_prompts_alone(tmp_path):
     train, held_out = write(tmp_path / "t.jsonl", "abcdef"), write(tmp_path / "v.jsonl", "ab")
-    assert read(file_config(train, held_out), trains=False, evaluates=True).train is None
+    assert read(file_config(train, held_out), trains=False).train is None
     with pytest.raises(ValueError, match=f"^1 prompt can't .*\n.*{re.escape(str(train))}:1: "):
-        read(file_config(held_out, train), trains=False, evaluates=True)
+        read(file_config(held_out, train), trains=False)
 
 
 def test_all_wrong_prompts_are_counted_and_the_first_are_shown():
@@ -86,7 +87,7 @@ def test_problems_of_a_task_are_measured_too():
     config = rl_config("data.task={name: reversed_addition, params: {digits: 2}}")
     for room, message in ((6, ""), (5, "problem 0: the prompt has 6 tokens, allowed are 1 to 5")):
         config.model.max_position_embeddings = room + config.rl.rollout.max_response_length
-        inputs = read_inputs(config, task, tokenizer, pretrains=False, trains=True)
+        inputs = read_inputs(config, task, tokenizer, trains=True, validates=True)
         if not message:
             check_lengths(config, inputs, tokenizer)
             continue

@@ -103,13 +103,14 @@ def test_sums_do_not_depend_on_the_micro_batches(rows: int) -> None:
 
 
 def test_released_does_depend_on_the_micro_batches() -> None:
+    """Each half has a lambda of its own; the whole has the mean of both."""
     data = batch(depths=1)
-    del data["mask"]
-    whole = released_coefficient(**data)
-    short = {k: v[..., :2] for k, v in data.items()}
-    rest = {k: v[..., 2:] for k, v in data.items()}
-    parts = (released_coefficient(**short) + released_coefficient(**rest)) / 2
-    assert abs(parts - whole).item() > 1e-3
+    halves = [{k: v[..., rows, :] for k, v in data.items()} for rows in (slice(0, 2), slice(2, 4))]
+    whole, first, second = (
+        released_coefficient(**part, max_response_length=6) for part in (data, *halves)
+    )
+    assert abs(first - second).item() > 1e-3
+    torch.testing.assert_close(whole, (first + second) / 2, rtol=1e-12, atol=0)
 
 
 def test_one_all_reduce_carries_all_sums() -> None:
@@ -139,20 +140,30 @@ def test_masked_positions_do_not_matter(garbage: float) -> None:
         dirty[name][..., ~clean["mask"]] = garbage
     clean_sums, dirty_sums = calibration_sums(**clean), calibration_sums(**dirty)
     assert torch.equal(clean_sums.to_tensor(), dirty_sums.to_tensor())
+    released = [released_coefficient(**data, max_response_length=6) for data in (clean, dirty)]
+    assert torch.equal(*released)
+    assert (released[0].abs() > 1e-3).all()
 
 
-def test_padding_dilutes_the_released_formula_only() -> None:
-    """Weak point 2."""
+def test_the_fill_fraction_dilutes_the_released_formula_only() -> None:
+    """Weak point 2: responses of 3 tokens behind prompts of 3, of 3, 6 and 48 allowed tokens."""
     data = batch(depths=1)
-    data["mask"][:] = True
-    padded: dict[str, Any] = {
+    data["mask"] = torch.tensor([False] * 3 + [True] * 3).expand(4, 6)
+    keep = data["mask"]
+    moved = (data["logprobs"] - data["old_logprobs"])[keep]
+    gap = (data["mtp_logprobs"][0] - data["old_logprobs"])[keep]
+    full = 0.1 * (moved * gap / (gap.square() + 1e-8)).mean().item()
+    ours = occ_coefficient(**data)
+    # columns that no row fills are not what dilutes, and neither are prompts
+    wider: dict[str, Any] = {
         k: torch.cat([v, torch.zeros_like(v)], dim=-1) for k, v in data.items()
     }
-    ours, ours_padded = occ_coefficient(**data), occ_coefficient(**padded)
-    torch.testing.assert_close(ours, ours_padded, rtol=1e-14, atol=0)
-    released = occ_coefficient(**data, estimator="released")
-    released_padded = occ_coefficient(**padded, estimator="released")
-    torch.testing.assert_close(released_padded, released / 2)
+    short: dict[str, Any] = {k: v[..., 3:] for k, v in data.items()}
+    for given in (data, wider, short):
+        torch.testing.assert_close(occ_coefficient(**given), ours, rtol=1e-14, atol=0)
+        for allowed, filled in ((3, 1), (6, 1 / 2), (48, 1 / 16)):
+            released = released_coefficient(**given, max_response_length=allowed)
+            assert released.item() == pytest.approx(filled * full, rel=1e-12)
 
 
 def test_ratio_of_sums_varies_far_less_than_the_mean_of_ratios() -> None:
@@ -163,35 +174,59 @@ def test_ratio_of_sums_varies_far_less_than_the_mean_of_ratios() -> None:
     zeros, mask = torch.zeros(1, 256), torch.ones(1, 256)
     ours, released = (
         torch.cat([
-            occ_coefficient(m[None], zeros, g[None, None], mask, estimator=estimator)
+            occ_coefficient(m[None], zeros, g[None, None], mask, **options)
             for m, g in zip(moved, gap, strict=True)
         ]).std()
-        for estimator in ("logprob", "released")
+        for options in ({}, {"estimator": "released", "max_response_length": 256})
     )  # fmt: skip
     # for normal gaps of deviation 0.5 the variances differ by 0.5 * sqrt(pi / 8 / eps) = 56^2
     assert 40 < released / ours < 80
     # a single token: d_RL / (2 sqrt(eps)) at d_k = sqrt(eps)
+    one = torch.ones(1, 1)
     worst = released_coefficient(
-        torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1, 1), 1e-4), factor=1.0
+        one, 0 * one, 1e-4 * one[None], one, max_response_length=1, factor=1.0
     )
     assert worst.item() == pytest.approx(5000, rel=1e-6)
+
+
+def test_released_by_hand() -> None:
+    """Two rows, of prompts of 2 tokens and responses of 3 and 1, where 10 tokens are allowed.
+
+    With o = 0: d_RL = l and d_k = m_k. A token's ratio is l / m, up to 1e-8 / m^2.
+    """
+    prompt, pad = 7.0, math.nan
+    main = torch.tensor([[prompt, prompt, 0.5, 1.0, 0.2], [prompt, prompt, 0.3, pad, pad]])
+    old = torch.zeros(2, 5)
+    depth_1 = torch.tensor([[prompt, prompt, 0.25, -2.0, 0.1], [prompt, prompt, 0.1, pad, pad]])
+    depth_2 = torch.tensor([[prompt, prompt, 9.0, 0.5, -0.4], [prompt, prompt, 9.0, pad, pad]])
+    mask_1 = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
+    mask_2 = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])  # depth 2 lacks the first 3 tokens
+    sum_1 = 0.5 / 0.25 - 1.0 / 2.0 + 0.2 / 0.1 + 0.3 / 0.1
+    sum_2 = 1.0 / 0.5 - 0.2 / 0.4
+    single = released_coefficient(main, old, depth_1[None], mask_1, max_response_length=10)
+    assert single.dtype == torch.float64
+    assert single.tolist() == pytest.approx([0.1 * sum_1 / 20], rel=1e-5)
+    assert single.tolist() == pytest.approx([0.0325], rel=1e-5)
+    both, masks = torch.stack((depth_1, depth_2)), torch.stack((mask_1, mask_2))
+    double = released_coefficient(main, old, both, masks, max_response_length=10)
+    assert double.tolist() == pytest.approx([0.05 * sum_1 / 20, 0.05 * sum_2 / 20], rel=1e-5)
 
 
 def test_released_matches_naive_loop_for_several_depths() -> None:
     """Weak point 4: the released code stops for K > 1; its factor is f / K."""
     data = batch(depths=3)
-    mask = data.pop("mask")
-    result = released_coefficient(**data, factor=0.3)
+    result = released_coefficient(**data, max_response_length=9, factor=0.3)
     for k in range(3):
-        terms = []
+        total = 0.0
         for b in range(4):
             for t in range(6):
                 old = data["old_logprobs"][b, t].item()
-                rl, gap = data["logprobs"][b, t].item() - old, data["mtp_logprobs"][k, b, t] - old
-                terms.append(rl * gap.item() / (gap.item() ** 2 + 1e-8))
-        assert result[k].item() == pytest.approx(0.3 / 3 * sum(terms) / len(terms), rel=1e-12)
-    through = occ_coefficient(**data, mask=mask, estimator="released", lambda_plus=0.3)
-    assert torch.equal(through, result)
+                rl = data["logprobs"][b, t].item() - old
+                gap = data["mtp_logprobs"][k, b, t].item() - old
+                total += rl * gap / (gap**2 + 1e-8) if data["mask"][b, t] else 0.0
+        assert result[k].item() == pytest.approx(0.3 / 3 * total / (4 * 9), rel=1e-12)
+    options = {"estimator": "released", "lambda_plus": 0.3, "max_response_length": 9}
+    assert torch.equal(occ_coefficient(**data, **options), result)
 
 
 def test_depths_are_independent_unless_joint() -> None:
@@ -243,7 +278,7 @@ def test_coefficient_scales_and_is_detached() -> None:
     torch.testing.assert_close(double, 2 * unit)
     assert not unit.requires_grad
     assert not calibration_sums(**data).cross.requires_grad
-    assert not occ_coefficient(**data, estimator="released").requires_grad
+    assert not released_coefficient(**data, max_response_length=6).requires_grad
 
 
 def test_float32_input_is_accumulated_in_float64() -> None:
@@ -260,9 +295,11 @@ def test_without_tokens_or_gap_lambda_is_zero() -> None:
     data["mask"][:] = False
     for joint in (False, True):
         assert occ_coefficient(**data, joint=joint).tolist() == [0.0, 0.0]
+    assert released_coefficient(**data, max_response_length=6, eps=0.0).tolist() == [0.0, 0.0]
     data = batch()
     data["mtp_logprobs"] = data["old_logprobs"].expand(2, -1, -1)
     assert occ_coefficient(**data).tolist() == [0.0, 0.0]
+    assert released_coefficient(**data, max_response_length=6).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +307,9 @@ def test_without_tokens_or_gap_lambda_is_zero() -> None:
     [
         ({"estimator": "exact"}, "'exact': use one of logprob, released"),
         ({"estimator": "released", "joint": True}, "joint=True needs estimator='logprob'"),
+        ({"estimator": "released"}, "longest allowed response: give max_response_length"),
+        ({"max_response_length": 6}, "max_response_length=6 needs estimator='released'"),
+        ({"estimator": "released", "max_response_length": 0}, "max_response_length is 0: give"),
         ({"mtp_logprobs": torch.zeros(4, 6)}, r"\[4, 6\]: give \[K, b, s\]"),
         ({"mask": torch.zeros(4, 5)}, r"mask has shape \[4, 5\]"),
         ({"logprobs": torch.zeros(3, 4, 6)}, r"logprobs has shape \[3, 4, 6\]"),

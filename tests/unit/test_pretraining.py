@@ -6,8 +6,8 @@ import pytest
 
 from megatron_occ.config import load_config
 from megatron_occ.data import TaskCorpus
-from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.evaluation import Validation
+from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.unit.fakes import TOKENIZER, FakeActor
 from tests.unit.rl_setup import LetterTask, Recorder
 
@@ -83,7 +83,7 @@ def test_the_time_of_a_step_is_without_validation(monkeypatch):
 
     monkeypatch.setattr(trainer, "run_step", run_step)
     monkeypatch.setattr(trainer, "validate", validate)
-    monkeypatch.setattr("megatron_occ.pretraining.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("megatron_occ.rl.pretraining.time.perf_counter", lambda: now[0])
     trainer.fit()
     lines = {step: metrics for _, step, metrics in logger.lines}
     assert sorted(lines) == [2, 3, 4, 6, 8]

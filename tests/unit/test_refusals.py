@@ -16,14 +16,14 @@ from megatron_occ.cli import main
 from megatron_occ.data import build_task, build_tokenizer
 from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompts import PromptStream
-from megatron_occ.inputs import read_inputs
 from megatron_occ.observe.progress import Timers
+from megatron_occ.phases.inputs import read_inputs
 from megatron_occ.rl.rewards import VerifierPool, VerifierResult, register_verifier
 from tests.unit.fakes import TOKENIZER, FakeActor
 from tests.unit.rl_setup import file_config, make_source, rl_config
 
 TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
-RL = {"pretrains": False, "trains": True}
+RL = {"trains": True, "validates": True}
 
 
 @dataclass

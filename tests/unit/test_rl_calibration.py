@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from megatron_occ.rl.calibration import CoefficientTracker, regime_from
+from tests.unit.fakes import FakeActor
 from tests.unit.rl_setup import (
     OPEN,
     PRESETS,
     four_updates,
+    make_trainer,
     mini_batches,
     rl_config,
     run_updates,
+    varied,
 )
 
 OCC = ("mtp.preset=occ", OPEN)
@@ -252,20 +255,52 @@ def test_a_tracker_without_calibration_has_no_state_and_asks_for_no_forward_pass
         assert tracker.after_update(None, None) == {}
 
 
-def test_the_released_lambda_in_plain_python():
-    """(f/K) times the mean over all tokens, response or not, of d_RL d_k / (d_k^2 + eps)."""
-    trainer, actor = four_updates(*RELEASED, "mtp.trunk.lambda_plus=0.3", micro=4)
-    for mini in mini_batches(trainer):
-        # padding counts, but not the first tokens, which depth 2 can't predict
-        everywhere = torch.ones_like(mini.rows.response_mask)
-        everywhere[:, :3] = 0.0
-        expected = []
-        for tokens in per_token(actor, replace(mini.rows, response_mask=everywhere))[1:]:
-            ratios = [
-                (t.now - t.old) * (t.mine - t.old) / ((t.mine - t.old) ** 2 + 1e-8) for t in tokens
-            ]
-            # logged without the formula's 1/K, as lambda is everywhere else
-            expected.append(0.3 * sum(ratios) / len(ratios))
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("cut", ["size=4", "size=1", "tokens=1000", "tokens=15"])
+def test_the_released_lambda_in_plain_python(cut, depths):
+    """(f/K) times the sum over response tokens of d_RL d_k / (d_k^2 + eps), by rows * 6 tokens."""
+    more = ("mtp.trunk.lambda_plus=0.3", f"mtp.num_layers={depths}", f"rl.micro_batch_{cut}")
+    config = rl_config("rl.mini_batches=4", *RELEASED, *more)
+    actor = FakeActor(depths, seed=2)
+    trainer = make_trainer(config, actor, varied)
+    for position, mini in enumerate(mini_batches(trainer)):
+        main, *heads = per_token(actor, mini.rows)
+        loss, expected = clipped(main), [0.0] * depths
+        for rows, _ in mini.micro_batches():
+            for k, tokens in enumerate(per_token(actor, rows)[1:]):
+                if not tokens:
+                    continue  # one short row: it counts for nothing
+                share = len(tokens) / len(heads[k])
+                found = released(tokens, 0.3, depths, len(rows))
+                loss += found * clipped(tokens) * share
+                # logged as the mean over tokens, without the formula's 1/K as everywhere else
+                expected[k] += depths * found * share
         metrics = trainer.updater.run_update(mini).metrics
-        got = [metrics[f"lambda/mtp_{k}"] for k in (1, 2)]
+        got = [metrics[f"lambda/mtp_{k + 1}"] for k in range(depths)]
         assert got == pytest.approx(expected, abs=1e-6)
+        assert actor.losses[-1] == pytest.approx(loss, abs=1e-6)
+        assert position == 0 or all(abs(value) > 1e-4 for value in got)
+
+
+def released(tokens, factor, depths, rows):
+    ratios = [(t.now - t.old) * (t.mine - t.old) / ((t.mine - t.old) ** 2 + 1e-8) for t in tokens]
+    return factor / depths * sum(ratios) / (rows * 6)
+
+
+@pytest.mark.parametrize("cut", ["rl.micro_batch_size=2", "rl.micro_batch_tokens=8"])
+def test_rows_that_no_depth_predicts_leave_the_released_lambda_finite(cut):
+    """Sequences of two tokens: depth 1 lacks both. A micro-batch of them alone has lambda 0."""
+    trainer, actor = four_updates(*RELEASED, cut)
+
+    def cut_short(batch):
+        short = torch.arange(batch.ids.size(1)) < torch.tensor([[2], [9]]).repeat(8, 1)
+        first = torch.arange(len(batch)) < 4  # of the first mini-batch all, then every other row
+        mask = torch.where(first[:, None], short[:1], short) * torch.ones_like(batch.response_mask)
+        mask[:, 0] = 0.0  # prompts of one token
+        return replace(batch, response_mask=mask)
+
+    updates = [trainer.updater.run_update(mini) for mini in mini_batches(trainer, cut_short)]
+    assert [update.events for update in updates] == [[]] * 4
+    assert updates[0].metrics["lambda/mtp_1"] == 0.0
+    assert all(abs(update.metrics["lambda/mtp_1"]) > 1e-4 for update in updates[1:])
+    assert all(map(math.isfinite, actor.losses))

@@ -26,6 +26,11 @@ def not_a_number_outside_the_responses(outputs, target, forward_only):
     return replace(outputs, passes=passes)
 
 
+def impossible_for_the_depths(outputs, target, forward_only):
+    passes = tuple(torch.where(target.mask[1:] > 0, -torch.inf, p) for p in outputs.passes)
+    return replace(outputs, passes=passes)
+
+
 def untouched(outputs, target, forward_only):
     return outputs
 
@@ -68,10 +73,13 @@ def test_current_statistics_that_are_not_finite_give_an_update_with_lambda_zero(
     assert actor.losses[0] == pytest.approx(reference.losses[0], abs=1e-7)
 
 
-def test_numbers_outside_the_responses_do_not_reach_lambda_or_loss():
+@pytest.mark.parametrize("estimator", ["logprob", "released"])
+def test_numbers_outside_the_responses_do_not_reach_lambda_or_loss(estimator):
     """Weak point 2 of the released code, at its worst."""
-    clean, expected = four_updates("mtp.preset=occ_decoupled", OPEN)
-    dirty, actor = four_updates("mtp.preset=occ_decoupled", OPEN)
+    preset = "occ" if estimator == "released" else "occ_decoupled"
+    settings = (f"mtp.preset={preset}", f"mtp.trunk.estimator={estimator}", OPEN)
+    clean, expected = four_updates(*settings)
+    dirty, actor = four_updates(*settings)
     actor.spoil = not_a_number_outside_the_responses
     for mini, same in zip(mini_batches(clean), mini_batches(dirty), strict=True):
         update = dirty.updater.run_update(same)
@@ -81,7 +89,7 @@ def test_numbers_outside_the_responses_do_not_reach_lambda_or_loss():
 
 
 def test_a_released_lambda_that_is_not_finite_is_an_event_and_acts_as_zero():
-    """It reads positions outside the responses: NaN there leaves the loss itself finite."""
+    """Tokens that the depths call impossible: infinity over infinity, where the loss is finite."""
     trainer, actor = four_updates("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN)
     plain, reference = four_updates("mtp.preset=none")
     minis, same = mini_batches(trainer), mini_batches(plain)
@@ -89,7 +97,7 @@ def test_a_released_lambda_that_is_not_finite_is_an_event_and_acts_as_zero():
     plain.updater.run_update(same[0])
 
     actor.model.load_state_dict(weights(reference))
-    actor.spoil = not_a_number_outside_the_responses
+    actor.spoil = impossible_for_the_depths
     update = trainer.updater.run_update(minis[1])
     plain.updater.run_update(same[1])
     assert update.events == ["released lambda not finite in a micro-batch: using 0"]

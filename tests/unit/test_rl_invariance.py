@@ -67,21 +67,21 @@ def test_cutting_into_micro_batches_changes_nothing(variant):
         assert_same_run(run(VARIANTS[variant], micro), whole)
 
 
+def widened(batch):
+    """Five more columns of tokens that mean nothing."""
+    rows = len(batch)
+    zeros, junk = torch.zeros(rows, 5), torch.full((rows, 5), 5)
+    return RolloutBatch(
+        torch.cat((batch.ids, junk), 1),
+        torch.cat((batch.response_mask, zeros), 1),
+        torch.cat((batch.rollout_logprobs, zeros), 1),
+        batch.advantages,
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_padding_changes_nothing(variant):
-    """Five more columns of tokens that mean nothing."""
-
-    def widen(batch):
-        rows = len(batch)
-        zeros, junk = torch.zeros(rows, 5), torch.full((rows, 5), 5)
-        return RolloutBatch(
-            torch.cat((batch.ids, junk), 1),
-            torch.cat((batch.response_mask, zeros), 1),
-            torch.cat((batch.rollout_logprobs, zeros), 1),
-            batch.advantages,
-        )
-
-    assert_same_run(run(VARIANTS[variant], change=widen), whole_run(variant))
+    assert_same_run(run(VARIANTS[variant], change=widened), whole_run(variant))
 
 
 def assert_same_ranks(ranks, expected):
@@ -124,6 +124,13 @@ def test_two_data_parallel_ranks_update_as_one_when_packed(variant):
     assert_same_ranks(ranks, whole_run(variant))
     first, second = (actor.cuts for _, actor in ranks)
     assert len(first) == len(second)
+
+
+def test_the_released_lambda_is_that_of_the_rows_padded_or_packed():
+    whole = run(RELEASED)
+    assert min(abs(update["lambda/mtp_1"]) for update in whole[0][1:]) > 1e-3
+    assert_same_run(run(RELEASED, change=widened), whole)
+    assert_same_run(run((*RELEASED, "rl.micro_batch_tokens=1000")), whole)
 
 
 def test_the_released_lambda_does_change_with_the_cut():

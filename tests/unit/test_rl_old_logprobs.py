@@ -73,22 +73,20 @@ def test_two_ranks_report_the_gap_of_one():
         assert gap == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        (
-            ("rl.loss.importance_cap=2.0",),
-            ("rl.loss.importance_cap=2.0", "rl.old_logprobs=rollout", "importance_cap=null"),
-        ),
-        (
-            ("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN),
-            ("mtp.trunk.estimator=released", "rl.old_logprobs=rollout", "estimator=logprob"),
-        ),
-    ],
-)
-def test_what_needs_log_probs_of_training_is_refused(overrides, parts):
-    config = rl_config("data.task.name=arithmetic", *overrides, ROLLOUT)
+def test_importance_weights_need_log_probs_of_training():
+    config = rl_config("data.task.name=arithmetic", "rl.loss.importance_cap=2.0", ROLLOUT)
     with pytest.raises(ConfigError) as caught:
         validate(config, command="rl")
     (problem,) = [line for line in str(caught.value).splitlines() if "old_logprobs" in line]
+    parts = ("rl.loss.importance_cap=2.0", "rl.old_logprobs=rollout", "importance_cap=null")
     assert all(part in problem for part in parts)
+
+
+def test_the_released_lambda_does_too_with_log_probs_of_the_rollout():
+    """It reads response tokens alone, and those the rollout has."""
+    settings = ("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN)
+    validate(rl_config(*settings, ROLLOUT), command="rl")
+    (theirs, _, _), (lines, _, _) = two_steps(*settings), two_steps(*settings, ROLLOUT)
+    for left, right in zip(theirs, lines, strict=True):
+        assert abs(left["lambda/mtp_1"]) > 1e-3
+        assert right["lambda/mtp_1"] == pytest.approx(left["lambda/mtp_1"], rel=1e-3)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult
-from megatron_occ.rl.rewards.registry import FULL_SCORE, Verifier, get_verifier, register_verifier
+from megatron_occ.rl.rewards.registry import (
+    FULL_SCORE,
+    Verifier,
+    get_verifier,
+    register_verifier,
+    register_verifiers,
+)
 
 __all__ = [
     "FULL_SCORE",
@@ -12,4 +18,5 @@ __all__ = [
     "VerifierResult",
     "get_verifier",
     "register_verifier",
+    "register_verifiers",
 ]

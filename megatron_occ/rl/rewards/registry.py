@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -133,6 +135,19 @@ def get_verifier(name: str) -> Verifier:
     """
     entry = lookup(name)
     return entry.inline or load_verifier(entry.path)
+
+
+def register_verifiers(verifiers: dict[str, str]) -> None:
+    """Make the user's verifiers known by name; one that can't be imported is told before any work.
+
+    Modules are also looked for in the current folder, which ``python -m`` does and a console script
+    does not. Verifier processes inherit the search path.
+    """
+    if verifiers and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name, path in verifiers.items():
+        register_verifier(name, path)
+        get_verifier(name)
 
 
 def checked_score(value: object) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_occ.convert.errors import FolderError
 
+HELP = "checkpoints from and to Hugging Face: convert --help"
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -165,7 +166,3 @@ def _bytes(text: str) -> int:
         if number != text.upper() and number.replace(".", "", 1).isdigit() and float(number) > 0:
             return int(float(number) * size)
     raise ValueError(f"--shard-size {text}: write a size such as 500MB or 5GB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,7 @@
-"""What a run reads: verifiers, tokenizer, corpus and prompts, checked before anything is built."""
+"""What phases read: corpus and prompts, checked before anything is built."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +9,11 @@ from megatron_occ.config.schema import Config
 from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompt_checks import check_prompts, shared_prompts
 from megatron_occ.data.prompts import PromptStream
-from megatron_occ.data.tasks import TASK_NAMES, Task, build_task
-from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_occ.pretraining import Corpus
+from megatron_occ.data.tasks import Task
+from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.rl.evaluation import held_out_problems
-from megatron_occ.rl.rewards import get_verifier, register_verifier
+from megatron_occ.rl.pretraining import Corpus
+from megatron_occ.rl.rewards import get_verifier
 
 # Parts of the held-out problems. Pretraining may end at a pass rate: a lucky moment of its own part
 # leaves RL's validation as it is.
@@ -29,7 +27,7 @@ class Inputs:
     Args:
         corpus: of pretraining; None where there is nothing to pretrain.
         fingerprint: of the corpus.
-        train: prompts of RL; None without RL.
+        train: prompts of RL; None where nothing is trained on them.
         held_out: prompts to measure on; None where nothing is measured.
         warnings: about the data, for the run's log.
     """
@@ -46,9 +44,9 @@ def read_inputs(
     task: Task | None,
     tokenizer: Tokenizer,
     *,
-    pretrains: bool,
-    trains: bool,
-    evaluates: bool = False,
+    pretrains: bool = False,
+    trains: bool = False,
+    validates: bool = False,
 ) -> Inputs:
     """Open and check the data of a command.
 
@@ -56,9 +54,9 @@ def read_inputs(
         config: of the run.
         task: source of generated problems.
         tokenizer: of all texts.
-        pretrains: there is pretraining to do.
-        trains: there is RL to do.
-        evaluates: a checkpoint is measured.
+        pretrains: there is pretraining to do, which may be measured on held-out problems.
+        trains: there are training prompts to answer.
+        validates: there are held-out problems to answer.
 
     Raises:
         ValueError: a bad file, a first sequence that does not fit, a record whose verifier is not
@@ -68,10 +66,11 @@ def read_inputs(
     train = _prompts(config, task, "train") if trains else None
     measures = pretrains and config.pretrain.validate_every > 0
     held_out = None
-    if trains or evaluates or measures:
+    if validates or measures:
         held_out = _prompts(config, task, "validation")
         _check_held_out(held_out, config, PRETRAINING_PART if measures else RL_PART)
-    warnings = _overlap(config, train, held_out) if train is not None else []
+    both = train is not None and held_out is not None
+    warnings = _overlap(config, train, held_out) if both else []
     return Inputs(corpus, fingerprint, train, held_out, warnings)
 
 
@@ -103,55 +102,6 @@ def check_lengths(config: Config, inputs: Inputs, tokenizer: Tokenizer) -> None:
         f"{config.model.max_position_embeddings}; characters have to be those of {tokens}"
     )
     check_prompts(prompts, tokenizer, prompt_room(config), remedy)
-
-
-def register_verifiers(verifiers: dict[str, str]) -> None:
-    """Make the user's verifiers known by name; one that can't be imported is told before any work.
-
-    Modules are also looked for in the current folder, which ``python -m`` does and a console script
-    does not. Verifier processes inherit the search path.
-    """
-    if verifiers and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    for name, path in verifiers.items():
-        register_verifier(name, path)
-        get_verifier(name)
-
-
-def read_task(config: Config) -> Task | None:
-    """The generated task; None where there is none.
-
-    Raises:
-        ValueError: an unknown name or a bad parameter.
-    """
-    section = config.data.task
-    if section.name is None:
-        return None
-    try:
-        return build_task(section.name, **section.params)
-    except ValueError as error:
-        key = "params" if section.name in TASK_NAMES else "name"
-        raise ValueError(f"data.task.{key}: {error}") from error
-
-
-def read_tokenizer(config: Config, task: Task | None) -> Tokenizer:
-    """The tokenizer; characters of the task where no alphabet is given.
-
-    Raises:
-        ValueError: it can't be made or read.
-    """
-    section = config.tokenizer
-    alphabet = section.alphabet
-    if section.kind == "char" and alphabet is None and task is not None:
-        alphabet = task.alphabet
-    try:
-        tokenizer = build_tokenizer(section.kind, alphabet=alphabet, path=section.path)
-        if task is not None:
-            tokenizer.encode(task.stop)  # ends every response: generation has to know it
-    except ValueError as error:
-        key = "path" if section.kind == "hf" else "alphabet"
-        raise ValueError(f"tokenizer.{key}: {error}") from error
-    return tokenizer
 
 
 def _corpus(config: Config, task: Task | None, tokenizer: Tokenizer) -> tuple[Corpus, str]:

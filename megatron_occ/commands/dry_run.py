@@ -48,7 +48,7 @@ def _vocabulary(config: Config) -> int:
     Raises:
         ValueError: there is no such task, or no such tokenizer.
     """
-    from megatron_occ.inputs import read_task, read_tokenizer
+    from megatron_occ.data.from_config import read_task, read_tokenizer
 
     task = read_task(config)
     if config.model.vocab_size is not None:

@@ -1,0 +1,39 @@
+"""Pretraining of a run, from random weights or those of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_occ.config.sizes import derive
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.phases.inputs import PRETRAINING_PART, Inputs
+from megatron_occ.phases.sampling import validation
+from megatron_occ.phases.start import converted
+from megatron_occ.rl.pretraining import PretrainTrainer
+from megatron_occ.run import Phase, Run
+
+
+def pretrain(run: Run, inputs: Inputs) -> Path | None:
+    """Pretrain to the end; returns the final checkpoint, None where there is nothing to do."""
+    config = run.config
+    if inputs.corpus is None:
+        return run.latest("pretrain")
+    meta = run.describe({"corpus": inputs.fingerprint})
+    actor = MegatronGPTActor(
+        config,
+        run.tokenizer.vocab_size,
+        run.layout,
+        optimizer=config.pretrain.optimizer,
+        total_updates=derive(config, run.layout.world_size).pretrain_updates,
+    )
+    if config.model.from_hf is not None and run.latest("pretrain") is None:
+        load_weights(converted(run), actor, meta)
+    phase = Phase(run, "pretrain", actor, meta)
+    with validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate:
+        trainer = PretrainTrainer(
+            config, actor, inputs.corpus, validate=validate, logger=run.metrics, save=phase.save
+        )
+        phase.attach(trainer)
+        trainer.fit()
+    return run.latest("pretrain")

@@ -1,0 +1,97 @@
+"""Responses of a run's actor: the sampler that the configuration describes, and what uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+
+from megatron_occ.data.prompts import PromptStream
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.phases.engines import build_engine
+from megatron_occ.phases.inputs import prompt_room
+from megatron_occ.rl.evaluation import Validation, evaluate
+from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rl.rollouts import RolloutSource
+from megatron_occ.rl.sampler import Sampler
+from megatron_occ.rollout import SamplingSettings
+from megatron_occ.run import Run
+
+
+@contextmanager
+def sampling(run: Run, actor: MegatronGPTActor, prompts: PromptStream) -> Iterator[Sampler]:
+    """A sampler on an engine and verifiers of its own, closed at the end; called by all ranks.
+
+    Args:
+        run: its configuration names engine, sampling and time limit.
+        actor: the policy.
+        prompts: some of them test whether servers have the right weights.
+
+    Raises:
+        EngineError: a server does not come up or can't do the work.
+    """
+    config = run.config
+    with (
+        VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers,
+        closing(build_engine(config, actor, run.tokenizer, prompts)) as engine,
+    ):
+        room = prompt_room(config)
+        yield Sampler(
+            engine, actor, run.tokenizer, verifiers, sampling_settings(run), max_prompt_length=room
+        )
+
+
+def sampling_settings(run: Run) -> SamplingSettings:
+    """``rl.rollout`` with what ends a response in this run's text."""
+    rollout = run.config.rl.rollout
+    stop = [run.tokenizer.eos_id]
+    if run.task is not None:
+        stop += run.tokenizer.encode(run.task.stop)
+    return SamplingSettings(
+        temperature=rollout.temperature,
+        max_response_length=rollout.max_response_length,
+        stop_ids=tuple(stop),
+        stop_strings=tuple(rollout.stop),
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+    )
+
+
+@contextmanager
+def rollout_source(
+    run: Run, actor: MegatronGPTActor, train: PromptStream, *, keep_states: bool = False
+) -> Iterator[RolloutSource]:
+    """Batches of the actor's responses to training prompts; its sampler may serve others too.
+
+    Args:
+        run: its section ``rl`` says how many, and its seed which.
+        actor: the policy, sampled from as it is at the time.
+        train: prompts.
+        keep_states: hand on the trunk states of all responses.
+    """
+    with sampling(run, actor, train) as sampler:
+        config = run.config
+        yield RolloutSource(sampler, train, config.rl, config.seed, keep_states=keep_states)
+
+
+@contextmanager
+def validation(
+    run: Run, actor: MegatronGPTActor, held_out: PromptStream | None, part: int
+) -> Iterator[Callable[[], Validation]]:
+    """A function that measures the actor on a part of the held-out problems."""
+    samplers: list[Sampler] = []
+    with ExitStack() as opened:
+
+        def validate() -> Validation:
+            assert held_out is not None, "nothing is measured without held-out problems"
+            # with the first measurement, if there is any: servers may be waited for
+            if not samplers:
+                samplers.append(opened.enter_context(sampling(run, actor, held_out)))
+            return measure(run, samplers[0], held_out, part)
+
+        yield validate
+
+
+def measure(run: Run, sampler: Sampler, held_out: PromptStream, part: int) -> Validation:
+    """Pass rates of a sampler's actor on a part of the held-out problems."""
+    config = run.config
+    return evaluate(sampler, held_out, config.rl.validation, config.seed, part=part)
