@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from megatron_occ.commands import demo, eval, pretrain, report, rl
+from megatron_occ.commands import audit, demo, eval, pretrain, report, rl
 
 
 class Command(Protocol):
@@ -34,5 +34,6 @@ COMMANDS: dict[str, Command] = {
     "pretrain": pretrain,
     "rl": rl,
     "eval": eval,
+    "audit": audit,
     "report": report,
 }

@@ -18,7 +18,7 @@ from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_servers import server_problems
 from megatron_occ.config.validate_switches import switch_problems
 
-COMMANDS = ("pretrain", "rl", "demo", "eval")
+COMMANDS = ("pretrain", "rl", "demo", "eval", "audit")
 _VERIFIER_NAME = re.compile(r"[\w-]+", re.ASCII)
 _VERIFIER_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -61,8 +61,8 @@ def _value_problems(config: Config) -> list[str]:
 
 
 def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
-    trains = command in ("rl", "demo")
-    first = trains and pretrains_first(config)
+    trains = command in ("rl", "demo", "audit")
+    first = command in ("rl", "demo") and pretrains_first(config)
     pretrains = command == "pretrain" or first
     yield from _tokenizer(config)
     yield from model_problems(config)
@@ -79,6 +79,8 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
         yield from exact_problems(config)
+    if command == "audit" and config.mtp.num_layers == 0:
+        yield "mtp.num_layers=0: an audit measures MTP layers. Give the model's mtp.num_layers"
     yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 
 

@@ -11,6 +11,10 @@ from torch import Tensor
 from megatron_occ.losses.calibration import CalibrationSums, coefficient_from_sums
 
 
+# Nats squared per token up to which the policy counts as unmoved.
+UNMOVED = 1e-10
+
+
 @dataclass(frozen=True, eq=False)
 class Coefficient:
     """Answer of `OCCCalibrator.update` for one mini-batch, float64 on the CPU.
@@ -62,7 +66,7 @@ class OCCCalibrator:
     clamp: tuple[float | None, float | None] = (0.0, None)
     ema: float = 0.0
     joint: bool = False
-    tolerance: float = 1e-10
+    tolerance: float = UNMOVED
     current: Tensor = field(init=False)  # [K] latest lambda; 0 within `clamp` at the start
 
     def __post_init__(self) -> None:

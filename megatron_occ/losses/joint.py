@@ -257,7 +257,7 @@ class JointLoss:
         if self._is_released:
             assert self.max_response_length is not None, "the released formula divides by it"
             raw = released_coefficient(
-                *_token_aligned(outputs, targets),
+                *token_aligned(outputs, targets),
                 max_response_length=self.max_response_length,
                 factor=self.regime.lambda_plus,
             )
@@ -304,10 +304,10 @@ def _importance(targets: JointTargets, depth: int) -> Tensor | None:
 
 
 def _calibration(outputs: HeadOutputs, targets: JointTargets) -> CalibrationSums:
-    return calibration_sums(*_token_aligned(outputs, targets))
+    return calibration_sums(*token_aligned(outputs, targets))
 
 
-def _token_aligned(
+def token_aligned(
     outputs: HeadOutputs, targets: JointTargets
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Detached l [b, s], o [b, s], m_k [K, b, s] and w_k [K, b, s], entry t about token x_t."""

@@ -7,7 +7,7 @@ Method names follow NeMo-Aligner's actors (``infer``, ``get_inference_log_probs`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from megatron_occ.mcore.provider import (
     build_inference_chunk,
     wrap_data_parallel,
 )
+from megatron_occ.mcore.snapshot import restored
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
 
@@ -205,21 +206,21 @@ class MegatronGPTActor:
 
     def get_gradient(
         self, micro_batches: Sequence[Sequences], loss: LossFunction, *, head: bool = False
-    ) -> Gradient:
-        """Trunk gradient of a loss that is not the update's, over the whole mini-batch.
+    ) -> tuple[Gradient, LossReport]:
+        """Trunk gradient of a loss that is not the update's, and the report, of a mini-batch.
 
         Args:
             micro_batches: from :meth:`micro_batch`.
-            loss: as in :meth:`get_loss_and_metrics`; its report is dropped.
+            loss: as in :meth:`get_loss_and_metrics`.
             head: also the gradient of the MTP head's own parameters.
         """
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
         # routers count tokens and move their bias after a backward pass: once, in the update's
         before = [buffer.clone() for buffer in buffers]
-        run_mini_batch(self.wrapped, self._placed(micro_batches), loss)
+        report = self.get_loss_and_metrics(micro_batches, loss)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        return self.gradient_space.take(head=head)
+        return self.gradient_space.take(head=head), report
 
     def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReport:
         """Clip and update.
@@ -252,6 +253,10 @@ class MegatronGPTActor:
         targets = head_targets(ids, self.num_depths)
         request = HeadRequest(targets, passes, temperature, entropy, distance, states=states)
         return Sequences(ids, lengths, request, payload)
+
+    def restored(self, *, moments: bool = True) -> AbstractContextManager[None]:
+        """A block whose updates are undone at its end, see :func:`snapshot.restored`."""
+        return restored(self.chunks, self.optimizer, moments=moments)
 
     def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
         """Lay out a mini-batch.

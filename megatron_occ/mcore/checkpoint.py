@@ -182,6 +182,12 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """Step that a checkpoint's name tells, 0 for one that is named otherwise."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints of a phase as (step, path), oldest first."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step_*")]

@@ -83,6 +83,18 @@ class GradientSpace:
         ]
         self._device = next(chunks[0].parameters()).device
 
+    def size(self) -> int:
+        """Parameters of the trunk over all ranks, each counted once."""
+        total = 0
+        for number, part in enumerate(self._optimizer.chained_optimizers):
+            mine = [p for p in self._places if p.optimizer == number and p.group is not None]
+            count = torch.tensor(
+                sum(place.main.numel() for place in mine if place.is_owned), device=self._device
+            )
+            all_reduce(count, group=part.get_grad_stats_parallel_group())
+            total += int(count)
+        return total
+
     def current(self) -> Gradient:
         """The trunk's gradient that the optimizer is about to use, not a copy of it."""
         parts = [None if p.group is None else p.main.grad for p in self._places]

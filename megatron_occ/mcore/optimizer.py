@@ -17,7 +17,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_occ.config.schema import OptimizerConfig
-from megatron_occ.mcore.optimizer_state import load_state, sharded_state
+from megatron_occ.mcore.optimizer_state import load_state, set_updates, sharded_state
 
 # Megatron tells parameter groups of a checkpoint apart by four keys; this one is free for the head
 _HEAD_GROUP = "is_decoupled_lr"
@@ -107,6 +107,11 @@ class JointOptimizer:
         self.megatron.zero_grad()
         lr = self.megatron.param_groups[0]["lr"]
         return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
+
+    def set_updates(self, updates: int) -> None:
+        """Count the updates anew, as where moments are put back."""
+        self.updates = updates
+        set_updates(self.megatron, updates)
 
     def _norm(self, head: bool) -> float:
         squares = (_norm(part, head) ** 2 for part in self.megatron.chained_optimizers)

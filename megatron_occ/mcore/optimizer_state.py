@@ -96,6 +96,23 @@ def load_state(optimizer: ChainedOptimizer, state: dict[str, Any], updates: int)
                 slot.tensors[name].copy_(found[name])
             else:
                 _scatter(slot, name, found.get(name))
+    set_updates(optimizer, updates)
+
+
+def state_tensors(optimizer: ChainedOptimizer) -> list[Tensor]:
+    """Adam's moments on this rank, allocated if there has been no update yet."""
+    found = []
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # no parameter on this rank
+            continue
+        _allocate(part)
+        for _, main in main_parameters(part):
+            found += [part.optimizer.state[main][name] for name in _MOMENTS]
+    return found
+
+
+def set_updates(optimizer: ChainedOptimizer, updates: int) -> None:
+    """Tell the optimizer how many updates its moments are of."""
     for part in optimizer.chained_optimizers:
         _set_updates(part, updates)
 

@@ -152,7 +152,7 @@ class Actor(Protocol):
 
     def get_gradient(
         self, micro_batches: Sequence[Any], loss: LossFunction, *, head: bool = False
-    ) -> Any:
+    ) -> tuple[Any, LossReport]:
         """Trunk gradient of a loss that is not the update's, with ``head`` also the head's."""
         ...
 

@@ -21,11 +21,12 @@ from megatron_occ.losses.heads import (
     Normalizers,
 )
 from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
-from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
+from megatron_occ.rl.batch import MiniBatch, consecutive
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
 from megatron_occ.rl.exact import ExactTracker, measures_gradients
 from megatron_occ.rl.head_rows import HeadBatch, HeadRows
 from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.prepared import PreparedBatch, count_targets
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
 _GAP_MEAN, _GAP_MAX = "logprob_gap/mean", "logprob_gap/max"
@@ -41,15 +42,6 @@ class Update:
     metrics: dict[str, float]
     events: list[str]
     gap: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Token ids [b, s], constants of the loss, and lengths where it is packed."""
-
-    ids: torch.Tensor
-    targets: JointTargets
-    lengths: list[int] | None
 
 
 class PolicyUpdater:
@@ -136,13 +128,12 @@ class PolicyUpdater:
         the training forward pass is from them: the weights have not moved yet.
         """
         measures_gap, self._gap_is_due = self._gap_is_due, False
-        parts = self._with_constants(mini_batch)
-        normalizers = self._normalizers(parts)
+        prepared = PreparedBatch(self.config, self.actor, mini_batch)
         head_parts = self._head_batches(head)
-        head_normalizers = self._normalizers(head_parts) if head_parts else None
-        used = self._coefficients(parts)
+        head_normalizers = count_targets(self.actor, head_parts) if head_parts else None
+        used = self._coefficients(prepared)
         weights = to_device(used, self.actor.layout.device)
-        measured = self._measured(parts, normalizers)
+        measured = self._measured(prepared)
         cut = measured is not None or self._is_idle(used)
 
         def loss(
@@ -150,13 +141,14 @@ class PolicyUpdater:
         ) -> tuple[torch.Tensor, LossReport]:
             if isinstance(targets, HeadTargets):
                 return self.head_loss(outputs, targets, head_normalizers)
-            value, report = self.loss(outputs, targets, normalizers, weights, cut=cut)
+            counts = prepared.normalizers
+            value, report = self.loss(outputs, targets, counts, weights, cut=cut)
             if measures_gap:
-                _add_gap(report, outputs, targets, normalizers)
+                _add_gap(report, outputs, targets, counts)
             return value, report
 
         # the policy's come last: gradients may be reduced while the last micro-batch goes backward
-        batches = self._for_head(head_parts) + self._for_training(parts, cut=cut)
+        batches = self._for_head(head_parts) + self._for_training(prepared, cut=cut)
         report = self.actor.get_loss_and_metrics(batches, loss)
         mix = None
         if measured is not None:
@@ -189,30 +181,27 @@ class PolicyUpdater:
         if self.exact is not None:
             self.exact.forget()
 
-    def _coefficients(self, parts: list[_MicroBatch]) -> torch.Tensor | None:
+    def _coefficients(self, prepared: PreparedBatch) -> torch.Tensor | None:
         """Lambda [K] of the loss; None where the regime's weight is fixed, or the released one."""
         if self.exact is not None:
             return self.exact.current
-        return self.coefficients.before_update(lambda: self._forward_sums(parts))
+        return self.coefficients.before_update(lambda: self._forward_sums(prepared))
 
-    def _measured(self, parts: list[_MicroBatch], normalizers: Normalizers) -> list[Any] | None:
+    def _measured(self, prepared: PreparedBatch) -> list[Any] | None:
         """Gradients of what MTP sends into the trunk, by depth; None where none is due."""
         if self.exact is None or not self.exact.is_due:
             return None
         regime, overlaps = self.loss.regime, self.config.parallel.overlap_grad_reduce
         shares_loss = regime.trains_head and not regime.has_own_loss
-        # an overlapped reduction waits for the gradient of every parameter that has one
-        batches = self._micro_batches(parts, passes=((True, shares_loss or overlaps),))
 
-        def loss(
-            depth: int, outputs: HeadOutputs, targets: JointTargets
-        ) -> tuple[torch.Tensor, LossReport]:
-            losses = self.loss.trunk_losses(outputs, targets, normalizers)
-            others = 0.0 * losses.sum() if overlaps else 0.0
-            return losses[depth] + others, LossReport()
+        def loss(depth: int, *given: Any) -> tuple[torch.Tensor, LossReport]:
+            losses = self.loss.trunk_losses(*given)
+            # an overlapped reduction waits for the gradient of every parameter
+            return losses[depth] + (0.0 * losses.sum() if overlaps else 0.0), LossReport()
 
+        passes = ((True, shares_loss or overlaps),)
         return [
-            self.actor.get_gradient(batches, functools.partial(loss, depth), head=shares_loss)
+            prepared.gradient(functools.partial(loss, depth), passes, head=shares_loss)[0]
             for depth in range(self.actor.num_depths)
         ]
 
@@ -222,13 +211,6 @@ class PolicyUpdater:
         if used is None or regime.trunk == "none" or not regime.has_own_loss:
             return False
         return not bool(used.any())
-
-    def _with_constants(self, mini_batch: MiniBatch) -> list[_MicroBatch]:
-        depths, cap = self.actor.num_depths, self.config.rl.loss.importance_cap
-        return [
-            _MicroBatch(rows.ids, joint_targets(rows, depths, cap), lengths)
-            for rows, lengths in mini_batch.micro_batches()
-        ]
 
     def _head_batches(self, rows: HeadRows | None) -> list[HeadBatch]:
         if rows is None:
@@ -248,34 +230,20 @@ class PolicyUpdater:
             for part in parts
         ]
 
-    def _normalizers(self, parts: Sequence[_MicroBatch | HeadBatch]) -> Normalizers:
-        counts = torch.stack([Normalizers.count(part.targets.mask) for part in parts]).sum(0)
-        return Normalizers.from_counts(self.actor.layout.all_reduce_data_parallel(counts))
-
-    def _forward_sums(self, parts: list[_MicroBatch]) -> CalibrationSums:
+    def _forward_sums(self, prepared: PreparedBatch) -> CalibrationSums:
         """Calibration sums of the mini-batch by a forward pass of its own."""
-        batches = self._micro_batches(parts, passes=((False, False),))
+        batches = prepared.micro_batches(passes=((False, False),))
         report = self.actor.get_loss_and_metrics(batches, calibration_report, forward_only=True)
         assert report.calibration is not None
         return report.calibration
 
-    def _for_training(self, parts: list[_MicroBatch], *, cut: bool) -> list[Any]:
+    def _for_training(self, prepared: PreparedBatch, *, cut: bool) -> list[Any]:
         regime = self.loss.regime
-        return self._micro_batches(
-            parts,
+        return prepared.micro_batches(
             passes=regime.cut_passes if cut else regime.passes,
             entropy=True,
             distance=regime.distance,
         )
-
-    def _micro_batches(self, parts: list[_MicroBatch], **wanted: Any) -> list[Any]:
-        temperature = self.config.rl.rollout.temperature
-        return [
-            self.actor.micro_batch(
-                part.ids, part.targets, lengths=part.lengths, temperature=temperature, **wanted
-            )
-            for part in parts
-        ]
 
 
 def _sampled(mini_batch: MiniBatch) -> torch.Tensor:

@@ -18,6 +18,7 @@ from megatron_occ.losses.heads import LossReport
 from megatron_occ.losses.joint import JointLoss, Regime
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.mcore.training import run_mini_batch
+from megatron_occ.rl.prepared import PreparedBatch
 from megatron_occ.rl.update import PolicyUpdater, policy_settings
 from tests.mcore.distributed import run_ranks
 
@@ -97,12 +98,12 @@ def groups(actor):
 def brute_force(updater, batch):
     """Trunk gradients by separate backward passes, [1+K][name]; nothing is left behind."""
     actor, (chunk,) = updater.actor, updater.actor.chunks
-    parts = updater._with_constants(batch)
-    counts = updater._normalizers(parts)
+    prepared = PreparedBatch(updater.config, actor, batch)
+    counts = prepared.normalizers
     buffers = [(b, b.clone()) for b in chunk.buffers()]
     gradients = []
     for loss, passes in pieces(updater):
-        placed = actor._placed(updater._micro_batches(parts, passes=passes))
+        placed = actor._placed(prepared.micro_batches(passes=passes))
         run_mini_batch(actor.wrapped, placed, lambda o, t, f=loss: (f(o, t, counts), LossReport()))
         gradients.append({n: p.main_grad.double().clone() for n, p in chunk.named_parameters()})
         for buffer, before in buffers:

@@ -164,12 +164,15 @@ class FakeActor:
 
     def get_gradient(self, micro_batches, loss, *, head=False):
         self.model.zero_grad()
+        reports = []
         for batch in micro_batches:
-            loss(self.outputs(batch), batch.payload)[0].backward()
+            value, report = loss(self.outputs(batch), batch.payload)
+            value.backward()
+            reports.append(report)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self.layout.all_reduce_data_parallel(parameter.grad)
-        return self.gradient_space.take(head)
+        return self.gradient_space.take(head), self._reduce(reports)
 
     def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
         if not forward_only:

@@ -1,0 +1,110 @@
+"""What an audit measures in a mini-batch: gradients taken apart, and their inner products."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_occ.audit.signals import SIGNALS, SignalLoss, policy_gradient, tail
+from megatron_occ.config.schema import Config
+from megatron_occ.losses.calibration import CalibrationSums, coefficient_from_sums
+from megatron_occ.losses.calibrator import UNMOVED
+from megatron_occ.rl.batch import MiniBatch
+from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.prepared import PreparedBatch
+from megatron_occ.rl.update import policy_settings
+
+METRICS = ("euclidean", "adam")
+
+
+class Measuring:
+    """Gradients of RL and of all signals in successive mini-batches, multiplied with each other.
+
+    Args:
+        config: of the run.
+        actor: the policy; its optimizer has made an update, on whose moments Adam's metric stands.
+        window: earlier mini-batches that each is paired with.
+    """
+
+    def __init__(self, config: Config, actor: Actor, window: int) -> None:
+        self._config, self._actor = config, actor
+        policy, length = policy_settings(config), config.rl.rollout.max_response_length
+        self._main = policy_gradient(policy)
+        self.signals = [
+            {"name": name, "depth": depth}
+            for name in SIGNALS
+            for depth in range(1, actor.num_depths + 1)
+        ]
+        self._losses = [
+            SignalLoss(policy, SIGNALS[signal["name"]], signal["depth"] - 1, length)
+            for signal in self.signals
+        ]
+        self._kept: deque[tuple[int, list[Any]]] = deque(maxlen=window)
+        self._count = 0
+
+    def measure(self, mini_batch: MiniBatch) -> dict[str, Any]:
+        """Figures of a mini-batch with old log-probs; weights and optimizer stay as they are."""
+        prepared = PreparedBatch(self._config, self._actor, mini_batch)
+        main, _ = prepared.gradient(self._main, ())
+        gradients, tails, released, sums = [main], [], [], None
+        for loss in self._losses:
+            gradient, report = prepared.gradient(loss, ((True, False),))
+            gradients.append(gradient)
+            tails.append(tail(report.metrics))
+            released.append(float(report.metrics["released"]))
+            sums = report.calibration
+        assert sums is not None, "an audit has signals"
+        counts = prepared.normalizers
+        sample = {
+            "sequences": int(counts.sequences[0]),
+            "tokens": int(counts.tokens[0]),
+            "tails": tails,
+            "proxies": self._proxies(sums, released),
+        }
+        sample |= self._products(gradients)
+        self._kept.append((self._count, gradients))
+        self._count += 1
+        return sample
+
+    def _products(self, gradients: list[Any]) -> dict[str, Any]:
+        """Within the mini-batch, and with each kept one, in both metrics."""
+        others = [gradient for _, kept in self._kept for gradient in kept]
+        same: dict[str, Any] = {}
+        cross: dict[str, Any] = {}
+        for metric in METRICS:
+            found = self._actor.gradient_space.products(gradients, [*gradients, *others], metric)
+            own, *parts = found.split(len(gradients), dim=1)
+            same[metric] = _row(own)
+            cross[metric] = [
+                {"other": other, **_row(part), "c_back": part[1:, 0].tolist()}
+                for (other, _), part in zip(self._kept, parts, strict=True)
+            ]
+        return {"same": same, "cross": cross}
+
+    def _proxies(
+        self, sums: CalibrationSums, released: list[float]
+    ) -> dict[str, list[float | None]]:
+        """The paper's and the released coefficient; None where the policy had not moved."""
+        sums = CalibrationSums.from_tensor(sums.to_tensor().cpu())
+        has_moved = sums.moved > UNMOVED * sums.count
+        values = coefficient_from_sums(sums, lambda_plus=1.0)
+        by_depth = [
+            float(value) if moved and value.isfinite() else None
+            for value, moved in zip(values, has_moved, strict=True)
+        ]
+        paper = [by_depth[signal["depth"] - 1] for signal in self.signals]
+        pairs = zip(paper, released, strict=True)
+        return {"logprob": paper, "released": [r if p is not None else None for p, r in pairs]}
+
+
+def _row(products: Tensor) -> dict[str, list]:
+    """<g_0, g_0'>, <g_0, g_s'> and <g_s, g_s'> of [1+S, 1+S, G]."""
+    diagonal = torch.stack([products[s, s] for s in range(1, products.size(0))])
+    return {
+        "rl": products[0, 0].tolist(),
+        "c": products[0, 1:].tolist(),
+        "v2": diagonal.tolist(),
+    }

@@ -1,0 +1,84 @@
+"""A mini-batch ready for passes of the model: constants of the loss, and counts over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_occ.config.schema import Config
+from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
+from megatron_occ.rl.batch import MiniBatch, joint_targets
+from megatron_occ.rl.interfaces import Actor
+
+CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, LossReport]]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Token ids [b, s] of a micro-batch, constants of the loss, and lengths where it is packed."""
+
+    ids: Tensor
+    targets: JointTargets
+    lengths: list[int] | None
+
+
+class _Masked(Protocol):
+    targets: Any
+
+
+def count_targets(actor: Actor, parts: Sequence[_Masked]) -> Normalizers:
+    """Counts of a mini-batch over its micro-batches and all data-parallel ranks."""
+    counts = torch.stack([Normalizers.count(part.targets.mask) for part in parts]).sum(0)
+    return Normalizers.from_counts(actor.layout.all_reduce_data_parallel(counts))
+
+
+class PreparedBatch:
+    """This rank's part of a mini-batch.
+
+    Args:
+        config: the run's configuration.
+        actor: the policy.
+        mini_batch: with old log-probs.
+    """
+
+    def __init__(self, config: Config, actor: Actor, mini_batch: MiniBatch) -> None:
+        self._actor, self._temperature = actor, config.rl.rollout.temperature
+        cap = config.rl.loss.importance_cap
+        self.parts = [
+            Constants(rows.ids, joint_targets(rows, actor.num_depths, cap), lengths)
+            for rows, lengths in mini_batch.micro_batches()
+        ]
+        self.normalizers = count_targets(actor, self.parts)
+
+    def micro_batches(self, **wanted: Any) -> list[Any]:
+        """For a pass of the actor, see ``Actor.micro_batch``."""
+        return [
+            self._actor.micro_batch(
+                part.ids,
+                part.targets,
+                lengths=part.lengths,
+                temperature=self._temperature,
+                **wanted,
+            )
+            for part in self.parts
+        ]
+
+    def gradient(
+        self, loss: CountedLoss, passes: tuple[tuple[bool, bool], ...], *, head: bool = False
+    ) -> tuple[Any, LossReport]:
+        """Trunk gradient of a loss by a pass of its own, and the report over all ranks.
+
+        Args:
+            loss: from outputs, constants and counts to a scalar and a report.
+            passes: of the MTP block, see ``Regime.passes``.
+            head: also the gradient of the head's own parameters.
+        """
+        return self._actor.get_gradient(
+            self.micro_batches(passes=passes),
+            lambda outputs, targets: loss(outputs, targets, self.normalizers),
+            head=head,
+        )
