@@ -54,11 +54,11 @@ from megatron_occ.observe import MetricsLogger, RolloutLog, print_summary, write
 from megatron_occ.pretraining import PretrainTrainer
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.evaluation import Validation, evaluate
+from megatron_occ.rl.head_update import build_updater
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
-from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import RolloutEngine, SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -285,6 +285,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         optimizer=rl.optimizer,
         total_updates=derive(config, run.layout.world_size).rl_updates,
         train_head=regime.trains_head,
+        train_trunk=rl.train_trunk,
     )
     if start is not None:
         load_weights(start, actor, meta)
@@ -299,7 +300,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         phase = _Phase(run, "rl", actor, meta)
         trainer = GRPOTrainer(
             config,
-            PolicyUpdater(config, actor),
+            build_updater(config, actor),
             RolloutSource(sampler, train, rl, config.seed, keep_states=regime.head_on_rollouts),
             validate=lambda: evaluate(sampler, held_out, rl.validation, config.seed, part=RL_PART),
             logger=run.metrics,

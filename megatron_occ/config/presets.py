@@ -27,6 +27,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "policy": _regime("policy", "fixed", "same_as_trunk") | {"mtp.trunk.weight": 1.0},
         "occ": _regime("policy", "occ", "same_as_trunk"),
         "occ_decoupled": _regime("policy", "occ", "ce") | {"mtp.head.weight": 0.1},
+        # A stage before RL, as in arXiv 2606.12370.
+        "head_only": _regime("none", "fixed", "soft_ce")
+        | {"mtp.head.weight": 1.0, "rl.train_trunk": False},
     },
     "rl.algorithm": {
         # GRPO: arXiv 2402.03300, equation 3.
@@ -59,6 +62,7 @@ REGIME_KEYS = (
     "mtp.trunk.signal",
     "mtp.trunk.coefficient",
     "mtp.head.signal",
+    "rl.train_trunk",
     "rl.loss.aggregation",
 )
 

@@ -38,11 +38,33 @@ def mtp_problems(config: Config) -> Iterator[str]:
             f"mtp.trunk.weight=0: mtp.trunk.signal={trunk.signal} would have no effect. Give a "
             "weight above 0, or mtp.trunk.signal=none"
         )
+    if not config.rl.train_trunk:
+        yield from _head_alone(config)
     if head.states == "rollout":
         yield from _states_of_rollouts(config)
     yield from _clamp(trunk)
     if trunk.coefficient == "occ":
         yield from _calibration(trunk, config.rl.mini_batches)
+
+
+def _head_alone(config: Config) -> Iterator[str]:
+    """What a stage that trains the head alone can't do."""
+    signal, head = config.mtp.trunk.signal, config.mtp.head.signal
+    remedy = "Set mtp.head.signal=soft_ce (mtp.preset=head_only) or tv, or rl.train_trunk=true"
+    if signal != "none":
+        yield (
+            f"mtp.trunk.signal={signal}: rl.train_trunk=false leaves the trunk as it is. Set "
+            "mtp.trunk.signal=none (mtp.preset=head_only), or rl.train_trunk=true"
+        )
+    why = {
+        "none": "nothing would be trained",
+        "same_as_trunk": "there is no loss of the trunk to share",
+        "ce": "soft_ce has the same expected gradient on responses of the policy itself, without "
+        "the noise of the tokens drawn",
+        "policy": "its advantages are for a policy that learns",
+    }
+    if head in why:
+        yield f"mtp.head.signal={head}: with rl.train_trunk=false {why[head]}. {remedy}"
 
 
 def _states_of_rollouts(config: Config) -> Iterator[str]:

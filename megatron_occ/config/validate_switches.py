@@ -129,6 +129,20 @@ SWITCHES = (
 )
 RL_SWITCHES = (
     Switch(
+        "rl.train_trunk",
+        _is(False),
+        (
+            "rl.algorithm",
+            "rl.old_logprobs",
+            "rl.optimizer.clip_grad",
+            *_all_but("rl.advantage"),
+            *_all_but("rl.loss"),
+            *_all_but("rl.dynamic_sampling"),
+            *_all_but("rl.overlong"),
+        ),
+        "rl.train_trunk=true (any mtp.preset but head_only)",
+    ),
+    Switch(
         "mtp.trunk.coefficient",
         _is("fixed"),
         _CALIBRATION,
