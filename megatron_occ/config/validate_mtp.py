@@ -22,7 +22,7 @@ def mtp_problems(config: Config) -> Iterator[str]:
             f"mtp.head.signal={head.signal}. Set mtp.preset=none (in place of these keys), or "
             "mtp.num_layers=1 or more"
         )
-    if trunk.signal == "none" and head.signal == "same_as_trunk":
+    if trunk.signal == "none" and head.signal == "same_as_trunk" and config.rl.train_trunk:
         yield (
             "mtp.head.signal=same_as_trunk: mtp.trunk.signal=none has no loss to share, so "
             "nothing trains the MTP layers. Set mtp.head.signal=ce (preset detach), or none to "
