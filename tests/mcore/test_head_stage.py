@@ -1,4 +1,4 @@
-"""``rl.train_trunk=false`` on the real model: the trunk stays bit for bit, and costs no backward."""
+"""``rl.train_trunk=false`` on the real model: the trunk stays bit for bit and has no graph."""
 
 from __future__ import annotations
 

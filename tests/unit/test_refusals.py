@@ -102,7 +102,7 @@ WRONG_CONFIGURATIONS = [
     ),
     Wrong(
         "not among the choices",
-        ["mtp.preset = 'oc': must be one of none, detach, ce, policy, occ, occ_decoupled, head_only or null"],
+        ["mtp.preset = 'oc': must be one of none, detach,", "occ_decoupled, head_only or null"],
         overrides=["mtp.preset=oc"],
     ),
     Wrong(
