@@ -30,6 +30,7 @@ _MODEL = (
 # statistics of the same mini-batch: lambda is not 0 from the first update on
 CURRENT = "mtp.trunk.statistics=current"
 DENSE = ("mtp.preset=occ_decoupled", CURRENT)
+HEAD = ("mtp.preset=head_only",)
 COUPLED = ("mtp.preset=occ", CURRENT)
 SOFT_CE = ("mtp.head.signal=soft_ce", CURRENT)
 MOE = (
@@ -55,6 +56,7 @@ MLA = (
 )
 UNTIED = ("model.tie_embeddings=false",)
 PACKED = ("rl.micro_batch_tokens=64",)
+SPLIT = ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true")
 SEQUENCE = ("parallel.sequence=true",)
 
 
@@ -151,6 +153,25 @@ CASES = (
         PP2,
         "parallel.overlap_grad_reduce=true",
     ),
+    _case("DP2, head alone, distributed optimizer", 2, HEAD + _depths(2), SPLIT),
+    _case("TP2 + SP, head alone, packed", 2, HEAD + _depths(2), TP2, SEQUENCE, PACKED),
+    _case("CP2, head alone, full recompute", 2, HEAD + _depths(2), CP2, "recompute=full"),
+    _case("PP2, head alone, distributed optimizer", 2, HEAD + _depths(2), PP2, SPLIT),
+    _case(
+        "PP2 x VPP2, head alone",
+        2,
+        HEAD + UNTIED + _depths(1),
+        PP2,
+        "parallel.virtual_pipeline=2",
+    ),
+    _case(
+        "PP3, head alone, MTP stage of its own",
+        3,
+        HEAD + UNTIED + _depths(2),
+        "parallel.pipeline=3",
+        "parallel.pipeline_layout=Et*4|mm|L",
+    ),
+    _case("MoE, EP2, head alone", 2, (*MOE[len(DENSE) :], *HEAD, *_depths(1)), "parallel.expert=2"),
     _case("MoE, EP2", 2, MOE + _depths(1), "parallel.expert=2"),
     _case("MoE, TP2 + SP, packed", 2, MOE + UNTIED + _depths(2), TP2, SEQUENCE, PACKED),
     _case("MLA, TP2", 2, MLA + _depths(1), TP2),

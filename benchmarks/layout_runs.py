@@ -25,7 +25,7 @@ from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
-from megatron_occ.rl.update import PolicyUpdater
+from megatron_occ.rl.head_update import build_updater
 
 VOCABULARY = 29
 ROWS, LENGTH, PROMPT = 16, 19, 4
@@ -51,7 +51,7 @@ def reference(model: tuple[str, ...], folder: Path) -> list[dict[str, float]]:
     initialize(config)
     actor = _actor(config)
     _save(actor, folder / "start")
-    updater, metrics = PolicyUpdater(config, actor), []
+    updater, metrics = build_updater(config, actor), []
     for step in range(UPDATES):
         result = updater.run_update(mini_batches(config, actor)[step % 2])
         metrics.append(result.metrics)
@@ -70,7 +70,7 @@ def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measu
     actor = _actor(config)
     _load(actor, folder / "start")
     actor.optimizer.megatron.reload_model_params()
-    updater, metrics = PolicyUpdater(config, actor), []
+    updater, metrics = build_updater(config, actor), []
     gradient = (0.0, "")
     for step in range(UPDATES):
         metrics.append(updater.run_update(mini_batches(config, actor)[step % 2]).metrics)
@@ -97,6 +97,7 @@ def _actor(config: Config) -> MegatronGPTActor:
         optimizer=config.rl.optimizer,
         total_updates=UPDATES,
         train_head=regime_from(config.mtp).trains_head,
+        train_trunk=config.rl.train_trunk,
     )
 
 

@@ -32,8 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_at_least_one,
         default=8,
         metavar="N",
-        help="earlier mini-batches that each is paired with; their gradients are kept "
-        "(default: 8)",
+        help="earlier mini-batches that each is paired with; their gradients are kept (default: 8)",
     )
     parser.add_argument(
         "--out",
@@ -68,7 +67,6 @@ def run(options: argparse.Namespace) -> None:
     from megatron_occ.audit.page import render_page
     from megatron_occ.audit.summary import summarise
     from megatron_occ.audit.text import table
-
     from megatron_occ.phases.audit import audit, audit_config
     from megatron_occ.phases.start import check_checkpoint, checked_inputs
 

@@ -38,6 +38,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "occ": _regime("policy", "occ", "same_as_trunk") | _PAPER,
         "occ_decoupled": _regime("policy", "occ", "ce") | {"mtp.head.weight": 0.1},
         "occ_exact": _regime("policy", "occ", "ce") | _EXACT | {"mtp.head.weight": 0.1},
+        # A stage before RL, as in arXiv 2606.12370.
+        "head_only": _regime("none", "fixed", "soft_ce")
+        | {"mtp.head.weight": 1.0, "rl.train_trunk": False},
     },
     "rl.algorithm": {
         # GRPO: arXiv 2402.03300, equation 3.
@@ -70,6 +73,7 @@ REGIME_KEYS = (
     "mtp.trunk.signal",
     "mtp.trunk.coefficient",
     "mtp.head.signal",
+    "rl.train_trunk",
     "rl.loss.aggregation",
 )
 

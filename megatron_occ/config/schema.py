@@ -151,7 +151,16 @@ class MTPConfig:
     preset: str | None = option(
         None,
         "published regime: sets trunk and head",
-        choices=("none", "detach", "ce", "policy", "occ", "occ_decoupled", "occ_exact"),
+        choices=(
+            "none",
+            "detach",
+            "ce",
+            "policy",
+            "occ",
+            "occ_decoupled",
+            "occ_exact",
+            "head_only",
+        ),
     )
     trunk: TrunkConfig = section(TrunkConfig, "gradient that MTP sends into the trunk")
     head: HeadConfig = section(HeadConfig, "training of the MTP head itself")
@@ -300,6 +309,11 @@ class ValidationConfig:
 class RLConfig:
     init_from: str | None = option(
         None, "checkpoint folder of the policy (null: pretrain first, for pretrain.steps)"
+    )
+    train_trunk: bool = option(
+        True,
+        "false: a stage before RL that trains the MTP head alone, on responses of a policy that "
+        "stays as it is",
     )
     steps: int = option(100, "rollout steps", minimum=1)
     algorithm: str | None = option(

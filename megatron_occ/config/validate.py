@@ -186,7 +186,7 @@ def _speculation(config: Config) -> Iterator[str]:
 def _reinforcement(config: Config) -> Iterator[str]:
     rl = config.rl
     yield from _optimizer("rl.optimizer", rl.optimizer, rl.steps * rl.mini_batches)
-    if rl.samples_per_prompt < 2:
+    if rl.samples_per_prompt < 2 and rl.train_trunk:
         yield (
             f"rl.samples_per_prompt={rl.samples_per_prompt}: a group of one has no baseline "
             f"(rl.advantage.baseline={rl.advantage.baseline}) and no spread, so its advantage is "

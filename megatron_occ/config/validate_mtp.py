@@ -22,7 +22,7 @@ def mtp_problems(config: Config) -> Iterator[str]:
             f"mtp.head.signal={head.signal}. Set mtp.preset=none (in place of these keys), or "
             "mtp.num_layers=1 or more"
         )
-    if trunk.signal == "none" and head.signal == "same_as_trunk":
+    if trunk.signal == "none" and head.signal == "same_as_trunk" and config.rl.train_trunk:
         yield (
             "mtp.head.signal=same_as_trunk: mtp.trunk.signal=none has no loss to share, so "
             "nothing trains the MTP layers. Set mtp.head.signal=ce (preset detach), or none to "
@@ -39,6 +39,8 @@ def mtp_problems(config: Config) -> Iterator[str]:
             "weight above 0, or mtp.trunk.signal=none"
         )
     yield from _weighting(config)
+    if not config.rl.train_trunk:
+        yield from _head_alone(config)
     if head.states == "rollout":
         yield from _states_of_rollouts(config)
     yield from _clamp(trunk)
@@ -60,6 +62,26 @@ def _weighting(config: Config) -> Iterator[str]:
                 f"(mtp.trunk.signal={trunk.signal}, mtp.head.signal={head.signal}). Set "
                 "mtp.trunk.signal=policy, or drop the key"
             )
+
+
+def _head_alone(config: Config) -> Iterator[str]:
+    """What a stage that trains the head alone can't do."""
+    signal, head = config.mtp.trunk.signal, config.mtp.head.signal
+    remedy = "Set mtp.head.signal=soft_ce (mtp.preset=head_only) or tv, or rl.train_trunk=true"
+    if signal != "none":
+        yield (
+            f"mtp.trunk.signal={signal}: rl.train_trunk=false leaves the trunk as it is. Set "
+            "mtp.trunk.signal=none (mtp.preset=head_only), or rl.train_trunk=true"
+        )
+    why = {
+        "none": "nothing would be trained",
+        "same_as_trunk": "there is no loss of the trunk to share",
+        "ce": "soft_ce has the same expected gradient on responses of the policy itself, without "
+        "the noise of the tokens drawn",
+        "policy": "its advantages are for a policy that learns",
+    }
+    if head in why:
+        yield f"mtp.head.signal={head}: with rl.train_trunk=false {why[head]}. {remedy}"
 
 
 def _states_of_rollouts(config: Config) -> Iterator[str]:

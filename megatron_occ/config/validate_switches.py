@@ -128,6 +128,20 @@ SWITCHES = (
 )
 RL_SWITCHES = (
     Switch(
+        "rl.train_trunk",
+        _is(False),
+        (
+            "rl.algorithm",
+            "rl.old_logprobs",
+            "rl.optimizer.clip_grad",
+            *_all_but("rl.advantage"),
+            *_all_but("rl.loss"),
+            *_all_but("rl.dynamic_sampling"),
+            *_all_but("rl.overlong"),
+        ),
+        "rl.train_trunk=true (any mtp.preset but head_only)",
+    ),
+    Switch(
         "mtp.trunk.coefficient",
         _is("fixed"),
         _CALIBRATION,
@@ -237,11 +251,18 @@ def switch_problems(values: Mapping[str, Any], *, pretrains: bool, trains: bool)
     for switch in switches:
         if not switch.is_off(values[switch.key]):
             continue
+        implied = _set_by_presets(switch.keys, values)
         for key in switch.keys:
             default = leaves()[key].default()
-            if values[key] not in (default, switch.zero):
+            if values[key] not in (default, switch.zero, implied.get(key, default)):
                 found.setdefault(key, _message(switch, key, default, values))
     yield from found.values()
+
+
+def _set_by_presets(keys: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What presets among ``keys`` set: a preset that is refused itself speaks for all of it."""
+    chosen = [PRESETS[key].get(values[key], {}) for key in keys if key in PRESETS]
+    return {key: value for preset in chosen for key, value in preset.items()}
 
 
 def _message(switch: Switch, key: str, default: Any, values: Mapping[str, Any]) -> str:

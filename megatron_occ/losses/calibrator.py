@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_occ.losses.calibration import CalibrationSums, coefficient_from_sums
 
-
 # Nats squared per token up to which the policy counts as unmoved.
 UNMOVED = 1e-10
 

@@ -57,16 +57,20 @@ def mean_distances(outputs: HeadOutputs, mask: Tensor, normalizers: Normalizers)
 def describe_heads(
     outputs: HeadOutputs, mask: Tensor, normalizers: Normalizers, metrics: dict[str, Tensor]
 ) -> None:
-    """Add cross-entropy and agreement with the main head of each depth to ``metrics``.
+    """Add each depth's cross-entropy, and its agreement with and distance to the main head.
 
     Args:
         outputs: of the model.
         mask: [1+K, b, s].
         normalizers: global counts.
-        metrics: to add to.
+        metrics: ``loss/mtp_k``, ``agreement/mtp_k`` and ``loss/head_mtp_k`` are added, the last
+            two where the model was asked for them.
     """
     for k, logprobs in enumerate(outputs.passes[-1].detach(), start=1):
         tokens = normalizers.tokens[k]
         metrics[f"loss/mtp_{k}"] = -masked_sum(logprobs, mask[k]) / tokens
         if outputs.agreement is not None:
             metrics[f"agreement/mtp_{k}"] = masked_sum(outputs.agreement[k - 1], mask[k]) / tokens
+        if outputs.distance is not None:
+            distance = outputs.distance[k - 1].detach()
+            metrics[f"loss/head_mtp_{k}"] = masked_sum(distance, mask[k]) / tokens

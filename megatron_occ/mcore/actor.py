@@ -70,6 +70,7 @@ class MegatronGPTActor:
         optimizer: the phase's optimizer section.
         total_updates: length of the phase, in optimizer updates.
         train_head: False freezes the MTP head (regime ``none``): no update, no weight decay.
+        train_trunk: False freezes all the rest, embedding and output layer included.
     """
 
     def __init__(
@@ -81,16 +82,16 @@ class MegatronGPTActor:
         optimizer: OptimizerConfig,
         total_updates: int,
         train_head: bool = True,
+        train_trunk: bool = True,
     ) -> None:
-        self.config, self.layout = config, layout
+        self.config, self.layout, self._train_trunk = config, layout, train_trunk
         self.num_depths = config.mtp.num_layers
         self.sequence_multiple = sequence_multiple(config)
         parallel = config.parallel
         self.micro_batch_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
         self.chunks = build_chunks(config, vocab_size, layout.device)
         for chunk in self.chunks:
-            if chunk.mtp_process and not train_head:
-                chunk.mtp.requires_grad_(False)
+            _freeze(chunk, trunk=not train_trunk, head=not train_head)
         self.wrapped = wrap_data_parallel(self.chunks, config)
         configure_gradients(self.wrapped)
         self.optimizer = JointOptimizer(
@@ -251,7 +252,15 @@ class MegatronGPTActor:
             passes, temperature, entropy, distance, states: see ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
-        request = HeadRequest(targets, passes, temperature, entropy, distance, states=states)
+        request = HeadRequest(
+            targets,
+            passes,
+            temperature,
+            entropy,
+            distance,
+            states=states,
+            frozen_trunk=not self._train_trunk,
+        )
         return Sequences(ids, lengths, request, payload)
 
     def restored(self, *, moments: bool = True) -> AbstractContextManager[None]:
@@ -333,6 +342,13 @@ class MegatronGPTActor:
         finally:
             for parameter, current in zip(self._parameters(), live, strict=True):
                 parameter.data = current
+
+
+def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:
+    """Before the chunk is wrapped: what is frozen then has no place in a gradient buffer."""
+    for name, parameter in chunk.named_parameters():
+        if head if name.startswith("mtp.") else trunk:
+            parameter.requires_grad_(False)
 
 
 def _keep_logprobs(outputs: HeadOutputs, _payload: Any) -> tuple[Tensor, Tensor]:

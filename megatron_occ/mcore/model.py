@@ -42,6 +42,7 @@ class HeadRequest:
         placement: of the b * s tokens in the model's input; None: as they are.
         states: [b, s, h] hidden states of the trunk after its final norm: the trunk is not run, and
             no gradient reaches it. On one pipeline stage alone.
+        frozen_trunk: no loss acts on what comes before the MTP block: it is run without a graph.
     """
 
     targets: Tensor
@@ -51,6 +52,7 @@ class HeadRequest:
     distance: str | None = None
     placement: Placement | None = None
     states: Tensor | None = None
+    frozen_trunk: bool = False
 
 
 class _KeptStates(torch.nn.Module):
@@ -120,11 +122,18 @@ class OCCGPTModel(GPTModel):
             return super().forward(*args, **kwargs)
         ids = args[0]
         placement = request.placement or place_padded(tuple(ids.shape), ids.device)
-        with self._as_inner_stage(), self._instead_of_trunk(request, placement) as states:
-            arguments = kwargs | states
-            hidden = super().forward(*args, packed_seq_params=placement.packed, **arguments)
         targets = placement.take(request.targets if request.passes else request.targets[:1])
         depths = targets.size(0) - 1
+        # behind the MTP block, on a stage of its own, the head's gradient passes through
+        comes_after_mtp = self.post_process and not self.mtp_process and depths > 0
+        is_frozen = request.frozen_trunk and not comes_after_mtp
+        with (
+            self._as_inner_stage(),
+            self._instead_of_trunk(request, placement) as states,
+            torch.no_grad() if is_frozen else nullcontext(),
+        ):
+            arguments = kwargs | states
+            hidden = super().forward(*args, packed_seq_params=placement.packed, **arguments)
         states = [hidden]
         if self.mtp_process and depths:
             depth_ids = placement.as_input(targets[:depths])
@@ -132,6 +141,8 @@ class OCCGPTModel(GPTModel):
                 states += self._mtp_hidden(hidden, depth_ids, args[1], to_trunk, to_head)
         if self.mtp_process and not any(to_trunk for to_trunk, _ in request.passes):
             states[0] = self._with_embedding(hidden)
+        if is_frozen:
+            states[-1] = self._with_received(states[-1])
         if not self.post_process:
             return torch.cat(states) if len(states) > 1 else hidden
         if depths and not self.mtp_process:
@@ -220,6 +231,16 @@ class OCCGPTModel(GPTModel):
         if self.pre_process or is_output or not torch.is_grad_enabled():
             return hidden
         return hidden + 0.0 * self.embedding.word_embeddings.weight.view(-1)[:1]
+
+    def _with_received(self, states: Tensor) -> Tensor:
+        """The same values; what came from the stage before gets a gradient of zeros.
+
+        The schedule sends one back to that stage, which waits for it.
+        """
+        received = self.decoder.input_tensor
+        if received is None or not torch.is_grad_enabled():
+            return states
+        return states + 0.0 * received.view(-1)[:1]
 
     def _cut(self, hidden: Tensor) -> Tensor:
         """Detached; recompute runs a block backward only if an input of it wants a gradient."""

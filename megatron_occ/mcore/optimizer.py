@@ -105,7 +105,8 @@ class JointOptimizer:
         # `prepare_grads` made each p.grad an alias of the gradient buffer: left in place, the next
         # backward pass would add into the buffer twice
         self.megatron.zero_grad()
-        lr = self.megatron.param_groups[0]["lr"]
+        # also on a rank without a parameter to train
+        lr = self.schedule.get_lr({})
         return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
 
     def set_updates(self, updates: int) -> None:

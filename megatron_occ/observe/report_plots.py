@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_occ.observe.plot import Series, plot_series_svg
 from megatron_occ.observe.plot_bars import plot_stacked_bars_svg
-from megatron_occ.observe.run_data import RunData
+from megatron_occ.observe.run_data import RunData, acceptance_lengths
 from megatron_occ.observe.text import escape, format_duration, format_number, format_percent
 
 # Colours mean the same in every plot: 1 is the main head, the trunk or the run as a whole, and
@@ -48,7 +48,10 @@ def rl_cards(run: RunData) -> list[str]:
         "What λ is made of": _calibration_panels(run),
         "MTP agreement with the main head": [Panel(agreement, percent=True)],
         "Speculative decoding": _draft_panels(run),
-        "MTP loss": [Panel(_by_depth(run, "rl", "loss/mtp_"))],
+        "MTP loss": [
+            Panel(_by_depth(run, "rl", "loss/mtp_"), caption="cross-entropy"),
+            Panel(_by_depth(run, "rl", "loss/head_mtp_"), caption="distance to the main head"),
+        ],
         "Gradient norms": _gradient_panels(run, "rl"),
         "Policy update": _update_panels(run),
         "Response length": _length_panels(run),
@@ -164,11 +167,14 @@ def _rollout_panels(run: RunData) -> list[Panel]:
 
 def _draft_panels(run: RunData) -> list[Panel]:
     """Drafts by their place: depth k drafts the k-th token, and the last depth the others."""
-    length = [("draft/acceptance_length", "tokens a trunk pass", _MAIN)]
+    lengths = _some(run, [("draft/acceptance_length", "tokens a trunk pass", _MAIN)])
+    measured = acceptance_lengths(run)
+    if measured:
+        lengths.append(Series("validation", measured, _DEPTH_COLORS[0], smoothed=False))
     return [
         Panel(_by_depth(run, "rl", "draft/accepted_", "draft"), percent=True, caption="accepted"),
         Panel(_by_depth(run, "rl", "draft/proposed_", "draft"), percent=True, caption="in passes"),
-        Panel(_some(run, length) if run.depths("rl", "draft/accepted_") else []),
+        Panel(lengths if run.depths("rl", "draft/accepted_") else []),
     ]
 
 

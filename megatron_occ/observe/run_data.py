@@ -203,6 +203,18 @@ def accuracy_change(run: RunData) -> tuple[float, float] | None:
     return points[0][1], points[-1][1]
 
 
+def acceptance_lengths(run: RunData) -> list[Point]:
+    """Return tokens a trunk pass on the validation problems, by RL step; [] without drafts.
+
+    Only where every pass had a draft: other lengths say how often drafts were tried as well.
+    """
+    proposed = [share for _, share in run.points("validation", "draft/proposed_1")]
+    lengths = run.points("validation", "draft/acceptance_length")
+    # rounding of a share that is 1
+    is_whole = len(proposed) == len(lengths) and all(share > 1 - 1e-9 for share in proposed)
+    return lengths if is_whole else []
+
+
 def accuracy_basis(run: RunData) -> str:
     """Say what pass@1 was measured on and how far chance alone can move the difference.
 

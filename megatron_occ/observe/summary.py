@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_occ.observe.report import REPORT_FILE
-from megatron_occ.observe.run_data import RunData, accuracy_basis, accuracy_change, load_run
+from megatron_occ.observe.run_data import (
+    RunData,
+    acceptance_lengths,
+    accuracy_basis,
+    accuracy_change,
+    load_run,
+)
 from megatron_occ.observe.text import (
     format_duration,
     format_number,
@@ -58,6 +64,10 @@ def _rows(run: RunData) -> list[tuple[str, str]]:
         level = run.level(phase, name)
         if level is not None:
             rows.append((label, f"{form(level.first)} -> {form(level.last)}  ({level.basis})"))
+    lengths = acceptance_lengths(run)
+    if lengths:
+        text = f"{lengths[0][1]:.2f} -> {lengths[-1][1]:.2f}"
+        rows.append(("acceptance length", f"{text}  (tokens a trunk pass, validation problems)"))
     steps = [(run.last_step("pretrain"), "pretraining"), (run.last_step("rl"), "RL")]
     counts = [f"{count:,} {name}" for count, name in steps if count is not None]
     rows.append(("steps", ", ".join(counts)))

@@ -36,6 +36,7 @@ def audit_config(config: Config) -> Config:
     if config.mtp.head.signal in ("none", "same_as_trunk"):
         config.mtp.head = type(config.mtp.head)(signal="ce")
     config.mtp.head.states = "training"
+    config.rl.train_trunk = True
     config.parallel.overlap_grad_reduce = False
     return config
 

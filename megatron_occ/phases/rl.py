@@ -15,8 +15,8 @@ from megatron_occ.phases.pretraining import pretrain
 from megatron_occ.phases.sampling import measure, rollout_source
 from megatron_occ.phases.start import check_checkpoint, check_source, converted
 from megatron_occ.rl.calibration import regime_from
+from megatron_occ.rl.head_update import build_updater
 from megatron_occ.rl.trainer import GRPOTrainer
-from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.run import Phase, Run
 
 
@@ -62,6 +62,7 @@ def build_policy(run: Run, start: Path | None) -> MegatronGPTActor:
         optimizer=config.rl.optimizer,
         total_updates=derive(config, run.layout.world_size).rl_updates,
         train_head=regime_from(config.mtp).trains_head,
+        train_trunk=config.rl.train_trunk,
     )
     if start is not None:
         load_weights(start, actor, run.describe({}))
@@ -83,7 +84,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         phase = Phase(run, "rl", actor, run.describe({"prompts": train.fingerprint()}))
         trainer = GRPOTrainer(
             config,
-            PolicyUpdater(config, actor),
+            build_updater(config, actor),
             rollouts,
             validate=lambda: measure(run, rollouts.sampler, held_out, RL_PART),
             logger=run.metrics,

@@ -9,6 +9,7 @@ import torch
 from megatron_occ.config.schema import ValidationConfig
 from megatron_occ.data.prompts import PromptRecord, PromptStream
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Sampler, sample_seed
 
@@ -57,8 +58,9 @@ def evaluate(
     Returns:
         ``avg@k`` (mean score over all samples), ``pass@1`` (share of correct samples, which is
         the same number where scores are 0 or 1), ``pass@k`` (share of problems with a correct
-        sample, all k drawn), ``problems``; over all data-parallel ranks. A sample is correct at
-        ``FULL_SCORE`` or more.
+        sample, all k drawn), ``problems``, and where there were drafts those of
+        :func:`draft_metrics`; over all data-parallel ranks. A sample is correct at ``FULL_SCORE``
+        or more.
 
     Raises:
         ValueError: a prompt does not fit, or the verifier of every response failed.
@@ -90,4 +92,7 @@ def evaluate(
         f"pass@{samples}": solved / count,
         "problems": count,
     }
+    drafts = draft_metrics(drawn.drafts, layout)
+    if len(drafts) > 1:  # without drafts there is nothing to tell
+        metrics |= drafts
     return Validation(metrics, drawn.failures.events())

@@ -1,33 +1,49 @@
-"""Responses whose trunk states a rollout kept, cut into micro-batches that train the head."""
+"""What trains the head alone: micro-batches, and responses whose trunk states a rollout kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_occ.config.schema import RLConfig
+from megatron_occ.config.schema import Config, RLConfig
 from megatron_occ.losses.heads import HeadTargets
 from megatron_occ.rl.batch import head_masks
-from megatron_occ.rl.interfaces import Collectives
+from megatron_occ.rl.interfaces import Actor, Collectives
 from megatron_occ.rl.sampler import Samples
 
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """b sequences of s tokens, padded.
+    """b sequences of s tokens that train the head.
 
     Args:
         ids: [b, s] token ids.
         targets: constants of the loss.
-        states: [b, s, h] of the trunk; 0 at the last token of a row and behind it.
+        states: [b, s, h] of the trunk; 0 at the last token of a row and behind it. None: a pass
+            through the trunk makes them.
+        lengths: tokens of each sequence, packed; None: padded.
     """
 
     ids: Tensor
     targets: HeadTargets
-    states: Tensor
+    states: Tensor | None = None
+    lengths: list[int] | None = None
+
+    def for_actor(self, actor: Actor, config: Config) -> Any:
+        """The actor's micro-batch: one pass of the depths, cut off from the trunk."""
+        return actor.micro_batch(
+            self.ids,
+            self.targets,
+            lengths=self.lengths,
+            passes=((False, True),),
+            temperature=config.rl.rollout.temperature,
+            distance=config.mtp.head.signal,
+            states=self.states,
+        )
 
 
 @dataclass(frozen=True)

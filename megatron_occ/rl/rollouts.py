@@ -14,10 +14,10 @@ from megatron_occ.data.splits import mix64
 from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
+from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
-from megatron_occ.rollout import DraftStatistics
 from megatron_occ.rollout.engine import LENGTH
 
 
@@ -145,12 +145,7 @@ class RolloutSource:
         firsts = [g // layout.data_parallel_size * size for g in own]
         rows = [first + copy for first in firsts for copy in range(size)]
         samples, rewards = drawn.take(rows), self._rewards(drawn)
-        advantages = group_advantages(
-            rewards[rows],
-            size,
-            baseline=self.config.advantage.baseline,
-            normalize=self.config.advantage.normalize,
-        )
+        advantages = self._advantages(rewards[rows])
         batch = pad_sequences(
             samples.prompts,
             samples.tokens,
@@ -167,6 +162,17 @@ class RolloutSource:
             self._readable(samples, rewards[rows], advantages),
             events,
             HeadRows.of(drawn, size, layout) if self.keep_states else None,
+        )
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """[n], 0 where the policy does not learn."""
+        if not self.config.train_trunk:
+            return torch.zeros_like(rewards)
+        return group_advantages(
+            rewards,
+            self.config.samples_per_prompt,
+            baseline=self.config.advantage.baseline,
+            normalize=self.config.advantage.normalize,
         )
 
     def _width(self, samples: Samples) -> int:
@@ -209,23 +215,8 @@ class RolloutSource:
             "rollout/tokens": tokens,
             "verifier/errors": float(samples.failures.errors),
             "verifier/timeouts": float(samples.failures.timeouts),
-            **self._draft_metrics(samples.drafts),
+            **draft_metrics(samples.drafts, self.actor.layout),
         }
-
-    def _draft_metrics(self, drafts: DraftStatistics) -> dict[str, float]:
-        """Acceptance, over all ranks: of the drafts at each place, and tokens a trunk pass."""
-        length = int(self._maximum(len(drafts.proposed)))
-        counts = [drafts.passes, drafts.tokens]
-        for places in (drafts.proposed, drafts.accepted):
-            counts += [*places, *[0] * (length - len(places))]
-        sums = self._sum([float(count) for count in counts])
-        (passes, tokens), proposed, accepted = sums[:2], sums[2 : 2 + length], sums[2 + length :]
-        metrics = {"draft/acceptance_length": tokens / passes if passes else 1.0}
-        for place, (tried, kept) in enumerate(zip(proposed, accepted, strict=True), start=1):
-            if tried:
-                metrics[f"draft/proposed_{place}"] = tried / passes
-                metrics[f"draft/accepted_{place}"] = kept / tried
-        return metrics
 
     def _readable(
         self, samples: Samples, rewards: Tensor, advantages: Tensor

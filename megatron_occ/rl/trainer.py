@@ -16,10 +16,18 @@ from megatron_occ.rl.batch import MiniBatch
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
+from megatron_occ.rl.head_update import HeadUpdater
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.update import PolicyUpdater
 
-SHOWN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "entropy": "entropy"}
+# what the progress bar shows of what there is
+SHOWN = {
+    "reward": "reward/mean",
+    "accuracy": "rollout/accuracy",
+    "entropy": "entropy",
+    "lambda": "lambda/mtp_1",
+    "head loss": "loss/head_mtp_1",
+}
 
 
 class GRPOTrainer:
@@ -27,7 +35,7 @@ class GRPOTrainer:
 
     Args:
         config: the run's configuration.
-        updater: updates the policy.
+        updater: updates the policy, or its head alone.
         rollouts: draws prompts and samples responses.
         validate: measures the current policy.
         logger: of metrics and events.
@@ -38,7 +46,7 @@ class GRPOTrainer:
     def __init__(
         self,
         config: Config,
-        updater: PolicyUpdater,
+        updater: PolicyUpdater | HeadUpdater,
         rollouts: RolloutSource,
         *,
         validate: Callable[[], Validation],
@@ -154,10 +162,7 @@ def _means(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    shown = {name: metrics[key] for name, key in SHOWN.items()}
-    if "lambda/mtp_1" in metrics:
-        shown["lambda"] = metrics["lambda/mtp_1"]
-    return shown
+    return {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
 
 
 def _is_due(step: int, every: int) -> bool:

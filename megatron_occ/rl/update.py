@@ -148,7 +148,8 @@ class PolicyUpdater:
             return value, report
 
         # the policy's come last: gradients may be reduced while the last micro-batch goes backward
-        batches = self._for_head(head_parts) + self._for_training(prepared, cut=cut)
+        batches = [part.for_actor(self.actor, self.config) for part in head_parts]
+        batches += self._for_training(prepared, cut=cut)
         report = self.actor.get_loss_and_metrics(batches, loss)
         mix = None
         if measured is not None:
@@ -216,19 +217,6 @@ class PolicyUpdater:
         if rows is None:
             return []
         return list(rows.batches(self.config.rl, self.actor.num_depths, self.actor.layout.device))
-
-    def _for_head(self, parts: list[HeadBatch]) -> list[Any]:
-        return [
-            self.actor.micro_batch(
-                part.ids,
-                part.targets,
-                passes=((False, True),),
-                temperature=self.config.rl.rollout.temperature,
-                distance=self.loss.regime.head,
-                states=part.states,
-            )
-            for part in parts
-        ]
 
     def _forward_sums(self, prepared: PreparedBatch) -> CalibrationSums:
         """Calibration sums of the mini-batch by a forward pass of its own."""

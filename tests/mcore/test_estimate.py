@@ -245,6 +245,23 @@ def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter_or_6_and_12_o
     assert eight["reference policy"] == 2 * whole.total_parameters
 
 
+def test_a_head_trained_alone_needs_gradients_and_moments_of_its_own_alone():
+    given = ("rl.init_from=c", "rl.rollout.speculative.mode=off")
+    whole, alone = (
+        estimate(make_config(*given, preset), VOCABULARY, 1, 0)
+        for preset in ("mtp.preset=detach", "mtp.preset=head_only")
+    )
+    head, everything = alone.parameters["MTP"], alone.total_parameters
+    assert sum(whole.memory.resident.values()) == 16 * everything
+    assert sum(alone.memory.resident.values()) == 4 * everything + 12 * head
+    assert alone.memory.generation == whole.memory.generation
+    # the MTP layer is of the kind of the trunk's, with five more tensors of the model's width
+    assert 0 < alone.memory.training["activations"] < whole.memory.training["activations"] / 2
+    # pretraining, which comes first, trains everything
+    first = estimate(make_config("mtp.preset=head_only"), VOCABULARY, 1, 0)
+    assert sum(first.memory.resident.values()) == 16 * everything
+
+
 def test_experts_are_split_over_their_own_replicas():
     config = make_config(
         "precision=bf16", "parallel={expert: 2, distributed_optimizer: true}", moe=True

@@ -158,7 +158,9 @@ class FakeActor:
         temperature=1.0,
         entropy=False,
         distance=None,
+        states=None,
     ):
+        assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
         return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance)
 

@@ -8,11 +8,11 @@ from megatron_occ.data.tasks import Problem
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
+from megatron_occ.rl.head_update import build_updater
 from megatron_occ.rl.rewards import VerifierResult
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
-from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import SamplingSettings
 from tests.unit.fakes import ALPHABET, STOP_IDS, TOKENIZER, FakeActor
 
@@ -138,7 +138,7 @@ def make_trainer(config, actor, score=has_an_a, **callbacks):
     recorder, source = Recorder(), make_source(config, actor, score)
     trainer = GRPOTrainer(
         config,
-        PolicyUpdater(config, actor),
+        build_updater(config, actor),
         source,
         validate=callbacks.get("validate", lambda: Validation({"avg@1": 0.0}, [])),
         logger=recorder,

@@ -22,14 +22,18 @@ MTP_REGIMES = {
     "policy": ("policy", "fixed", "same_as_trunk"),
     "occ": ("policy", "occ", "same_as_trunk"),
     "occ_decoupled": ("policy", "occ", "ce"),
+    "head_only": ("none", "fixed", "soft_ce"),
 }
 
 
 @pytest.mark.parametrize("name", MTP_REGIMES)
 def test_mtp_presets_set_the_regime(name):
-    mtp = load_config([], [f"mtp.preset={name}"]).mtp
+    config = load_config([], [f"mtp.preset={name}"])
+    mtp = config.mtp
     assert (mtp.trunk.signal, mtp.trunk.coefficient, mtp.head.signal) == MTP_REGIMES[name]
-    assert mtp.trunk.weight == {"policy": 1.0}.get(name, 0.1) and mtp.head.weight == 0.1
+    assert mtp.trunk.weight == {"policy": 1.0}.get(name, 0.1)
+    assert mtp.head.weight == {"head_only": 1.0}.get(name, 0.1)
+    assert config.rl.train_trunk is (name != "head_only")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,7 @@ def test_given_weights_and_clips_win_over_a_preset(tmp_path):
         ("mtp.preset=occ", "mtp.trunk.signal=ce"),
         ("mtp.preset=policy", "mtp.trunk.coefficient=occ"),
         ("mtp.preset=detach", "mtp.head.signal=tv"),
+        ("mtp.preset=head_only", "mtp.head.signal=ce"),
         ("rl.algorithm=gspo", "rl.loss.aggregation=token"),
     ],
 )

@@ -55,6 +55,20 @@ REFUSED = [
         "mtp.head.signal=ce",
     ),
     (
+        "mtp.trunk.coefficient=fixed mtp.head.signal=tv rl.train_trunk=false",
+        "mtp.trunk.signal=policy: rl.train_trunk=false leaves the trunk",
+        "mtp.preset=head_only",
+    ),
+    *(
+        (
+            "mtp.trunk.signal=none mtp.trunk.coefficient=fixed rl.train_trunk=false "
+            f"mtp.head.signal={signal}",
+            f"mtp.head.signal={signal}: with rl.train_trunk=false",
+            "mtp.head.signal=soft_ce (mtp.preset=head_only) or tv",
+        )
+        for signal in ("none", "same_as_trunk", "ce", "policy")
+    ),
+    (
         "mtp.preset=detach mtp.head.states=rollout",
         "mtp.head.states=rollout: mtp.head.signal=ce is about",
         "soft_ce or tv",
@@ -186,6 +200,7 @@ def test_no_mtp_layer_is_accepted_with_the_preset_none_and_frozen_layers_too():
         "rl.overlong.buffer=8",  # rl.rollout.max_response_length
         "rl.overlong.penalty=0",  # off with buffer 0
         "rl.samples_per_prompt=2",
+        "mtp.preset=head_only",
         "rl.dynamic_sampling={enabled: true, max_rounds: 2}",
         "rl.optimizer={schedule: linear, min_lr: 3e-4}",  # the learning rate itself
         "rl.optimizer.warmup_steps=4",
@@ -204,6 +219,13 @@ def test_no_mtp_layer_is_accepted_with_the_preset_none_and_frozen_layers_too():
 )
 def test_values_at_the_limit_are_accepted(given):
     assert problems([given]) == []
+
+
+def test_a_head_that_is_trained_alone_needs_no_group():
+    given = ["mtp.preset=head_only", "rl.samples_per_prompt=1", "rl.prompts_per_step=32"]
+    assert problems(given) == problems([*given, "mtp.head.states=rollout"]) == []
+    (message,) = problems([*given, "mtp.preset=detach"])
+    assert message.startswith("rl.samples_per_prompt=1: a group of one has no baseline")
 
 
 def test_a_batch_that_does_not_divide_is_reported_once():

@@ -251,6 +251,16 @@ def test_the_mean_of_zeros_and_ones_is_not_shown_twice(tmp_path):
     assert load_run(tmp_path).score_metric is None
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_acceptance_is_compared_where_every_pass_had_a_draft(tmp_path, share):
+    drafts = [{"draft/acceptance_length": x, "draft/proposed_1": share} for x in (1.61, 1.83)]
+    lines = [validation(step, 0.5) | each for step, each in zip((0, 9), drafts, strict=True)]
+    put(tmp_path, "metrics.jsonl", lines)
+    stream = io.StringIO()
+    print_summary(tmp_path, stream=stream)
+    assert ("1.61 -> 1.83" in stream.getvalue()) == (share == 1.0)
+
+
 def test_samples_per_second_is_a_median_over_usable_steps(tmp_path):
     lines = rl_lines([1]) + rl_lines([2], **{"rollout/length_mean": 0.0})
     lines += rl_lines([3], **{"rollout/length_mean": 10.0})

@@ -104,7 +104,7 @@ WRONG_CONFIGURATIONS = [
         "not among the choices",
         [
             "mtp.preset = 'oc': must be one of none, detach, ce, policy, occ, occ_decoupled, "
-            "occ_exact or null"
+            "occ_exact, head_only or null"
         ],
         overrides=["mtp.preset=oc"],
     ),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_occ.data.prompts import PromptStream
 from megatron_occ.rl.evaluation import evaluate
 from megatron_occ.rl.rewards import VerifierResult
+from megatron_occ.rollout import DraftStatistics
 from tests.unit.fake_layouts import run_ranks
 from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
 from tests.unit.rl_setup import LetterTask, has_an_a, in_turn, make_source, rl_config
@@ -41,6 +44,29 @@ def test_one_sample_a_problem():
         in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
     )
     assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
+
+
+@pytest.mark.parametrize(
+    ("drafts", "expected"),
+    [
+        (
+            DraftStatistics([10, 8], [6, 2], passes=10, tokens=18),
+            {"acceptance_length": 1.8, "proposed_1": 1.0, "accepted_1": 0.6}
+            | {"proposed_2": 0.8, "accepted_2": 0.25},
+        ),
+        (DraftStatistics(passes=10, tokens=10), {}),
+    ],
+)
+def test_drafts_are_told_where_there_were_any(drafts, expected):
+    actor = ScriptedActor(in_turn(lambda prompt: ["a."]))
+    generate = actor.generate
+    actor.generate = lambda *given: replace(generate(*given), drafts=drafts)
+    config = rl_config()
+    sampler = make_source(config, actor).sampler
+    stream = PromptStream(LetterTask(), split="validation")
+    metrics, _ = evaluate(sampler, stream, config.rl.validation, 0)
+    found = {name: value for name, value in metrics.items() if name.startswith("draft/")}
+    assert found == pytest.approx({f"draft/{name}": value for name, value in expected.items()})
 
 
 def test_partial_credit_counts_in_the_average_alone():

@@ -12,8 +12,9 @@ Not counted: the CUDA context, buffers of NCCL and of kernels, and fragmentation
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_occ.config import pretrains_first
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, round_up, sequence_multiple
 from megatron_occ.mcore.estimate.generation import generation_memory
@@ -60,8 +61,10 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
         world_size: ranks in all.
         command: ``pretrain``, ``rl``, ``demo`` or ``eval``.
     """
-    tokens = _micro_batch_tokens(config, command)
-    plain, recomputed = (_activations(config, held, tokens, full) for full in (False, True))
+    tokens, head_alone = _micro_batch_tokens(config, command), _trains_head_alone(config, command)
+    # without a graph the trunk's layers leave nothing behind
+    graph = replace(held, dense_layers=0, moe_layers=0) if head_alone else held
+    plain, recomputed = (_activations(config, graph, tokens, full) for full in (False, True))
     flight = _in_flight(config, held.stage, _micro_batches(config, world_size, command))
     kept = recomputed if config.recompute == "full" else plain
     training, generation = {}, {}
@@ -73,7 +76,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
     if samples and config.rl.rollout.engine == "megatron":
         generation = generation_memory(config, held, world_size)
     return MemoryUse(
-        resident=_resident(config, held, command),
+        resident=_resident(config, held, command, head_alone),
         training=training,
         generation=generation,
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
@@ -82,20 +85,26 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
     )
 
 
-def _resident(config: Config, held: Held, command: str) -> dict[str, int]:
-    experts = sum(count for name, count in held.parameters.items() if name.endswith("experts"))
+def _trains_head_alone(config: Config, command: str) -> bool:
+    """Whether no phase of the command trains the trunk."""
+    return command in ("rl", "demo") and not config.rl.train_trunk and not pretrains_first(config)
+
+
+def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dict[str, int]:
     everything = sum(held.parameters.values())
-    # what an optimizer updates here: all, or this rank's share
-    updated = float(everything)
+    trained = {n: c for n, c in held.parameters.items() if n.startswith("MTP") or not head_alone}
+    experts = sum(count for name, count in trained.items() if name.endswith("experts"))
+    # what an optimizer updates here: all that is trained, or this rank's share
+    updated = gradients = float(sum(trained.values()))
     if config.parallel.distributed_optimizer:
-        updated = (everything - experts) / held.replicas + experts / held.expert_replicas
+        updated = (gradients - experts) / held.replicas + experts / held.expert_replicas
     resident = {"weights": everything * element_bytes(config)}
     if config.fp8.format != "none":
         matrices = everything - sum(
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
         )
         resident["FP8 weights and transposes"] = 2 * matrices
-    resident["gradients, fp32"] = everything * _FP32
+    resident["gradients, fp32"] = int(gradients * _FP32)
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
     resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
