@@ -53,6 +53,16 @@ def positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.size(1)).expand_as(ids)
 
 
+def assert_same_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, units: int = 8) -> None:
+    """float32 sums in another order: equal to ``units`` machine epsilons of the largest value.
+
+    Which order it is depends on the CPU: the matrix library has code for each kind. A sum rounds in
+    proportion to its terms, so a value near 0 gets no smaller bound than the largest.
+    """
+    bound = units * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
+
+
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     grads = {name: p.grad for name, p in module.named_parameters()}
     return {name: g.clone() for name, g in grads.items() if g is not None}
@@ -61,6 +71,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 __all__ = [
     "VOCABULARY",
     "Layout",
+    "assert_same_up_to_rounding",
     "build_model",
     "gradients",
     "positions",

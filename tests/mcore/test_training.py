@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.update import PolicyUpdater
-from tests.mcore.conftest import VOCABULARY, random_ids, small_config
+from tests.mcore.conftest import (
+    VOCABULARY,
+    assert_same_up_to_rounding,
+    random_ids,
+    small_config,
+)
 
 PRESETS = ["none", "detach", "ce", "policy", "occ", "occ_decoupled"]
 
@@ -66,6 +72,17 @@ def gradients_of(actor):
     }
 
 
+def factor_of_rounding(name, metrics):
+    """What an error of a log-prob is multiplied by in a metric.
+
+    ``cross`` is <d_RL, d_k>. In a first update d_RL is 0, or the rounding of log-probs of size 6:
+    with their errors independent, that of the product grows with the norm of d_k.
+    """
+    if not name.startswith("calibration/cross_"):
+        return 1.0
+    return math.sqrt(metrics[name.replace("cross", "norm_squared")])
+
+
 @pytest.mark.parametrize("statistics", ["previous", "current"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_gradients_and_lambda_do_not_depend_on_the_cut(layout, preset, statistics):
@@ -88,7 +105,8 @@ def test_loss_gradients_and_lambda_do_not_depend_on_the_cut(layout, preset, stat
             metrics = updater.run_update(MiniBatch.padded(rows, micro_batch_size)).metrics
             assert metrics.keys() == whole_metrics.keys()
             for name, value in whole_metrics.items():
-                assert metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-6), name
+                bound = 1e-6 * factor_of_rounding(name, whole_metrics)
+                assert metrics[name] == pytest.approx(value, abs=bound, rel=1e-6), name
             for name, gradient in gradients_of(actor).items():
                 difference = (gradient - whole_gradients[name]).abs().max()
                 assert difference <= 1e-6 * whole_gradients[name].abs().max().clamp(min=1), name
@@ -116,7 +134,7 @@ def test_packed_micro_batches_update_as_padded_ones(layout, preset, sizes):
         metrics = updater.run_update(moved).metrics
         results.append((old * rows.response_mask.roll(-1, 1), metrics, gradients_of(actor)))
     (old, metrics, gradients), (packed_old, packed_metrics, packed_gradients) = results
-    torch.testing.assert_close(packed_old, old, atol=1e-6, rtol=0)
+    assert_same_up_to_rounding(packed_old, old)
     for name, value in metrics.items():
         assert packed_metrics[name] == pytest.approx(value, abs=1e-6, rel=1e-5), name
     for name, gradient in gradients.items():
