@@ -9,8 +9,8 @@ from typing import Any
 from megatron_occ.audit import page_plots
 from megatron_occ.audit.wording import (
     COLUMNS,
+    amount,
     counts_line,
-    format_or_missing,
     metric_title,
     percent,
     rl_line,
@@ -23,8 +23,8 @@ _HOW = (
     "(same) it holds the noise that both share, because both weight the same responses by the "
     "same advantages; between different ones (cross) it is the alignment alone. A signal can help "
     "only where c cross is clear of 0, and above it; its best weight then sets what it brings "
-    "against the noise v^2 that it adds, and the gain is what the best step is expected to "
-    "improve more than the best step along RL's gradient alone. Bars are 95 % intervals of a "
+    "against the noise v² that it adds, and the gain is what the best step is expected to "
+    "improve more than the best step along RL's gradient alone. Bars are 95% intervals of a "
     "single number: of twenty signals without any effect one is expected to look clear."
 )
 _FOOT = (
@@ -60,7 +60,7 @@ def render_audit(summary: dict[str, Any]) -> str:
             "Do proxies tell the sign?",
             page_plots.proxies(summary),
             "How often a proxy of the coefficient has the sign of c, in points above a coin's "
-            f"50 %, in the {metric_title(summary['metrics'][0])}; beside it the rank correlation.",
+            f"50%, in the {metric_title(summary['metrics'][0])}; beside it the rank correlation.",
         ),
         f"<footer>Written by megatron_occ. {escape(_FOOT)}</footer>",
     ]
@@ -93,14 +93,10 @@ def _table(summary: dict[str, Any], metric: str) -> str:
     signals = summary["results"][metric]["signals"]
     for name, signal, tail in zip(summary["signals"], signals, summary["tails"], strict=True):
         kinds = {"c cross": _verdict(signal)}
-        cells = [
-            f'<td class="{kinds.get(title, "")}">{escape(cell(signal))}</td>'
-            for title, cell in COLUMNS
-        ]
-        cells.append(f"<td>{escape(format_or_missing(signal['cosine_expected']))}</td>")
-        cells.append(f"<td>{escape(percent(tail['median']))}</td>")
+        cells = [_cell(cell(signal), kinds.get(title, "")) for title, cell in COLUMNS]
+        cells += [_cell(amount(signal["cosine_expected"])), _cell(percent(tail["median"]))]
         rows.append((name, cells))
-    titles += ["cosine of means", "top 0.1 %"]
+    titles += ["cosine of means", "top 0.1%"]
     note = f'<p class="hint">{escape(rl_line(summary, metric))}.</p>'
     return _card(metric_title(metric), titles, rows, note)
 
@@ -113,12 +109,12 @@ def _verdict(signal: dict[str, Any]) -> str:
 
 def _tail_table(summary: dict[str, Any]) -> str:
     titles = [
-        "top 0.1 % of tokens, median",
-        "99 %",
+        "top 0.1% of tokens, median",
+        "99%",
         "over a half",
         "effective tokens",
-        "v^2 median",
-        "99 %",
+        "v² median",
+        "99%",
         "largest",
     ]
     rows = []
@@ -127,8 +123,18 @@ def _tail_table(summary: dict[str, Any]) -> str:
         texts = [percent(tail[key]) for key in ("median", "high", "heavy", "effective")]
         spread = signal["v2_spread"]
         texts += [format_number(spread[key]) for key in ("median", "high", "largest")]
-        rows.append((name, [f"<td>{escape(text)}</td>" for text in texts]))
+        rows.append((name, [_cell(text) for text in texts]))
     return _card("", titles, rows, "")
+
+
+def _cell(text: str, kind: str = "") -> str:
+    """A cell, an error or interval in a line of its own."""
+    for mark in (" ± ", " ("):
+        value, found, rest = text.partition(mark)
+        if found:
+            small = f"<br><small>{escape(found.strip())}{escape(rest)}</small>"
+            return f'<td class="{kind}">{escape(value)}{small}</td>'
+    return f'<td class="{kind}">{escape(text)}</td>'
 
 
 def _card(title: str, titles: list[str], rows: list[tuple[str, list[str]]], note: str) -> str:

@@ -59,7 +59,7 @@ def proxies(summary: dict[str, Any]) -> str:
             rows = [row for e in entries for row in _proxy_row(e, target, _color(index))]
             if rows:
                 heads = ("n", "rank corr.")
-                cards.append(_card(f"{name}: {title}", rows, "points above 50 %", heads, True))
+                cards.append(_card(f"{name}: {title}", rows, "points above 50%", heads, True))
     return grid(cards)
 
 

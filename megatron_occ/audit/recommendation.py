@@ -22,7 +22,7 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
     1. No signal's alignment c between mini-batches is 2 standard errors above 0: `detach`.
     2. RL's own expected gradient is not clear of 0, so that no weight is: `measure` more.
     3. Of the signals of rule 1 the one with the best expected gain is taken. The interval of that
-       gain includes 0, or ends below 1 %: `detach`.
+       gain includes 0, or ends below 1%: `detach`.
     4. Else `mix` it in with its best weight.
 
     Args:
@@ -39,13 +39,13 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
         verb = "is" if len(aligned) == 1 else "are"
         text = (
             f"{_OUT} until more is measured: {after} {_names(summary, aligned)} {verb} aligned "
-            f"with RL's gradient, but RL's own signal is not measurable (|G|^2 = {amount(rl)}), "
+            f"with RL's gradient, but RL's own signal is not measurable (|G|² = {amount(rl)}), "
             "and without it no weight is."
         )
         return _choice("measure", None, text)
     best = max(gains, key=lambda index: gains[index]["value"])
     name, gain = f"'{summary['signals'][best]}'", gains[best]
-    expected = f"{percent(gain['value'])} (95 % interval {percent_interval(gain)})"
+    expected = f"{percent(gain['value'])} (95% interval {percent_interval(gain)})"
     if gain["low"] <= 0 or gain["high"] < LEAST_GAIN:
         text = (
             f"{_OUT}: {after} the best signal, {name}, is aligned with RL's gradient, but the gain "
@@ -54,7 +54,7 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
         return _choice("detach", best, text)
     weight, share = (found[best]["mixture"][key] for key in ("weight", "share"))
     text = (
-        f"Let {name} reach the trunk with weight {amount(weight)} (95 % interval "
+        f"Let {name} reach the trunk with weight {amount(weight)} (95% interval "
         f"{interval(weight)}), {percent(share['value'])} of RL's part of the update: {after} the "
         f"gain to expect of the best step over RL alone is {expected}."
     )
@@ -65,7 +65,7 @@ def tail_warnings(summary: dict[str, Any]) -> list[str]:
     """A sentence for each signal in which a few tokens are the whole gradient."""
     return [
         f"'{name}' is heavy-tailed: in {format_percent(tail['heavy'])} of the mini-batches the top "
-        "0.1 % of tokens hold more than half of the sum of squared weights (median "
+        "0.1% of tokens hold more than half of the sum of squared weights (median "
         f"{format_percent(tail['median'])}, 99th percentile {format_percent(tail['high'])}); bound "
         "its ratio."
         for name, tail in zip(summary["signals"], summary["tails"], strict=True)

@@ -16,7 +16,7 @@ from megatron_occ.audit.statistics import Estimate, Means
 from megatron_occ.losses.mixture import best_mixture, update_share
 
 _COPIED = ("checkpoint", "task", "updates", "parameters", "world_size", "seed", "window")
-# share of the sum of squared weights in the top 0.1 % of tokens from which a tail is heavy
+# share of the sum of squared weights in the top 0.1% of tokens from which a tail is heavy
 _HEAVY = 0.5
 
 
@@ -29,7 +29,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The head of the record, counts, and
         `results`: metric -> `rl` and `signals`, see the functions below; an estimate is
-        {value, error, low, high}, of a 95 % interval;
+        {value, error, low, high}, of a 95% interval;
         `judged_in`: the metric of the recommendation, the optimizer's where it was recorded;
         `proxies`, see :func:`~megatron_occ.audit.proxies.judged_proxies`; `tails` of each signal;
         `recommendation` {action, signal, text} and `warnings`, sentences.
@@ -181,7 +181,7 @@ def _best(means: np.ndarray) -> np.ndarray:
 
 
 def _tail(record: dict[str, Any], signal: int) -> dict[str, float]:
-    """Share of the sum of squared token weights in the top 0.1 % of tokens, over mini-batches.
+    """Share of the sum of squared token weights in the top 0.1% of tokens, over mini-batches.
 
     `median`, `high` (99th percentile), `heavy`: share of mini-batches in which it is over a half;
     `effective`: median of the effective number of tokens as a share of all.

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_occ.audit.wording import COLUMNS, counts_line, metric_title, percent, rl_line
+from megatron_occ.audit.wording import COLUMNS, MISSING, counts_line, metric_title, percent, rl_line
 
 
 def audit_text(summary: dict[str, Any]) -> str:
-    """Tables in each metric, tails and proxies, the recommendation last; lines of any length."""
+    """Tables in each metric and of proxies, warnings, the recommendation; lines of any length."""
     head = [
         f"audit of {summary['checkpoint']} ({summary['task']}, {summary['updates']:,} RL updates)",
         f"  {counts_line(summary)}",
     ]
     parts = [head]
     parts += [_metric_table(summary, metric) for metric in summary["metrics"]]
-    parts += [_proxy_table(summary)]
+    parts += [_proxy_table(summary, target) for target in ("same", "cross")]
     parts += [[f"warning: {text}" for text in summary["warnings"]]]
     parts += [[summary["recommendation"]["text"]]]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def _metric_table(summary: dict[str, Any], metric: str) -> list[str]:
-    rows = [[metric_title(metric), *(title for title, _ in COLUMNS), "top 0.1 %"]]
+    rows = [[metric_title(metric), *(title for title, _ in COLUMNS), "top 0.1%"]]
     signals = summary["results"][metric]["signals"]
     for name, signal, tail in zip(summary["signals"], signals, summary["tails"], strict=True):
         rows.append([name, *(cell(signal) for _, cell in COLUMNS), percent(tail["median"])])
     return [*_aligned(rows), f"  {rl_line(summary, metric)}"]
 
 
-def _proxy_table(summary: dict[str, Any]) -> list[str]:
-    """Sign agreement of each proxy, a row for each, two columns a signal."""
-    rows = [["Proxy has the sign of c", "signal", "same", "cross", "rank same", "rank cross"]]
-    for entry in summary["proxies"]:
-        cells = [_agreement(entry["same"]), _agreement(entry["cross"])]
-        cells += [_rank(entry["same"]), _rank(entry["cross"])]
-        rows.append([entry["proxy"], summary["signals"][entry["signal"]], *cells])
+def _proxy_table(summary: dict[str, Any], target: str) -> list[str]:
+    """Sign agreement of the proxies in percent, with its interval: a row for each signal."""
+    names = [e["proxy"] for e in summary["proxies"] if e["signal"] == 0 and e[target] is not None]
+    rows = [[f"Proxy has the sign of c {target}", *names]]
+    for index, signal in enumerate(summary["signals"]):
+        found = {e["proxy"]: e[target] for e in summary["proxies"] if e["signal"] == index}
+        rows.append([signal, *(_agreement(found[name]["agreement"]) for name in names)])
     return _aligned(rows)
 
 
-def _agreement(found: dict[str, Any] | None) -> str:
-    if found is None or found["agreement"]["value"] is None:
-        return "-"
-    low, value, high = (found["agreement"][key] for key in ("low", "value", "high"))
-    return f"{percent(value)} ({100 * low:.0f}-{100 * high:.0f})"
-
-
-def _rank(found: dict[str, Any] | None) -> str:
-    if found is None or found["rank"]["value"] is None:
-        return "-"
-    low, value, high = (found["rank"][key] for key in ("low", "value", "high"))
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+def _agreement(found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return MISSING
+    return f"{percent(found['value'])} ({100 * found['low']:.0f}-{100 * found['high']:.0f})"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

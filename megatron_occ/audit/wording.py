@@ -29,11 +29,13 @@ def interval(estimate: dict[str, Any]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent, with more decimals the smaller it is: 12 %, 1.2 %, 0.12 %."""
+    """A fraction in percent, with more decimals the smaller it is: 12%, 1.2%, 0.12%."""
     if value is None:
         return MISSING
     size = abs(100 * value)
-    return f"{100 * value:.{0 if size >= 10 else 1 if size >= 1 or size == 0 else 2}f} %"
+    if size < 0.005:
+        return "0%"
+    return f"{100 * value:.{0 if size >= 10 else 1 if size >= 1 else 2}f}%"
 
 
 def percent_interval(estimate: dict[str, Any]) -> str:
@@ -61,6 +63,8 @@ def _gain(signal: dict[str, Any]) -> str:
     if signal["mixture"] is None:
         return "not measurable"
     gain = signal["mixture"]["gain"]
+    if not gain["high"]:
+        return "none"
     return f"{percent(gain['value'])} ({percent_interval(gain)})"
 
 
@@ -68,10 +72,10 @@ def _gain(signal: dict[str, Any]) -> str:
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("c same", lambda s: amount(s["c_same"])),
     ("c cross", lambda s: amount(s["c_cross"])),
-    ("v^2", lambda s: amount(s["v2"])),
+    ("v²", lambda s: amount(s["v2"])),
     ("cosine same", lambda s: format_or_missing(s["cosine_same"])),
-    ("c/v^2 same", lambda s: format_or_missing(s["ratio_same"])),
-    ("c/v^2 cross", lambda s: format_or_missing(s["ratio_cross"])),
+    ("c/v² same", lambda s: format_or_missing(s["ratio_same"])),
+    ("c/v² cross", lambda s: format_or_missing(s["ratio_cross"])),
     ("share at 1", lambda s: _share(s["share"])),
     ("best weight", _weight),
     ("gain", _gain),
@@ -89,7 +93,7 @@ def rl_line(summary: dict[str, Any], metric: str) -> str:
     """RL's own gradient in a sentence."""
     rl = summary["results"][metric]["rl"]
     text = (
-        f"RL's gradient: |g|^2 {amount(rl['same'], 3)} in one mini-batch, {amount(rl['cross'])} "
+        f"RL's gradient: |g|² {amount(rl['same'], 3)} in one mini-batch, {amount(rl['cross'])} "
         f"between two, {percent(rl['signal_share']['value'])} of it"
     )
     return text if rl["clear"] else f"{text}, which is not clear of 0"
