@@ -1,1 +1,1 @@
-"""Audit of a checkpoint: does MTP's gradient point where RL's does, and by how much."""
+"""What MTP's gradient does to the trunk, taken apart without updating: measured, judged, shown."""

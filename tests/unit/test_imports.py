@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_occ"
-LIBRARY = ("losses", "rl", "rollout", "convert", "data")
+LIBRARY = ("losses", "rl", "rollout", "convert", "data", "audit")
 ROOMS = (*LIBRARY, "config", "observe", "mcore")
 # each may import those after it and every room
 TOP = ("cli", "commands", "phases", "run")
@@ -80,12 +80,19 @@ def test_every_file_belongs_to_a_room_or_to_the_top():
     assert names == {*ROOMS, *TOP}
 
 
-@pytest.mark.parametrize("other", ["rl", "rollout", "mcore", "data"])
+@pytest.mark.parametrize("other", ["rl", "rollout", "mcore", "data", "audit"])
 def test_losses_import_no_other_room(other):
     assert offenders([PACKAGE / "losses"], f"megatron_occ.{other}") == []
 
 
-@pytest.mark.parametrize("module", ["config", "observe", "commands", "cli"])
+@pytest.mark.parametrize("other", ["rl", "rollout", "convert", "data", "config"])
+def test_the_audit_imports_losses_and_observe_alone(other):
+    assert offenders([PACKAGE / "audit"], f"megatron_occ.{other}") == []
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "observe", "audit.page", "audit.text", "commands", "cli"]
+)
 def test_importing_it_imports_no_torch(module):
     code = (
         f"import sys, megatron_occ.{module}\n"
