@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_occ import __version__
+from megatron_occ.compare import command as compare
 from megatron_occ.config import (
     Config,
     ConfigError,
@@ -41,6 +42,7 @@ _COMMANDS = {
     "rl": "RL; without rl.init_from or model.from_hf it pretrains first",
     "eval": "validate a checkpoint on held-out problems",
     "report": "write report.html of a run folder again",
+    "compare": "regimes x seeds from one checkpoint, and a page: compare --help",
     "convert": "checkpoints from and to Hugging Face: convert --help",
 }
 _DEMO_VALUES = (
@@ -121,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name == "report":
+        if name == "compare":
+            compare.add_options(command)
+        elif name == "report":
             command.add_argument("run_dir", type=Path, help="run folder")
         else:
             _add_run_options(command, name)
@@ -129,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _epilog(command: str) -> str | None:
-    if command == "report":
+    if command in ("report", "compare"):
         return None
     return _DEMO_VALUES if command == "demo" else help_text()
 
@@ -179,6 +183,9 @@ def _add_run_options(command: argparse.ArgumentParser, name: str) -> None:
 def _dispatch(options: argparse.Namespace) -> None:
     if options.command == "report":
         _report(options.run_dir)
+        return
+    if options.command == "compare":
+        compare.run(options)
         return
     config = _load(options)
     if options.print_config:
