@@ -51,7 +51,7 @@ def render_page(comparison: Comparison) -> str:
             "Learning curves",
             page_plots.learning_curves(comparison),
             f"Sampled pass@1 on held-out problems: mean and standard error over seeds, {reference} "
-            "in grey. Best final pass@1 first.",
+            "in grey; legends give the final value. Best final pass@1 first.",
         ),
         section(
             "Results",

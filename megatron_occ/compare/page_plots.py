@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_occ.compare import statistics
 from megatron_occ.compare.analysis import MAIN, Arm, Comparison, Difference, Outcome
 from megatron_occ.compare.results import CURVES
-from megatron_occ.compare.wording import amount, interval_text, p_text, ranked
+from megatron_occ.compare.wording import amount, interval_text, level_text, p_text, ranked
 from megatron_occ.observe.plot import Series, plot_series_svg
 from megatron_occ.observe.plot_intervals import IntervalRow, plot_intervals_svg
 from megatron_occ.observe.text import escape, format_number, format_percent
+
+# (step, mean - standard error, mean + standard error)
+Curve = list[tuple[float, float, float]]
 
 # colours say how an arm compares: above, below, or open; grey is the reference
 VERDICT_COLORS = {"above": 3, "below": 2, "open": 1}
@@ -40,45 +43,51 @@ def forest_card(comparison: Comparison, outcome: Outcome) -> str:
 
 def _forest(comparison: Comparison, outcome: Outcome, found: list[Difference], width: int) -> str:
     unit = "points of " if outcome.percent else ""
-    reference = comparison.reference.name
+    with_cells = width > 600
     return plot_intervals_svg(
-        [_forest_row(d, outcome, with_text=width > 600) for d in found],
-        title=f"{outcome.title}: difference to {reference}",
-        x_label=f"{unit}{outcome.title} more than {reference}",
+        [_forest_row(d, outcome, with_cells) for d in found],
+        title=f"{outcome.title}: difference to {comparison.reference.name}",
+        heads=("mean", "95% interval", "p", "p of all") if with_cells else (),
+        x_label=f"{unit}{outcome.title} more than {comparison.reference.name}",
         width=width,
         percent=outcome.percent,
     )
 
 
-def _forest_row(difference: Difference, outcome: Outcome, with_text: bool) -> IntervalRow:
-    text = amount(difference.mean, outcome.percent)
-    if difference.interval is not None:
-        text += f" {interval_text(difference, outcome.percent)}"
-        text += f"  p {p_text(difference.p)}, of all {p_text(difference.p_of_all)}"
+def _forest_row(difference: Difference, outcome: Outcome, with_cells: bool) -> IntervalRow:
+    cells = (
+        amount(difference.mean, outcome.percent),
+        interval_text(difference, outcome.percent),
+        p_text(difference.p),
+        p_text(difference.p_of_all),
+    )
     return IntervalRow(
         label=difference.arm,
         mean=difference.mean,
         interval=difference.interval,
         values=list(difference.by_seed.values()),
         color=VERDICT_COLORS[difference.verdict],
-        text=text if with_text else "",
+        cells=cells if with_cells else (),
     )
 
 
 def learning_curves(comparison: Comparison) -> str:
-    """pass@1 of each arm over steps, with that of the reference, all on the same axes."""
-    curves = {name: _validation_curve(comparison.arms[name]) for name in ranked(comparison)}
+    """pass@1 of each arm over steps, and its difference to the reference.
+
+    The levels have the same axes in all cards, each difference its own.
+    """
+    reference = comparison.reference
+    names = [name for name in ranked(comparison) if name != reference.name]
+    curves = {name: _validation_curve(comparison.arms[name]) for name in names}
     curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        return ""
-    ends = [y for curve in curves.values() for _, low, high in curve for y in (low, high)]
-    y_range = min(ends), max(ends)
+    gaps = {name: _gap_curve(comparison.arms[name], reference) for name in curves}
+    base = _validation_curve(reference)
+    ends = [y for curve in (base, *curves.values()) for _, low, high in curve for y in (low, high)]
+    y_range = (min(ends), max(ends)) if ends else None
     cards = [
-        _curve_card(comparison, name, curves, y_range)
-        for name in curves
-        if name != comparison.reference.name or len(curves) == 1
+        _curve_card(comparison, name, (base, curves[name], gaps[name]), y_range) for name in curves
     ]
-    return f'<div class="multiples">{"".join(cards)}</div>'
+    return f'<div class="multiples">{"".join(cards)}</div>' if cards else ""
 
 
 def arm_curves(comparison: Comparison, name: str) -> str:
@@ -98,7 +107,8 @@ def arm_curves(comparison: Comparison, name: str) -> str:
             height=170,
             percent=metric in _PERCENT,
         )
-        legend = _legend(series, metric in _PERCENT)
+        value_of = format_percent if metric in _PERCENT else format_number
+        legend = _legend(series, name, {s.label: value_of(s.points[-1][1]) for s in series})
         cards.append(f'<figure class="card"><h3>{escape(title)}</h3>{legend}{svg}</figure>')
     return f'<div class="multiples">{"".join(cards)}</div>' if cards else ""
 
@@ -121,23 +131,34 @@ def _series(arm: Arm, metric: str, color: int) -> Series:
 def _curve_card(
     comparison: Comparison,
     name: str,
-    curves: dict[str, list[tuple[float, float, float]]],
-    y_range: tuple[float, float],
+    curves: tuple[Curve, Curve, Curve],
+    y_range: tuple[float, float] | None,
 ) -> str:
-    reference = comparison.reference.name
-    series = [_banded(name, curves[name], _color(comparison, name))]
-    if reference in curves and reference != name:
-        series.insert(0, _banded(reference, curves[reference], _REFERENCE_COLOR))
-    svg = plot_series_svg(
-        series,
-        title=f"pass@1 of {name}",
-        x_label="RL step",
-        width=340,
-        height=200,
-        percent=True,
-        y_range=y_range,
+    """A card with the reference's curve, the arm's, and below them that of their difference."""
+    base, own, gap = curves
+    color, reference = _color(comparison, name), comparison.reference.name
+    series = [_banded(reference, base, _REFERENCE_COLOR), _banded(name, own, color)]
+    series = [s for s in series if s.points]
+    values = {
+        arm.name: level_text(arm.level(MAIN)[0], Outcome(MAIN, "", percent=True))
+        for arm in (comparison.reference, comparison.arms[name])
+    }
+    options = {"width": 340, "percent": True}
+    svg = plot_series_svg(series, title=f"pass@1 of {name}", height=180, y_range=y_range, **options)
+    if gap:
+        title = f"pass@1 of {name} minus that of {reference}"
+        svg += '<p class="hint strip">difference, seed by seed</p>'
+        svg += plot_series_svg(
+            [_banded("difference", gap, color)],
+            title=title,
+            x_label="RL step",
+            height=120,
+            include_zero=True,
+            **options,
+        )
+    return (
+        f'<figure class="card"><h3>{escape(name)}</h3>{_legend(series, name, values)}{svg}</figure>'
     )
-    return f'<figure class="card"><h3>{escape(name)}</h3>{_legend(series, True)}{svg}</figure>'
 
 
 def _color(comparison: Comparison, name: str) -> int:
@@ -147,23 +168,40 @@ def _color(comparison: Comparison, name: str) -> int:
     return VERDICT_COLORS["open" if difference is None else difference.verdict]
 
 
-def _banded(label: str, curve: Sequence[tuple[float, float, float]], color: int) -> Series:
+def _banded(label: str, curve: Curve, color: int) -> Series:
     points = [(x, (low + high) / 2) for x, low, high in curve]
     band = curve if any(high > low for _, low, high in curve) else ()
     return Series(label, points, color, smoothed=False, band=band)
 
 
-def _validation_curve(arm: Arm) -> list[tuple[float, float, float]]:
-    found = [run["validation"] for run in arm.finished()]
-    return _over_seeds([[v["step"], v["pass@1"]] for v in found if "pass@1" in v])
+def _validation_curve(arm: Arm) -> Curve:
+    return _over_seeds(list(_validations(arm).values()))
 
 
-def _over_seeds(runs: Sequence[Sequence[list]]) -> list[tuple[float, float, float]]:
-    """(step, mean - standard error, mean + standard error) over runs, each [steps, values]."""
+def _validations(arm: Arm) -> dict[int, list[list]]:
+    """[steps, pass@1] of each finished run, by seed."""
+    found = {run["seed"]: run["validation"] for run in arm.finished()}
+    return {seed: [v["step"], v["pass@1"]] for seed, v in found.items() if "pass@1" in v}
+
+
+def _gap_curve(arm: Arm, reference: Arm) -> Curve:
+    """Paired differences by step, over the seeds that both have."""
+    mine, others = _validations(arm), _validations(reference)
+    pairs = []
+    for seed in mine.keys() & others.keys():
+        base = dict(zip(*others[seed], strict=True))
+        steps = [step for step in mine[seed][0] if step in base]
+        own = dict(zip(*mine[seed], strict=True))
+        pairs.append([steps, [own[step] - base[step] for step in steps]])
+    return _over_seeds(pairs)
+
+
+def _over_seeds(runs: Sequence[Sequence[list]]) -> Curve:
+    """Mean and standard error over runs, each [steps, values]."""
     by_step: dict[float, list[float]] = {}
     for steps, values in runs:
         for step, value in zip(steps, values, strict=True):
-            if not isinstance(value, str) and math.isfinite(value):
+            if math.isfinite(value):
                 by_step.setdefault(step, []).append(value)
     curve = []
     for step in sorted(by_step):
@@ -173,11 +211,11 @@ def _over_seeds(runs: Sequence[Sequence[list]]) -> list[tuple[float, float, floa
     return curve
 
 
-def _legend(series: Sequence[Series], percent: bool) -> str:
-    value_of = format_percent if percent else format_number
+def _legend(series: Sequence[Series], name: str, values: Mapping[str, str]) -> str:
+    """Colours of the reference and of the arm ``name``, with a value each."""
     keys = "".join(
-        f'<span class="key c{s.color}"><i></i>{escape(s.label)} '
-        f"<b>{escape(value_of(s.points[-1][1]))}</b></span>"
+        f'<span class="key c{s.color}"><i></i>{"this arm" if s.label == name else escape(s.label)} '
+        f"<b>{escape(values[s.label])}</b></span>"
         for s in series
     )
     return f'<figcaption class="legend">{keys}</figcaption>'

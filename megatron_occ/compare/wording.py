@@ -9,6 +9,8 @@ from megatron_occ.compare.analysis import MAIN, Comparison, Difference, Outcome
 from megatron_occ.observe.text import format_number, format_percent, format_points
 
 _LEVEL = 0.05
+# outcomes that a terminal has no room for
+_PAGE_ONLY = ("area", "best@", "agreement/")
 
 
 def conclusion(comparison: Comparison) -> list[str]:
@@ -84,9 +86,10 @@ def amount(value: float, percent: bool) -> str:
     if not math.isfinite(value):
         return "\N{EN DASH}"
     if percent:
-        return format_points(value)
-    text = format_number(value)
-    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else f"+{text}"
+        text = format_points(value)
+        return "0.0" if text[1:] == "0.0" else text
+    text = format_number(value, 2)
+    return f"\N{MINUS SIGN}{text[1:]}" if value < 0 else f"+{text}" if value > 0 else text
 
 
 def p_text(value: float) -> str:
@@ -102,12 +105,14 @@ def level_text(value: float, outcome: Outcome) -> str:
 
 
 def table(comparison: Comparison) -> list[str]:
-    """The arms, best final pass@1 first, one line each under a line of titles."""
-    shown = [o for o in comparison.outcomes if o.name not in ("best", "agreement/mtp_1")]
-    names = ranked(comparison)
-    difference = f"final pass@1 \N{MINUS SIGN} {comparison.reference.name}"
+    """The arms, best final pass@1 first, one line each under a line of titles.
+
+    The last four columns are the paired difference of final pass@1 to the reference, in points.
+    """
+    shown = [o for o in comparison.outcomes if not o.name.startswith(_PAGE_ONLY)]
+    difference = f"\N{MINUS SIGN} {comparison.reference.name}"
     head = ["arm", "seeds", *(o.title for o in shown), difference, "95% interval", "p", "p of all"]
-    rows = [head, *(_row(comparison, name, shown) for name in names)]
+    rows = [head, *(_row(comparison, name, shown) for name in ranked(comparison))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return [
         "  ".join(

@@ -11,7 +11,7 @@ from megatron_occ.observe.plot_scale import Scale
 from megatron_occ.observe.text import escape, tick_formatter
 
 _ROW = 28
-_TOP = 8
+_TOP = 20
 _BOTTOM = 40
 
 
@@ -19,7 +19,7 @@ _BOTTOM = 40
 class IntervalRow:
     """One row: its mean, an interval around it if there is one, and the values behind it.
 
-    `color` is a slot of the palette, 1 to 7; `text` stands at the right end.
+    `color` is a slot of the palette, 1 to 7; `cells` stand in columns at the right end.
     """
 
     label: str
@@ -27,20 +27,22 @@ class IntervalRow:
     interval: tuple[float, float] | None
     values: Sequence[float]
     color: int = 1
-    text: str = ""
+    cells: Sequence[str] = ()
 
 
 def plot_intervals_svg(
     rows: Sequence[IntervalRow],
     *,
     title: str,
+    heads: Sequence[str] = (),
     x_label: str = "",
     width: int = 1016,
     percent: bool = False,
 ) -> str:
     """Return an `<svg>` element with the rows from top to bottom and a line at 0.
 
-    `percent` labels the axis in percentage points. `x_label` says what is to the right of 0.
+    `percent` labels the axis in percentage points, `x_label` says what its numbers are, `heads` are
+    the titles of the columns of cells.
 
     Raises ValueError without a row.
     """
@@ -52,11 +54,15 @@ def plot_intervals_svg(
         min(0.0, *shown) * factor, max(0.0, *shown) * factor, target=max(4, width // 110)
     )
     left = 20 + 6.6 * max(len(row.label) for row in rows)
-    right = width - (20 + 6.2 * max(len(row.text) for row in rows))
+    columns = _columns([heads, *(row.cells for row in rows)], width)
+    right = columns[0][0] - 12 if columns else width - 12
     bottom = _TOP + _ROW * len(rows)
     x = Scale(low, high, left, right)
     parts = [_axis(ticks, x, bottom, tick_formatter(ticks), x_label)]
-    parts += [_row_svg(row, _TOP + _ROW * (i + 0.5), x, factor) for i, row in enumerate(rows)]
+    parts.append(_cells_svg(heads, columns, 12, "note"))
+    for index, row in enumerate(rows):
+        y = _TOP + _ROW * (index + 0.5)
+        parts += [_row_svg(row, y, x, factor), _cells_svg(row.cells, columns, y + 4, "")]
     return svg_element("".join(parts), width, bottom + _BOTTOM, title)
 
 
@@ -90,7 +96,20 @@ def _row_svg(row: IntervalRow, y: float, x: Scale, factor: float) -> str:
     kind = "marker" if row.interval is not None else "marker hollow"
     center = f'cx="{x(row.mean * factor):.1f}" cy="{y:.1f}"'
     parts.append(f'<circle class="{kind} {color}" {center} r="5"/>')
-    if row.text:
-        place = f'x="{x.end + 16:.1f}" y="{y + 4:.1f}"'
-        parts.append(f"<text {place}>{escape(row.text)}</text>")
     return "".join(parts)
+
+
+def _columns(lines: Sequence[Sequence[str]], width: int) -> list[tuple[float, float]]:
+    """Left and right end of each column of cells, which fill the plot up to its right end."""
+    sizes = [6.2 * max(map(len, cells)) + 14 for cells in zip(*lines, strict=True)]
+    ends = [width - sum(sizes[i + 1 :]) for i in range(len(sizes))]
+    return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _cells_svg(
+    cells: Sequence[str], columns: list[tuple[float, float]], y: float, kind: str
+) -> str:
+    return "".join(
+        f'<text class="{kind}" x="{end:.1f}" y="{y:.1f}" text-anchor="end">{escape(cell)}</text>'
+        for cell, (_, end) in zip(cells, columns, strict=True)
+    )
