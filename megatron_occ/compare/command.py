@@ -96,7 +96,8 @@ def _pretrain(study: Study, share: tuple[int, int]) -> None:
             f"{start.folder} is not finished: all shares start from its checkpoint. Run the same "
             "command with --start-only in place of --share once, before the shares"
         )
-    tally = _do([start], study.config(study.reference).pretrain.steps, 1, available_cores())
+    steps = study.config(study.reference).pretrain.steps
+    tally = _do([start], steps, 1, available_cores(), keep=True)
     if tally.busy or not tally.all_well:
         sys.exit(_failures_text(tally))
 
@@ -110,9 +111,10 @@ def _run_share(study: Study, share: tuple[int, int], options: argparse.Namespace
         print(f"{len(mine) - len(unfinished)} of {len(mine)} runs are finished already")
     jobs = max(1, min(options.jobs, len(unfinished)))
     threads = options.threads or max(1, available_cores() // jobs)
-    tally = _do(unfinished, study.config(study.reference).rl.steps, jobs, threads)
     if not options.keep_checkpoints:
         _remove_checkpoints(mine)
+    steps = study.config(study.reference).rl.steps
+    tally = _do(unfinished, steps, jobs, threads, keep=options.keep_checkpoints)
     if share == (1, 1) and any(run.state == "finished" for run in mine):
         _report(study)
     if not tally.all_well:
@@ -187,15 +189,23 @@ def _print_plan(study: Study, share: tuple[int, int]) -> None:
     print("\n".join(f"{name:<18} {value}" for name, value in rows.items()))
 
 
-def _do(runs: Sequence[RunSpec], steps: int, jobs: int, threads: int) -> Tally:
-    """Do runs, ``jobs`` at once with ``threads`` CPU threads each, showing how far they are."""
+def _do(runs: Sequence[RunSpec], steps: int, jobs: int, threads: int, *, keep: bool) -> Tally:
+    """Do runs, ``jobs`` at once with ``threads`` CPU threads each, showing how far they are.
+
+    Without ``keep`` the checkpoints of a run go when it is finished.
+    """
+
+    def start(run: RunSpec, slot: int) -> RunProcess:
+        return RunProcess(run, run_environment(slot, threads, os.environ))
+
     with _terminated_as_interrupted(), closing(Live(len(runs), steps)) as live:
-        tally = work_off(
-            runs,
-            jobs,
-            lambda run, slot: RunProcess(run, run_environment(slot, threads, os.environ)),
-            live,
-        )
+
+        def on_change(tally: Tally, ended: RunSpec | None) -> None:
+            live(tally, ended)
+            if ended is not None and not keep:
+                _remove_checkpoints([ended])
+
+        tally = work_off(runs, jobs, start, on_change)
     for run in tally.busy:
         print(f"{run.title}: another process is doing it, left to that", file=sys.stderr)
     return tally

@@ -90,7 +90,7 @@ def _difference_cell(comparison: Comparison, name: str, outcome: Outcome) -> str
     text = escape(amount(found.mean, outcome.percent))
     if found.interval is not None:
         interval = escape(interval_text(found, outcome.percent))
-        text += f"<br><small>{interval}<br>p {p_text(found.p)}, of all {p_text(found.p_of_all)}"
+        text += f"<br/><small>{interval}<br/>p {p_text(found.p)}, of all {p_text(found.p_of_all)}"
         text += "</small>"
     return f'<td class="{found.verdict}">{text}</td>'
 
@@ -116,4 +116,4 @@ def _framed(content: str) -> str:
 
 
 def _code(texts: Sequence[str]) -> str:
-    return "<br>".join(f"<code>{escape(text)}</code>" for text in texts)
+    return "<br/>".join(f"<code>{escape(text)}</code>" for text in texts)

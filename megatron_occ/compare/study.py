@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,14 +59,14 @@ class Study:
     reference: str
     seeds: tuple[int, ...]
 
-    def config(self, arm: str, *own: str) -> Config:
-        """Configuration of an arm's runs, with ``own`` overrides on top.
+    def config(self, arm: str) -> Config:
+        """What the runs of an arm have in common.
 
         Raises:
             ConfigError: with the name of the arm.
         """
         try:
-            return load_config(self.base, [*self.overrides, *self.arms[arm], *own])
+            return load_config(self.base, [*self.overrides, *self.arms[arm]])
         except ConfigError as error:
             raise ConfigError([f"arm {arm}: {text}" for text in error.problems]) from error
 
@@ -91,7 +92,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     study = Study(
         name=path.stem,
         folder=Path(source.text("folder", f"runs/compare_{path.stem}")),
-        base=tuple(path.parent / name for name in base),
+        base=tuple(Path(os.path.normpath(path.parent / name)) for name in base),
         overrides=(*source.names("overrides"), *common),
         arms=arms,
         reference=source.text("reference", "detach"),
