@@ -184,7 +184,7 @@ def _outcomes(runs: list[dict[str, Any]]) -> list[Outcome]:
     names = {name for run in runs for name in run.get("validation", {}) if name.startswith("pass@")}
     ks = sorted({int(name[5:]) for name in names} - {1})[-1:]
     wanted = [Outcome("final", "final pass@1", True), Outcome("best", "best pass@1", True)]
-    wanted += [Outcome("area", "pass@1 over all steps", True)]
+    wanted += [Outcome("area", "mean pass@1", True)]
     for k in ks:
         wanted += [Outcome(f"final@{k}", f"final pass@{k}", True)]
         wanted += [Outcome(f"best@{k}", f"best pass@{k}", True)]

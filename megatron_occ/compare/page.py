@@ -9,14 +9,16 @@ from megatron_occ.compare import page_plots, page_tables, statistics
 from megatron_occ.compare.analysis import MAIN, Comparison, Outcome
 from megatron_occ.compare.wording import conclusion, level_text, ranked
 from megatron_occ.observe import html_page
-from megatron_occ.observe.html_page import section
+from megatron_occ.observe.html_page import grid, section
 from megatron_occ.observe.report_tables import config_block, tile
 from megatron_occ.observe.text import escape, format_percent
 
 _SHARE = Outcome("", "", percent=True)
+# the table of differences has all outcomes
+_ALSO_PLOTTED = ("area", "draft/acceptance_length")
 _DEFINITIONS = (
     "Final: the mean of the validations in the last quarter of the steps; it decides. Best: the "
-    "highest validation, which noise makes too high. Over all steps: the mean of the curve, by "
+    "highest validation, which noise makes too high. Mean: that of the whole curve, by "
     "trapezoids. Entropy, acceptance length and agreement: means over the last quarter; lambda: "
     "over all steps.",
     "Seconds a step: median over steps, without validation and saving, and only as comparable as "
@@ -36,14 +38,14 @@ def write_page(comparison: Comparison, path: Path) -> Path:
 def render_page(comparison: Comparison) -> str:
     """Return the whole page."""
     reference = comparison.reference.name
-    forests = [page_plots.forest_card(comparison, o) for o in page_tables.compared(comparison)]
+    shown = {o.name: page_plots.forest_card(comparison, o) for o in comparison.outcomes}
     parts = [
         _head(comparison),
         _says(comparison),
         _tiles(comparison),
         section(
             f"Paired differences to {reference}",
-            forests[0] if forests else "",
+            shown.get(MAIN, ""),
             "Small dots are seeds, the large one their mean, the line its 95% interval. Green: "
             "above 0; orange: below; blue: undecided.",
         ),
@@ -64,7 +66,7 @@ def render_page(comparison: Comparison) -> str:
             page_tables.difference_table(comparison),
             "Mean, 95% interval, p-value alone and allowing for all arms. Shares in points.",
         ),
-        section("Other outcomes", "".join(forests[1:])),
+        section("Other outcomes", grid([shown[name] for name in _ALSO_PLOTTED if name in shown])),
         section("Arm by arm", _arms(comparison)),
         section("What was compared", page_tables.arm_table(comparison)),
         section("How it was compared", _method(comparison)),

@@ -42,13 +42,13 @@ def forest_card(comparison: Comparison, outcome: Outcome) -> str:
 
 
 def _forest(comparison: Comparison, outcome: Outcome, found: list[Difference], width: int) -> str:
-    unit = "points of " if outcome.percent else ""
+    unit = ", in points" if outcome.percent else ""
     with_cells = width > 600
     return plot_intervals_svg(
         [_forest_row(d, outcome, with_cells) for d in found],
         title=f"{outcome.title}: difference to {comparison.reference.name}",
         heads=("mean", "95% interval", "p", "p of all") if with_cells else (),
-        x_label=f"{unit}{outcome.title} more than {comparison.reference.name}",
+        x_label=f"{outcome.title} minus that of {comparison.reference.name}{unit}",
         width=width,
         percent=outcome.percent,
     )

@@ -77,7 +77,7 @@ def arm_table(comparison: Comparison) -> str:
 def _level_cell(comparison: Comparison, name: str, outcome: Outcome) -> str:
     value, error = comparison.arms[name].level(outcome.name)
     text = escape(level_text(value, outcome))
-    if error == error and error > 0:
+    if error > 1e-9 * abs(value):  # not that of rounding, nor of a single seed
         shown = f"{100 * error:.1f}" if outcome.percent else format_number(error, 2)
         text += f" <small>± {escape(shown)}</small>"
     return f"<td>{text}</td>"

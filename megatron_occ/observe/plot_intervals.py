@@ -51,7 +51,7 @@ def plot_intervals_svg(
     shown = [x for row in rows for x in (row.mean, *row.values, *(row.interval or ()))]
     factor = 100.0 if percent else 1.0
     low, high, ticks = plot_scale.nice_range(
-        min(0.0, *shown) * factor, max(0.0, *shown) * factor, target=max(4, width // 110)
+        min(0.0, *shown) * factor, max(0.0, *shown) * factor, target=max(4, width // 160)
     )
     left = 20 + 6.6 * max(len(row.label) for row in rows)
     columns = _columns([heads, *(row.cells for row in rows)], width)
