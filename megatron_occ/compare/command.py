@@ -45,13 +45,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of a run (default: cores / jobs)"
     )
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
         "--share", metavar="I/N", help="do the I-th of N parts of the runs, e.g. in a Slurm array"
     )
-    parser.add_argument(
+    part.add_argument(
         "--start-only", action="store_true", help="pretrain for the study, and stop there"
     )
-    parser.add_argument(
+    part.add_argument(
         "--report", action="store_true", help="results and page of what is there; run nothing"
     )
     parser.add_argument(
@@ -198,7 +199,7 @@ def _do(runs: Sequence[RunSpec], steps: int, jobs: int, threads: int, *, keep: b
     def start(run: RunSpec, slot: int) -> RunProcess:
         return RunProcess(run, run_environment(slot, threads, os.environ))
 
-    with _terminated_as_interrupted(), closing(Live(len(runs), steps)) as live:
+    with terminated_as_interrupted(), closing(Live(len(runs), steps)) as live:
 
         def on_change(tally: Tally, ended: RunSpec | None) -> None:
             live(tally, ended)
@@ -230,7 +231,7 @@ def _remove_checkpoints(runs: Sequence[RunSpec]) -> None:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the runs as Ctrl-C does."""
 
     def interrupt(_: int, __: FrameType | None) -> None:

@@ -33,10 +33,10 @@ def conclusion(comparison: Comparison) -> list[str]:
 
 def _too_few(found: list[Difference], reference: str) -> str:
     seeds = max(len(d.by_seed) for d in found)
+    largest = max(found, key=lambda d: abs(d.mean))
     return (
         f"{_count(seeds, 'seed')}: no interval is given below {statistics.MIN_SEEDS}, so whether "
-        f"an arm beats {reference} is open. The largest difference is {_effect(found[0])}, the "
-        f"smallest {_effect(found[-1])}."
+        f"an arm beats {reference} is open. The largest difference is {_effect(largest)}."
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_occ.compare.command import terminated_as_interrupted
 from megatron_occ.compare.live import Live, last_step
 from megatron_occ.compare.process import BusyError, RunProcess, run_environment
 from megatron_occ.compare.queue import work_off
@@ -195,3 +197,16 @@ def test_on_a_terminal_a_line_says_how_far_the_runs_are(tmp_path):
     stream = Terminal()
     work_off([run], 1, lambda *_: Fake(0, 3), Live(1, 20, stream), pause=0)
     assert "0/1  a run 5/20" in stream.getvalue()
+
+
+def test_sigterm_ends_a_study_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def be_terminated():
+        with terminated_as_interrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        be_terminated()
+    assert signal.getsignal(signal.SIGTERM) is before
