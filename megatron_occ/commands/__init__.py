@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from megatron_occ.commands import demo, eval, pretrain, report, rl
+from megatron_occ.commands import compare, demo, eval, pretrain, report, rl
 
 
 class Command(Protocol):
@@ -35,4 +35,5 @@ COMMANDS: dict[str, Command] = {
     "rl": rl,
     "eval": eval,
     "report": report,
+    "compare": compare,
 }

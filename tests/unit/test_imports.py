@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_occ"
-LIBRARY = ("losses", "rl", "rollout", "convert", "data")
+LIBRARY = ("losses", "rl", "rollout", "convert", "data", "compare")
 ROOMS = (*LIBRARY, "config", "observe", "mcore")
 # each may import those after it and every room
 TOP = ("cli", "commands", "phases", "run")
@@ -85,7 +85,7 @@ def test_losses_import_no_other_room(other):
     assert offenders([PACKAGE / "losses"], f"megatron_occ.{other}") == []
 
 
-@pytest.mark.parametrize("module", ["config", "observe", "commands", "cli"])
+@pytest.mark.parametrize("module", ["config", "observe", "compare.page", "commands", "cli"])
 def test_importing_it_imports_no_torch(module):
     code = (
         f"import sys, megatron_occ.{module}\n"
