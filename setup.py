@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_occ", "megatron_occ.*"]),
-    package_data={"megatron_occ.observe": ["*.css"], "megatron_occ.audit": ["*.css"]},
+    package_data={f"megatron_occ.{room}": ["*.css"] for room in ("observe", "audit", "compare")},
     install_requires=[
         "torch>=2.6,<3",
         # start-up refuses what is not in megatron_occ/mcore/versions.py

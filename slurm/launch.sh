@@ -1,5 +1,5 @@
 # What the .sbatch files share. `launch COMMAND ARGUMENTS...` runs megatron-occ on all nodes of the job,
-# `convert ARGUMENTS...` one process of it.
+# `convert ARGUMENTS...` and `compare ARGUMENTS...` one process of it.
 # shellcheck shell=bash
 
 # shellcheck source=slurm/site.sh
@@ -51,6 +51,27 @@ convert() {
     set_rendezvous
     export WORLD_SIZE=1
     run_step --nodes=1 --ntasks=1 bash slurm/rank.sh convert "$@"
+}
+
+# One process that does the runs of a study, several at once; an element of an array its share of them.
+compare() {
+    local plan folder
+    require_job "$@"
+    trap : USR1 # interrupts `wait` in train, as in launch
+    count_gpus
+    TASKS_PER_NODE=1
+    set_rendezvous
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        [[ " $*" != *" --share"* ]] || fail "an array gives --share: leave it out, or leave out --array"
+        set -- "$@" --share \
+            "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"
+    fi
+    plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh compare "$@" --dry-run)
+    echo "$plan"
+    folder=$(sed -n 's/^folder  *//p' <<<"$plan")
+    [[ -n $folder ]] || fail "no folder in the plan above"
+    say "megatron-occ compare $*"
+    train "$folder" bash slurm/rank.sh compare "$@"
 }
 
 # Outside a job there is nothing to run: say how to submit it.
@@ -142,9 +163,9 @@ was_preempted() {
     [[ $(scontrol show job --oneliner "$(job_name)") =~ PreemptTime=[0-9] ]]
 }
 
-# Complete checkpoints of all phases; one that was being written ends in .tmp.
+# Complete checkpoints of a run, or of all runs of a study; one that was being written ends in .tmp.
 checkpoints() {
-    find "$1/checkpoints" -maxdepth 2 -name "step_*" ! -name "*.tmp" 2>/dev/null | sort || true
+    find "$1" -type d -name "step_*" -prune ! -name "*.tmp" 2>/dev/null | sort || true
 }
 
 # Refuse a run folder that another job is writing to, or will when its turn comes.

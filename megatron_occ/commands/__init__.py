@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from megatron_occ.commands import audit, demo, eval, pretrain, report, rl
+from megatron_occ.commands import audit, compare, demo, eval, pretrain, report, rl
 
 
 class Command(Protocol):
@@ -36,4 +36,5 @@ COMMANDS: dict[str, Command] = {
     "eval": eval,
     "audit": audit,
     "report": report,
+    "compare": compare,
 }

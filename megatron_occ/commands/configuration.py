@@ -63,7 +63,7 @@ def take_words(
     if not takes:
         return
     for name in ("world_size", "rank"):
-        if getattr(options, name) is not None and not options.dry_run:
+        if getattr(options, name, None) is not None and not options.dry_run:
             parser.error(f"--{name.replace('_', '-')} goes with --dry-run alone")
     options.overrides = [*options.overrides, *words]
 

@@ -27,7 +27,9 @@ class Given:
 
 
 @dataclass(frozen=True)
-class _Document:
+class Document:
+    """What a yaml text holds, and in which line each dotted key stands."""
+
     data: Any
     lines: dict[str, int]
     ignored: int  # where the value of the document ends, to see what follows it
@@ -82,13 +84,13 @@ def dump(data: dict) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _parse(text: str | bytes, origin: str) -> _Document:
+def _parse(text: str | bytes, origin: str) -> Document:
     """Parses the bytes of a file, or the text of an override, where a line says nothing."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return _Document(None, {}, 0)
+            return Document(None, {}, 0)
         data = loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -96,7 +98,7 @@ def _parse(text: str | bytes, origin: str) -> _Document:
         raise ConfigError(f"{origin}{line}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
-    return _Document(data, dict(_lines(node, "")), node.end_mark.index)
+    return Document(data, dict(_lines(node, "")), node.end_mark.index)
 
 
 def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
@@ -108,22 +110,37 @@ def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
         yield from _lines(value, key)
 
 
+def read_mapping(path: Path, by: str = "") -> Document:
+    """The keys and values of a yaml file, whatever they mean.
+
+    Args:
+        path: the file.
+        by: who names it, for the message.
+
+    Raises:
+        ConfigError: missing or unreadable file, malformed yaml, or not a mapping.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        raise ConfigError(f"configuration file {path}: {reason}{by}") from error
+    document = _parse(content, str(path))
+    data = {} if document.data is None else document.data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, not {spell(data)}")
+    return Document(data, document.lines, document.ignored)
+
+
 def read_file(path: Path, _including: tuple[Path, ...] = ()) -> list[Given]:
     """The values of a yaml file, after those of the files that its ``include`` names.
 
     Raises:
         ConfigError: missing or unreadable file, malformed yaml, a cycle of includes, unknown keys.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        reason = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        by = f", included by {_including[-1]}" if _including else ""
-        raise ConfigError(f"configuration file {path}: {reason}{by}") from error
-    document = _parse(content, str(path))
-    data = {} if document.data is None else document.data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, not {spell(data)}")
+    by = f", included by {_including[-1]}" if _including else ""
+    document = read_mapping(path, by)
+    data = document.data
     includes = _include_list(data.pop("include", []), path, document.lines.get("include"))
     given = []
     for include in includes:

@@ -25,7 +25,8 @@ class Series:
     """One curve: `points` are (x, y) with increasing x; a y that is not finite leaves a gap.
 
     `color` is a slot of the palette, 1 to 7. A `smoothed` series of 16 points or more is drawn as a
-    faint raw line below its running median; one of 15 points or fewer gets markers.
+    faint raw line below its running median; one of 15 points or fewer gets markers. `band` are
+    (x, low, high) with increasing x: the area between is tinted, e.g. a spread over seeds.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Series:
     color: int = 1
     dashed: bool = False
     smoothed: bool = True
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ def plot_series_svg(
     percent: bool = False,
     include_zero: bool = False,
     standalone: bool = False,
+    y_range: tuple[float, float] | None = None,
 ) -> str:
     """Return an `<svg>` element that shows `series` over a common axis of step numbers.
 
-    `percent` shows fractions as percentages; `include_zero` keeps 0 in the y range. The element
+    `percent` shows fractions as percentages; `include_zero` keeps 0 in the y range. `y_range` is
+    given where several plots are to have the same, by default it is that of the values. The element
     takes its colours from plot.css; a `standalone` one carries that style, a background, the
     title and a legend. Where a few spikes would flatten everything else, the y range leaves them
     out and the plot says how many points lie outside.
@@ -71,8 +75,13 @@ def plot_series_svg(
     if not finite:
         raise ValueError(f"nothing to plot in {title!r}: no series has a finite value")
     head, top = _standalone_head(series, title, width) if standalone else ("", 10)
-    frame = _frame(finite, width, height, top, percent, include_zero)
+    shown = finite + [(x, y) for s in series for x, *ends in s.band for y in ends]
+    low, high = y_range or plot_scale.robust_range([y for _, y in shown])
+    if include_zero:
+        low, high = min(0.0, low), max(0.0, high)
+    frame = _frame(finite, (low, high), width, height, top, percent)
     parts = [head, axes_svg(frame, x_label)]
+    parts += [_band_svg(s, frame) for s in series if s.band]
     parts += [_curve_svg(s, frame) for s in series]
     parts += [_outside_note(finite, frame), _hover_svg(series, frame)]
     label = title or ", ".join(s.label for s in series)
@@ -137,12 +146,14 @@ def left_margin(ticks: Sequence[float], tick_format: Callable[[float], str]) -> 
 
 
 def _frame(
-    finite: list[Point], width: int, height: int, top: int, percent: bool, include_zero: bool
+    finite: list[Point],
+    y_range: tuple[float, float],
+    width: int,
+    height: int,
+    top: int,
+    percent: bool,
 ) -> Frame:
-    y_low, y_high = plot_scale.robust_range([y for _, y in finite])
-    if include_zero:
-        y_low, y_high = min(0.0, y_low), max(0.0, y_high)
-    y_low, y_high, y_ticks = plot_scale.nice_range(y_low, y_high, target=max(3, height // 45))
+    y_low, y_high, y_ticks = plot_scale.nice_range(*y_range, target=max(3, height // 45))
     tick_format = tick_formatter(y_ticks, percent)
     left = left_margin(y_ticks, tick_format)
     x_low, x_high = plot_scale.widen_empty(min(x for x, _ in finite), max(x for x, _ in finite))
@@ -154,6 +165,13 @@ def _frame(
         y_format=format_percent if percent else format_number,
         y_tick_format=tick_format,
     )
+
+
+def _band_svg(series: Series, frame: Frame) -> str:
+    upper = [(x, _clip(high, frame.y)) for x, _, high in series.band]
+    lower = [(x, _clip(low, frame.y)) for x, low, _ in reversed(series.band)]
+    path = line_path([*upper, *lower], frame.x, frame.y)
+    return f'<path class="band c{series.color}" d="{path}Z"/>'
 
 
 def _curve_svg(series: Series, frame: Frame) -> str:

@@ -34,7 +34,7 @@ def tiles(run: RunData) -> str:
         _reward_tile(run),
         _agreement_tile(run),
         _steps_tile(run),
-        _tile("Wall time", format_duration(run.wall_seconds), "first to last line of the log"),
+        tile("Wall time", format_duration(run.wall_seconds), "first to last line of the log"),
         _speed_tile(run),
     ]
     return f'<div class="tiles">{"".join(found)}</div>'
@@ -88,7 +88,8 @@ def config_block(text: str) -> str:
     return f"<pre>{marked}</pre>"
 
 
-def _tile(label: str, value: str, note: str = "", kind: str = "") -> str:
+def tile(label: str, value: str, note: str = "", kind: str = "") -> str:
+    """A key figure: `value` is HTML, the others are text."""
     return (
         f'<div class="tile {kind}"><span class="label">{escape(label)}</span>'
         f'<span class="value">{value}</span><span class="note">{escape(note)}</span></div>'
@@ -102,7 +103,7 @@ def _accuracy_tile(run: RunData) -> str:
     before, after = change
     first, last = (run.points("validation", run.accuracy_metric)[i][0] for i in (0, -1))
     if first == last:
-        return _tile("Sampled pass@1", format_percent(after), accuracy_basis(run), "first")
+        return tile("Sampled pass@1", format_percent(after), accuracy_basis(run), "first")
     trend = "up" if after > before else "down" if after < before else "even"
     value = (
         f"{format_percent(before)}<i>→</i>{format_percent(after)}"
@@ -110,7 +111,7 @@ def _accuracy_tile(run: RunData) -> str:
     )
     note = f"RL step {first:g} → {last:g}"
     basis = accuracy_basis(run)
-    return _tile("Sampled pass@1", value, f"{note}; {basis}" if basis else note, "first")
+    return tile("Sampled pass@1", value, f"{note}; {basis}" if basis else note, "first")
 
 
 def _reward_tile(run: RunData) -> str:
@@ -118,7 +119,7 @@ def _reward_tile(run: RunData) -> str:
     if level is None:
         return ""
     note = f"began at {format_number(level.first)}; {level.basis}"
-    return _tile("Final reward", format_number(level.last), note)
+    return tile("Final reward", format_number(level.last), note)
 
 
 def _agreement_tile(run: RunData) -> str:
@@ -126,26 +127,26 @@ def _agreement_tile(run: RunData) -> str:
         level = run.level(phase, "agreement/mtp_1")
         if level is not None:
             note = f"depth 1 with the main head; began at {format_percent(level.first)}"
-            return _tile("MTP agreement", format_percent(level.last), note)
+            return tile("MTP agreement", format_percent(level.last), note)
     return ""
 
 
 def _steps_tile(run: RunData) -> str:
     rl, pretrain = run.last_step("rl"), run.last_step("pretrain")
     if rl is None:
-        return _tile("Pretraining steps", f"{pretrain or 0:,}")
+        return tile("Pretraining steps", f"{pretrain or 0:,}")
     note = f"after {pretrain:,} pretraining steps" if pretrain is not None else ""
-    return _tile("RL steps", f"{rl:,}", note)
+    return tile("RL steps", f"{rl:,}", note)
 
 
 def _speed_tile(run: RunData) -> str:
     rate = samples_per_second(run)
     if rate is not None:
-        return _tile("Samples per second", format_number(rate), "during rollout, median")
+        return tile("Samples per second", format_number(rate), "during rollout, median")
     tokens = run.level("pretrain", "tokens_per_second")
     if tokens is None:
         return ""
-    return _tile("Tokens per second", format_number(tokens.last), "training")
+    return tile("Tokens per second", format_number(tokens.last), "training")
 
 
 def _spread(steps: list[int]) -> list[int]:

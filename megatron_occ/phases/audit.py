@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.audit.measuring import METRICS, Measuring
 from megatron_occ.config import Config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import step_of
@@ -16,6 +15,7 @@ from megatron_occ.phases.rl import build_policy
 from megatron_occ.phases.sampling import rollout_source
 from megatron_occ.rl.batch import MiniBatch
 from megatron_occ.rl.exchange import distribute
+from megatron_occ.rl.measuring import METRICS, Measuring
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.run import Run

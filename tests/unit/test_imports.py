@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_occ"
-LIBRARY = ("losses", "rl", "rollout", "convert", "data", "audit")
+LIBRARY = ("losses", "rl", "rollout", "convert", "data", "audit", "compare")
 ROOMS = (*LIBRARY, "config", "observe", "mcore")
 # each may import those after it and every room
 TOP = ("cli", "commands", "phases", "run")
@@ -91,7 +91,7 @@ def test_the_audit_imports_losses_and_observe_alone(other):
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "observe", "audit.page", "audit.text", "commands", "cli"]
+    "module", ["config", "observe", "audit.page", "audit.text", "compare.page", "commands", "cli"]
 )
 def test_importing_it_imports_no_torch(module):
     code = (

@@ -11,6 +11,7 @@ import pytest
 from megatron_occ.observe import Series, plot_series_svg, write_plot
 from megatron_occ.observe.plot import line_path
 from megatron_occ.observe.plot_bars import plot_stacked_bars_svg
+from megatron_occ.observe.plot_intervals import IntervalRow, plot_intervals_svg
 from megatron_occ.observe.plot_scale import (
     Scale,
     bucket_means,
@@ -235,3 +236,42 @@ def test_many_steps_share_bars_that_show_the_mean():
     bars = by_class(plot_stacked_bars_svg(series), "bar")
     assert len(bars) == 60
     assert bars[0].find(f"{SVG}title").text == "steps 0 to 1, mean\na: 500 ms"
+
+
+def test_a_band_is_the_area_between_its_ends_and_belongs_to_the_range():
+    series = Series("a", [(0, 2.0), (10, 2.0)], band=[(0, 0.0, 4.0), (10, 1.0, 3.0)])
+    svg = plot_series_svg([series], width=480, height=220)
+    (band,) = by_class(svg, "band")
+    corners = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", band.get("d"))]
+    # the y range 0 to 4 is drawn from 184 up to 10; upper end first, lower end back
+    assert [y for _, y in corners] == [10.0, 53.5, 140.5, 184.0]
+    assert corners[0][0] == corners[3][0] < corners[1][0] == corners[2][0] == 468.0
+
+
+def test_plots_that_share_a_range_share_their_ticks():
+    low, high = ([(0, 0.1), (1, 0.2)], [(0, 0.8), (1, 0.9)])
+    labels = [
+        re.findall(r'text-anchor="end">([^<]+)<', plot_series_svg([Series("a", points)], **options))
+        for points in (low, high)
+        for options in ({}, {"y_range": (0.0, 1.0)})
+    ]
+    assert labels[1] == labels[3] != labels[0] != labels[2]
+
+
+def test_intervals_lie_where_their_numbers_are():
+    rows = [
+        IntervalRow("first", 0.01, (-0.01, 0.03), [0.0, 0.02], cells=("+1.0",)),
+        IntervalRow("second", -0.02, None, [-0.02], color=2, cells=("\N{MINUS SIGN}2.0",)),
+    ]
+    svg = plot_intervals_svg(rows, title="t", heads=("mean",), width=600, percent=True)
+    (zero,) = by_class(svg, "zero")
+    origin = float(re.match(r"M([\d.]+)", zero.get("d"))[1])
+    first, second = (float(node.get("cx")) for node in by_class(svg, "marker"))
+    point = first - origin  # of one percentage point
+    assert second - origin == pytest.approx(-2 * point, abs=0.2)
+    (line,) = by_class(svg, "line")
+    low, high = map(float, re.match(r"M([\d.]+) [\d.]+H([\d.]+)", line.get("d")).groups())
+    assert (low - origin, high - origin) == pytest.approx((-point, 3 * point), abs=0.2)
+    assert len(by_class(svg, "hollow")) == 1 and len(by_class(svg, "dot")) == 3
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert "second" in text and "mean" in text and "\N{MINUS SIGN}2.0" in text

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 FAKES = {
     "srun": """
 if [[ "$*" == *--dry-run ]]; then
+    echo "folder             $RUN_DIR"
     printf 'command            rl\\nrun_dir            %s\\n%s' "$RUN_DIR" "${PLAN:-}"; exit
 fi
 echo "$WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >>"$CALLS"
@@ -141,7 +142,43 @@ def test_a_conversion_is_one_process_with_all_cpus_and_no_gpu(job, environment, 
     assert not [line for line in directives("convert") if "gpu" in line or "exclusive" in line]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert"])
+STUDY = {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+ELEMENT = {
+    "SLURM_ARRAY_JOB_ID": "123456",
+    "SLURM_ARRAY_TASK_ID": "6",
+    "SLURM_ARRAY_TASK_MIN": "4",
+    "SLURM_ARRAY_TASK_COUNT": "5",
+}
+
+
+@pytest.mark.parametrize(("array", "share"), [({}, ""), (ELEMENT, " --share 3/5")])
+def test_a_study_is_one_process_and_an_array_element_does_its_share(job, array, share):
+    done = job("study.yaml", "--jobs", "8", script="compare", **STUDY, **array)
+    assert done.returncode == 0, done.stderr
+    (call,) = job.calls
+    options = "--cpus-per-task=16 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1"
+    command = f"bash slurm/rank.sh compare study.yaml --jobs 8{share}"
+    assert call == f"1 node7 23456 {options} {command}"
+    assert {"--requeue", "--open-mode=append", "--nodes=1", "--ntasks=1"} <= directives("compare")
+    assert "--signal=B:USR1@120" in directives("compare")
+
+
+def test_a_study_near_the_time_limit_is_requeued_if_any_run_got_further(job):
+    study = {**STUDY, "RUN_DIR": str(job.run_dir), "script": "compare"}
+    further = 'mkdir -p "$RUN_DIR/runs/detach/seed_0/checkpoints/rl/step_000004"; '
+    assert job("study.yaml", STEP=further + SIGNAL, **study).returncode == 0
+    assert job.calls[1:] == ["requeue 123456"]
+    job("study.yaml", STEP=SIGNAL, **study)
+    assert len(job.calls) == 3
+
+
+def test_the_share_of_an_array_element_is_not_given_twice(job):
+    done = job("study.yaml", "--share", "1/2", script="compare", **STUDY, **ELEMENT)
+    assert done.returncode == 1
+    assert "an array gives --share" in done.stderr
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare"])
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_CPUS_ON_NODE"])
 def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     del job.environment[missing]
@@ -152,7 +189,7 @@ def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     assert job.calls == []
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare"])
 def test_outside_a_job_help_is_the_head_of_the_script(job, script):
     del job.environment["SLURM_JOB_ID"]
     done = job("--help", script=script)

@@ -1,0 +1,1 @@
+"""Regimes against each other: a study of arms x seeds from one checkpoint. Imports no torch."""
