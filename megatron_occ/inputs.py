@@ -11,7 +11,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompt_checks import check_prompts, shared_prompts
 from megatron_occ.data.prompts import PromptStream
-from megatron_occ.data.tasks import TASK_NAMES, Task, build_task
+from megatron_occ.data.tasks import Task, UnknownTask, build_task
 from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_occ.pretraining import Corpus
 from megatron_occ.rl.evaluation import held_out_problems
@@ -130,7 +130,7 @@ def read_task(config: Config) -> Task | None:
     try:
         return build_task(section.name, **section.params)
     except ValueError as error:
-        key = "params" if section.name in TASK_NAMES else "name"
+        key = "name" if isinstance(error, UnknownTask) else "params"
         raise ValueError(f"data.task.{key}: {error}") from error
 
 
