@@ -31,23 +31,31 @@ class StarPaths:
     """
 
     name = "star_paths"
+    # of all letters: a model trained on few can go on with more
     alphabet = NODES + ",:=" + STOP
     stop = STOP
 
-    def __init__(self, degree: int = 3, length: int = 4, seed: int = 0) -> None:
-        """Raises ValueError when a parameter is out of range, or a star has too many nodes."""
+    def __init__(
+        self, degree: int = 3, length: int = 4, letters: int = len(NODES), seed: int = 0
+    ) -> None:
+        """``letters``: how many of the alphabet name nodes; the fewer, the sooner it is learned.
+
+        Raises ValueError when a parameter is out of range, or a star has too many nodes.
+        """
         check_int("degree", degree, 2, len(NODES) - 1)
         check_int("length", length, 2, len(NODES) // 2)
+        check_int("letters", letters, 1, len(NODES))
         check_int("seed", seed, 0, None)
         nodes = 1 + degree * (length - 1)
-        if nodes > len(NODES):
+        if nodes > letters:
             raise ValueError(
                 f"degree={degree} arms of length={length} have {nodes} nodes, and there are "
-                f"{len(NODES)} letters for them: lower one of the two"
+                f"{letters} letters for them: lower one of the two, or raise letters (at most "
+                f"{len(NODES)})"
             )
-        self._params = {"degree": degree, "length": length, "seed": seed}
-        self._length = length
-        self._splits = DrawnSplits(range(len(NODES), len(NODES) - nodes, -1), seed, self._star)
+        self._params = {"degree": degree, "length": length, "letters": letters, "seed": seed}
+        self._length, self._letters = length, letters
+        self._splits = DrawnSplits(range(letters, letters - nodes, -1), seed, self._star)
 
     def params(self) -> dict[str, int]:
         """The parameters that ``build_task`` needs to make this task again."""
@@ -77,7 +85,7 @@ class StarPaths:
         Draw i picks one of the nodes that are left. Sorted, because two stars that differ in the
         order of the other arms are one problem.
         """
-        left = list(range(len(NODES)))
+        left = list(range(self._letters))
         nodes = [left.pop(draw) for draw in draws]
         inner = self._length - 1
         arms = [tuple(nodes[first : first + inner]) for first in range(1, len(nodes), inner)]
