@@ -24,7 +24,9 @@ _KEPT_ENTRIES = 1024
 
 _EVAL = "its verifier hands the response to eval()"
 _SYMPY = "its verifier hands the response to sympy's parse_expr, which calls eval()"
-# A response is data and never run, in whatever process.
+_CHANGES = "its problems depend on the order of a set, which another process has in another order"
+# A response is data and never run, in whatever process; and a verifier process makes the problem
+# again. Found by two processes with different PYTHONHASHSEED.
 REFUSED = {
     "binary_matrix": _EVAL,
     "n_queens": _EVAL,
@@ -36,6 +38,10 @@ REFUSED = {
     "puzzle24": _SYMPY,
     "simple_integration": _SYMPY,
     "composite": "it hands the response to the verifiers of other tasks, of which some call eval()",
+    "codeio": _CHANGES,
+    "isomorphic_strings": _CHANGES,
+    "knight_swap": _CHANGES,
+    "ransom_note": _CHANGES,
 }
 
 
@@ -97,7 +103,7 @@ class ReasoningGym:
             "task": self.name,
             "params": self._params,
             "position": position,
-            "question_sha256": _sha256(entry["question"]),
+            "sha256": _identity(entry),
             "answer": entry["answer"],
         }
         return Problem(
@@ -115,7 +121,7 @@ class ReasoningGym:
         that this dataset does not make.
         """
         entry = self.entry(reference["position"])
-        if _sha256(entry["question"]) != reference["question_sha256"]:
+        if _identity(entry) != reference["sha256"]:
             raise ValueError(f"{self.name} makes another problem of {reference} in this process")
         return self._dataset.score_answer(_committed_answer(response), entry)
 
@@ -155,5 +161,5 @@ def _committed_answer(response: str) -> str:
     return (answer if opened and closed else response).strip()
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _identity(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{entry['question']}\n{entry['answer']}".encode()).hexdigest()
