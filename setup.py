@@ -23,6 +23,8 @@ setup(
         "psutil",
     ],
     extras_require={
+        # the version whose verifiers were read: megatron_occ/data/tasks/reasoning_gym.py
+        "reasoning": ["reasoning-gym==0.1.25"],
         "gpu": ["transformer-engine[pytorch]"],
         "dev": ["pytest", "ruff", "pre-commit"],
     },

@@ -57,6 +57,11 @@ class TaskCorpus:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.float32)
 
     def _row(self, problem: Problem, sequence_length: int) -> tuple[list[int], list[int]]:
+        if not problem.solution:
+            raise ValueError(
+                f"task {self._task.name} has problems without a solution, which nothing can be "
+                "pretrained on: give RL a model by model.from_hf or rl.init_from"
+            )
         prompt = self._tokenizer.encode(problem.prompt)
         predicted = [*self._tokenizer.encode(problem.solution), self._tokenizer.eos_id]
         padding = sequence_length - len(prompt) - len(predicted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_occ.config.schema import Config
-from megatron_occ.data.tasks import TASK_NAMES, Task, build_task
+from megatron_occ.data.tasks import Task, UnknownTask, build_task
 from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -19,7 +19,7 @@ def read_task(config: Config) -> Task | None:
     try:
         return build_task(section.name, **section.params)
     except ValueError as error:
-        key = "params" if section.name in TASK_NAMES else "name"
+        key = "name" if isinstance(error, UnknownTask) else "params"
         raise ValueError(f"data.task.{key}: {error}") from error
 
 

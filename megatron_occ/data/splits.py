@@ -1,20 +1,25 @@
-"""Deterministic operands for generated problems, split into train and validation by a hash."""
+"""Deterministic draws for generated problems, split into train and validation by a hash."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 SPLITS = ("train", "validation")
-# One operand set in ten is held out.
+# One problem in ten is held out.
 HELD_OUT_ONE_IN = 10
+# Draws in a row that give no new held-out problem before there is taken to be none, or that are
+# all held out before there is taken to be nothing to train on.
+_PATIENCE = 10_000
 # Far more than a run draws, so that the train problems of two stream seeds do not overlap.
 _PROBLEMS_PER_SEED = 1 << 40
 
+_Item = TypeVar("_Item")
 _MASK64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 # Not a setting: two runs with different seeds must agree on what is held out, or RL with one seed
-# would validate on operands that pretraining with another seed has seen.
+# would validate on problems that pretraining with another seed has seen.
 _SPLIT_SALT = 0x6D65676F6363
 
 
@@ -47,40 +52,56 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
 
 
-def is_held_out(operands: Sequence[int]) -> bool:
-    """Whether a set of operands belongs to validation; their order does not matter."""
+def is_held_out(values: Sequence[int]) -> bool:
+    """Whether the problem with these values belongs to validation; order and all count."""
     state = _SPLIT_SALT
-    for operand in sorted(operands):
-        state = mix64(state ^ operand)
+    for value in values:
+        state = mix64(state ^ value)
     return state % HELD_OUT_ONE_IN == 0
 
 
-class OperandSplits:
-    """Operand tuples by (seed, split, index), whatever was asked for before.
+def shuffled(items: Sequence[_Item], values: Sequence[int]) -> list[_Item]:
+    """The items in an order that is a function of ``values`` alone."""
+    key = 0
+    for value in values:
+        key = mix64(key ^ value)
+    order = sorted(range(len(items)), key=lambda position: mix64(key + position))
+    return [items[position] for position in order]
 
-    ``digits`` gives the number of decimal digits of each operand (no leading zeros). "train" is an
-    endless stream drawn with replacement, different for each seed. "validation" is one fixed list
-    of distinct operand sets, the same for every seed, so that runs are compared on the same
-    problems. Sets that differ only in order count as the same: ``12*34`` held out keeps ``34*12``
-    out of train as well.
+
+class DrawnSplits:
+    """Tuples of integers by (seed, split, index), whatever was asked for before.
+
+    A problem is drawn as one integer below each of ``spans``, and ``problem`` makes of these draws
+    what the task needs, in a form that is the same for draws that mean the same problem. "train" is
+    an endless stream drawn with replacement, different for each seed. "validation" is one fixed
+    list of distinct problems, the same for every seed, so that runs are compared on the same ones.
     """
 
-    def __init__(self, digits: Sequence[int], seed: int) -> None:
-        self._ranges = [(10 ** (d - 1), 9 * 10 ** (d - 1)) for d in digits]
+    def __init__(
+        self,
+        spans: Sequence[int],
+        seed: int,
+        problem: Callable[[Sequence[int]], tuple[int, ...]],
+        same: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple,
+    ) -> None:
+        """``same`` gives problems that must not be in both splits one value; they may differ."""
+        self._spans = list(spans)
+        self._problem, self._same = problem, same
         self._key = mix64(seed)
-        self._total = math.prod(span for _, span in self._ranges)
+        self._total = math.prod(self._spans)
         self._stride = self._coprime_stride()
-        # Memo of the validation list. It only grows, and its content depends on nothing but
-        # `digits`, so that it is not visible to the caller.
+        # Memo of the validation list. It only grows, and its content depends on nothing but spans
+        # and functions, so that it is not visible to the caller.
         self._validation_list: list[tuple[int, ...]] = []
         self._seen: set[tuple[int, ...]] = set()
-        self._scanned = 0
+        self._scanned = self._found_at = 0
 
-    def operands(self, split: str, index: int) -> tuple[int, ...]:
-        """Operands of problem ``index`` (0-based) of a split.
+    def values(self, split: str, index: int) -> tuple[int, ...]:
+        """Problem ``index`` (0-based) of a split.
 
-        Raises ValueError for an unknown split, a negative index, or an index past the end of the
-        validation split.
+        Raises ValueError for an unknown split, a negative index, an index past the end of the
+        validation split, and where all problems are held out.
         """
         check_split(split)
         if index < 0:
@@ -89,40 +110,61 @@ class OperandSplits:
 
     def _train(self, index: int) -> tuple[int, ...]:
         state = mix64(self._key + index)
-        while True:
-            values = []
-            for low, span in self._ranges:
+        for _ in range(_PATIENCE):
+            draws = []
+            for span in self._spans:
                 state = mix64(state)
-                values.append(low + state % span)
-            if not is_held_out(values):
-                return tuple(values)
+                draws.append(state % span)
+            problem = self._problem(draws)
+            if not is_held_out(self._same(problem)):
+                return problem
+        raise ValueError("these parameters give so few problems that all of them are held out")
 
     def _validation(self, index: int) -> tuple[int, ...]:
         while len(self._validation_list) <= index:
-            if self._scanned == self._total:
+            if self._scanned == min(self._total, self._found_at + _PATIENCE):
                 raise ValueError(
-                    f"validation problem {index} does not exist: these operands give only "
-                    f"{len(self._validation_list)} held-out problems; ask for fewer, or use more "
-                    "digits"
+                    f"validation problem {index} does not exist: these parameters give only "
+                    f"{len(self._validation_list)} held-out problems; ask for fewer, or make the "
+                    "problems larger"
                 )
             self._scan_one()
         return self._validation_list[index]
 
     def _scan_one(self) -> None:
-        # A stride without a common factor visits every operand tuple once, in a spread-out order.
+        # A stride without a common factor visits every tuple once, in a spread-out order.
         position = self._scanned * self._stride % self._total
         self._scanned += 1
-        values = []
-        for low, span in self._ranges:
-            position, offset = divmod(position, span)
-            values.append(low + offset)
-        key = tuple(sorted(values))
-        if is_held_out(values) and key not in self._seen:
+        draws = []
+        for span in self._spans:
+            position, draw = divmod(position, span)
+            draws.append(draw)
+        problem = self._problem(draws)
+        key = self._same(problem)
+        if is_held_out(key) and key not in self._seen:
             self._seen.add(key)
-            self._validation_list.append(tuple(values))
+            self._validation_list.append(problem)
+            self._found_at = self._scanned
 
     def _coprime_stride(self) -> int:
         stride = max(1, self._total * 618_033_988 // 10**9)
         while math.gcd(stride, self._total) != 1:
             stride += 1
         return stride
+
+
+class OperandSplits(DrawnSplits):
+    """Operands of arithmetic problems.
+
+    ``digits`` gives the number of decimal digits of each operand (no leading zeros). Sets that
+    differ only in order count as the same: ``12*34`` held out keeps ``34*12`` out of train as well.
+    """
+
+    def __init__(self, digits: Sequence[int], seed: int) -> None:
+        lows = [10 ** (d - 1) for d in digits]
+        super().__init__(
+            [9 * low for low in lows],
+            seed,
+            lambda draws: tuple(low + draw for low, draw in zip(lows, draws, strict=True)),
+            same=lambda operands: tuple(sorted(operands)),
+        )

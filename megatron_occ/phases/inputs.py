@@ -80,7 +80,10 @@ def prompt_room(config: Config) -> int:
 
 
 def check_lengths(config: Config, inputs: Inputs, tokenizer: Tokenizer) -> None:
-    """Tokenize all prompts of files, and the first ones of a generated task, which are all alike.
+    """Tokenize all prompts of files, and the first ones of a generated task.
+
+    Problems of the package's own tasks are all of one length; those of reasoning-gym are not, and
+    a later one that does not fit ends the run where it comes up.
 
     Raises:
         ValueError: prompts that the tokenizer does not know or that leave no room for a response.

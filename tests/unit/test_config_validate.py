@@ -36,8 +36,9 @@ def test_every_preset_is_accepted_with_one_and_two_depths(preset, algorithm):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_defaults_and_demo_are_accepted(world_size):
+def test_defaults_and_examples_are_accepted(world_size):
     validate(load_config([CONF / "demo.yaml"]), command="demo", world_size=world_size)
+    validate(load_config([CONF / "planning.yaml"]), command="rl")
     validate(Config(), command="demo")
     validate(load_config([CONF / "pretrain" / "tiny.yaml"]), command="pretrain", world_size=4)
 

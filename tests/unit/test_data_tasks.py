@@ -14,6 +14,8 @@ CONFIGURATIONS = [
     ("reversed_addition", {"digits": 3, "terms": 2}),
     ("reversed_addition", {"digits": 2, "terms": 5}),
     ("reversed_addition", {"digits": 12, "terms": 9}),
+    ("star_paths", {"degree": 3, "length": 4}),
+    ("star_paths", {"degree": 12, "length": 3}),
 ]
 
 
@@ -25,7 +27,7 @@ class FixedOperands:
     def __init__(self, *operands: int) -> None:
         self._operands = operands
 
-    def operands(self, split: str, index: int) -> tuple[int, ...]:
+    def values(self, split: str, index: int) -> tuple[int, ...]:
         return self._operands
 
 
@@ -101,7 +103,7 @@ def test_task_is_made_again_from_its_name_and_parameters():
     ("name", "params", "message"),
     [
         ("reversed_multiplicaton", {}, "did you mean 'reversed_multiplication'"),
-        ("zzz", {}, "known: reversed_multiplication, reversed_addition"),
+        ("zzz", {}, "known: reversed_multiplication, reversed_addition, star_paths"),
         ("reversed_multiplication", {"digit_a": 3}, "did you mean 'digits_a'"),
         ("reversed_multiplication", {"digits_a": 0}, "digits_a must be between 1 and 12, got 0"),
         ("reversed_multiplication", {"digits_b": 13}, "digits_b must be between 1 and 12, got 13"),
@@ -109,6 +111,8 @@ def test_task_is_made_again_from_its_name_and_parameters():
         ("reversed_multiplication", {"seed": -1}, "seed must be at least 0, got -1"),
         ("reversed_addition", {"terms": 1}, "terms must be between 2 and 9, got 1"),
         ("reversed_addition", {"digits": True}, "digits must be an integer, got True"),
+        ("star_paths", {"degree": 1}, "degree must be between 2 and 25, got 1"),
+        ("star_paths", {"degree": 5, "length": 7}, "have 31 nodes, and there are 26 letters"),
     ],
 )
 def test_bad_names_and_parameters_are_refused(name, params, message):

@@ -160,7 +160,7 @@ def test_the_prompts_that_the_page_on_data_writes_are_read_as_they_are(tmp_path,
     ).save_pretrained("models/my_model")
 
     page = ROOT / "docs" / "data.md"
-    (code,), (yaml,) = blocks(page, "python"), blocks(page, "yaml")
+    (code,), (_, yaml) = blocks(page, "python"), blocks(page, "yaml")
     exec(code, {})
     (record,) = read_prompts("train.jsonl")
     assert record.prompt == "<user>What is 12 * 12?<end><model>"

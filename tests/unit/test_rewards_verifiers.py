@@ -91,8 +91,8 @@ def test_math_refuses_a_reference_that_nothing_could_match():
         get_verifier("math")(r"\boxed{18}", " ")
 
 
-def test_task_names_of_the_generated_tasks_pick_the_arithmetic_verifier():
-    for name in ("reversed_multiplication", "reversed_addition"):
+def test_names_of_the_package_s_own_tasks_pick_the_arithmetic_verifier():
+    for name in ("reversed_multiplication", "reversed_addition", "star_paths"):
         assert get_verifier(name) is get_verifier("arithmetic")
 
 

@@ -85,6 +85,10 @@ _VERIFIERS: dict[str, RegisteredVerifier] = {
     # The generated tasks: `task_name` in the data picks the verifier.
     "reversed_multiplication": _ARITHMETIC,
     "reversed_addition": _ARITHMETIC,
+    "star_paths": _ARITHMETIC,
+    "reasoning_gym": RegisteredVerifier(
+        "megatron_occ.rl.rewards.reasoning_gym:reasoning_gym_verifier"
+    ),
 }
 
 

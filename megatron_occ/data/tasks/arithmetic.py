@@ -1,4 +1,4 @@
-"""Generated problems with written-out solutions: reversed multiplication and addition.
+"""Arithmetic with written-out solutions: reversed multiplication and addition.
 
 All numbers are written least significant digit first and at a fixed width. The next digit then
 depends on digits already written and on a carry, never on a carry still to come, and every digit
@@ -8,46 +8,14 @@ transformer, and its MTP heads, which have to write the digit after next as well
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
 from megatron_occ.data.splits import OperandSplits
+from megatron_occ.data.tasks.common import STOP, Problem, check_int
 
-# Shared by all tasks, so that a model trained on one can go on with another.
+# Shared by both, so that a model trained on one can go on with the other.
 ARITHMETIC_ALPHABET = "0123456789+*=."
-STOP = "."
 # Keeps the span of an operand far below 2**64, where drawing by remainder stays uniform.
 MAX_DIGITS = 12
 MAX_TERMS = 9
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem: ``prompt + solution`` is the full text, ``answer`` what a verifier compares."""
-
-    prompt: str
-    solution: str
-    answer: str
-    task_name: str
-
-
-class Task(Protocol):
-    """A stateless source of problems. ``name`` is also the name of the verifier."""
-
-    name: str
-    alphabet: str
-    stop: str
-
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split`` ("train" or "validation"): always the same one."""
-        ...
-
-    def params(self) -> dict[str, int]:
-        """The parameters that ``build_task`` needs to make this task again."""
-        ...
 
 
 class ReversedMultiplication:
@@ -72,9 +40,9 @@ class ReversedMultiplication:
 
     def __init__(self, digits_a: int = 3, digits_b: int = 2, seed: int = 0) -> None:
         """Raises ValueError when a parameter is not an integer or out of range."""
-        _check_int("digits_a", digits_a, 1, MAX_DIGITS)
-        _check_int("digits_b", digits_b, 1, MAX_DIGITS)
-        _check_int("seed", seed, 0, None)
+        check_int("digits_a", digits_a, 1, MAX_DIGITS)
+        check_int("digits_b", digits_b, 1, MAX_DIGITS)
+        check_int("seed", seed, 0, None)
         self._params = {"digits_a": digits_a, "digits_b": digits_b, "seed": seed}
         self._partial_width = digits_a + 1
         self._product_width = digits_a + digits_b
@@ -89,7 +57,7 @@ class ReversedMultiplication:
 
         Raises ValueError for an unknown split or an index that the split does not have.
         """
-        a, b = self._splits.operands(split, index)
+        a, b = self._splits.values(split, index)
         multiplier = str(b)[::-1]
         partials = "+".join(
             "0" * place + _reversed(a * int(digit), self._partial_width)
@@ -124,9 +92,9 @@ class ReversedAddition:
 
     def __init__(self, digits: int = 3, terms: int = 2, seed: int = 0) -> None:
         """Raises ValueError when a parameter is not an integer or out of range."""
-        _check_int("digits", digits, 1, MAX_DIGITS)
-        _check_int("terms", terms, 2, MAX_TERMS)
-        _check_int("seed", seed, 0, None)
+        check_int("digits", digits, 1, MAX_DIGITS)
+        check_int("terms", terms, 2, MAX_TERMS)
+        check_int("seed", seed, 0, None)
         self._params = {"digits": digits, "terms": terms, "seed": seed}
         self._sum_width = len(str(terms * (10**digits - 1)))
         self._splits = OperandSplits((digits,) * terms, seed)
@@ -140,7 +108,7 @@ class ReversedAddition:
 
         Raises ValueError for an unknown split or an index that the split does not have.
         """
-        operands = self._splits.operands(split, index)
+        operands = self._splits.values(split, index)
         texts = [str(operand)[::-1] for operand in operands]
         steps = []
         total = operands[0]
@@ -155,44 +123,5 @@ class ReversedAddition:
         )
 
 
-_TASKS: dict[str, type[ReversedMultiplication] | type[ReversedAddition]] = {
-    ReversedMultiplication.name: ReversedMultiplication,
-    ReversedAddition.name: ReversedAddition,
-}
-
-
-TASK_NAMES = tuple(_TASKS)
-
-
-def build_task(name: str, **params: int) -> Task:
-    """Make a task by name, for example ``build_task("reversed_addition", digits=3, seed=1)``.
-
-    Raises ValueError for an unknown name or parameter (with the closest known one) and for a
-    parameter out of range.
-    """
-    if name not in _TASKS:
-        raise ValueError(f"unknown task {name!r}{_did_you_mean(name, list(_TASKS))}")
-    task_class = _TASKS[name]
-    known = list(inspect.signature(task_class).parameters)
-    for key in params:
-        if key not in known:
-            raise ValueError(f"task {name} has no parameter {key!r}{_did_you_mean(key, known)}")
-    return task_class(**params)
-
-
 def _reversed(value: int, width: int) -> str:
     return str(value)[::-1].ljust(width, "0")
-
-
-def _check_int(name: str, value: int, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limits}, got {value}")
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f": did you mean {close[0]!r}?" if close else ":"
-    return f"{hint} known: {', '.join(known)}"
