@@ -14,7 +14,7 @@ from megatron_occ.cli import main
 from megatron_occ.commands.convert import main as convert
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "pretrain", "rl", "eval", "report", "compare", "convert")
+COMMANDS = ("demo", "pretrain", "rl", "eval", "audit", "report", "compare", "convert")
 
 
 def ended(*words: str) -> object:

@@ -9,14 +9,14 @@ import sys
 import textwrap
 
 import pytest
-from megatron_occ.inputs import read_task
-from rl_setup import rl_config
 
 from megatron_occ.data import CharTokenizer, PromptStream, TaskCorpus, build_task
+from megatron_occ.data.from_config import read_task
 from megatron_occ.data.tasks import UnknownTask
 from megatron_occ.data.tasks.reasoning_gym import READ_VERSION, REFUSED
 from megatron_occ.rl.rewards import VerifierPool, get_verifier
 from megatron_occ.rl.rewards.reasoning_gym import _task
+from tests.unit.rl_setup import rl_config
 
 FAKE = """
 import random
