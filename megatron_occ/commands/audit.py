@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
 from megatron_occ.commands.configuration import add_config_options, checked_config
 from megatron_occ.commands.running import running
-from megatron_occ.config import ConfigError, help_text
+from megatron_occ.config import Config, ConfigError, help_text
+from megatron_occ.config.schema import HeadConfig, TrunkConfig
 
 HELP = "measure how MTP's gradient lies to RL's on a checkpoint"
-RAW_FILE, SUMMARY_FILE, PAGE_FILE = "raw.json", "audit.json", "audit.html"
+RECORD_FILE, SUMMARY_FILE, PAGE_FILE = "record.json", "audit.json", "audit.html"
+# of which a jackknife can leave one out, and no one is in every pair
+MIN_MINI_BATCHES = 4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,31 +59,50 @@ def run(options: argparse.Namespace) -> None:
     if config is None:
         return
     mini_batches = options.rounds * config.rl.mini_batches
-    if mini_batches < 3:
+    if mini_batches < MIN_MINI_BATCHES:
         raise ConfigError(
             f"--rounds {options.rounds}: {mini_batches} mini-batches give no standard error. "
-            "Give more rounds"
+            f"Give --rounds {-(-MIN_MINI_BATCHES // config.rl.mini_batches)} or more"
         )
     checkpoint = options.checkpoint
     name = f"{checkpoint.parent.name}_{checkpoint.name}"
     folder = options.out or Path(config.run_dir) / "audit" / name
-    # imported late: it brings torch
-    from megatron_occ.audit.page import render_page
-    from megatron_occ.audit.summary import summarise
-    from megatron_occ.audit.text import table
-    from megatron_occ.phases.audit import audit, audit_config
-    from megatron_occ.phases.start import check_checkpoint, checked_inputs
-
     with running(audit_config(config)) as run:
+        # imported late: these bring torch
+        from megatron_occ.audit.page import write_audit_page
+        from megatron_occ.audit.summary import summarize
+        from megatron_occ.audit.text import audit_text
+        from megatron_occ.phases.audit import audit
+        from megatron_occ.phases.start import check_checkpoint, checked_inputs
+
         check_checkpoint(run, checkpoint)
         inputs = checked_inputs(run, trains=True)
-        raw = audit(run, inputs, checkpoint, rounds=options.rounds, window=options.window)
+        record = audit(run, inputs, checkpoint, rounds=options.rounds, window=options.window)
         if not run.layout.is_main:
             return
-        summary = summarise(raw)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RAW_FILE).write_text(json.dumps(raw))
-        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
-        (folder / PAGE_FILE).write_text(render_page(summary), encoding="utf-8")
-        print(table(summary))
+        (folder / RECORD_FILE).write_text(json.dumps(record, allow_nan=False))
+        summary = summarize(record)
+        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1, allow_nan=False))
+        write_audit_page(folder / PAGE_FILE, summary)
+        print(audit_text(summary))
         print(f"\npage: {folder / PAGE_FILE}")
+
+
+def audit_config(config: Config) -> Config:
+    """The configuration of an audit: what MTP sends into the trunk is measured, not applied.
+
+    Gradients are taken one by one, which an overlapped reduction does not allow; it changes no
+    number.
+    """
+    config = copy.deepcopy(config)
+    config.mtp.preset = None
+    config.mtp.trunk = TrunkConfig(signal="none", coefficient="fixed")
+    if config.mtp.head.signal in ("none", "same_as_trunk"):
+        config.mtp.head = HeadConfig(signal="ce")
+    config.mtp.head.states = "training"
+    config.rl.train_trunk = True
+    # the policy has to move for the paper's proxies, by as much as in the middle of a run
+    config.rl.optimizer.warmup_steps = 0
+    config.parallel.overlap_grad_reduce = False
+    return config

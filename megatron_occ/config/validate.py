@@ -11,7 +11,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
-from megatron_occ.config.validate_exact import exact_problems
+from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
@@ -79,8 +79,8 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
         yield from exact_problems(config)
-    if command == "audit" and config.mtp.num_layers == 0:
-        yield "mtp.num_layers=0: an audit measures MTP layers. Give the model's mtp.num_layers"
+    if command == "audit":
+        yield from audit_problems(config)
     yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 
 

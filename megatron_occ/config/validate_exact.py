@@ -41,7 +41,32 @@ def exact_problems(config: Config) -> Iterator[str]:
             f"mini-batches has no standard error that mtp.trunk.exact.gate={exact.gate} could "
             "go by. Give mtp.trunk.ema=0.8 or more (0.98 is usual), or mtp.trunk.exact.gate=0"
         )
+    if exact.pairs == "cross":
+        yield from _shared_groups(config, "mtp.trunk.exact.pairs=cross multiplies")
     yield from _per_layer(config)
+
+
+def audit_problems(config: Config) -> Iterator[str]:
+    """Problems of the command ``audit``, one message each.
+
+    Args:
+        config: a configuration whose single values are in range.
+    """
+    if config.mtp.num_layers == 0:
+        yield "mtp.num_layers=0: an audit measures MTP layers. Give the model's mtp.num_layers"
+    yield from _shared_groups(config, "an audit multiplies")
+
+
+def _shared_groups(config: Config, who: str) -> Iterator[str]:
+    """Advantages of a group add up to 0: its halves are no independent samples."""
+    rl = config.rl
+    if rl.prompts_per_step % rl.mini_batches:
+        yield (
+            f"rl.mini_batches={rl.mini_batches}: cuts the samples of a prompt "
+            f"(rl.prompts_per_step={rl.prompts_per_step}) into two mini-batches, and {who} "
+            "gradients of different ones as independent. Let rl.mini_batches divide "
+            "rl.prompts_per_step"
+        )
 
 
 def measures(config: Config) -> bool:

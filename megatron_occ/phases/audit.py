@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.config import Config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import step_of
 from megatron_occ.observe.progress import Progress, Timers
@@ -24,25 +22,8 @@ from megatron_occ.run import Run
 WARM_UP_UPDATES = 20
 
 
-def audit_config(config: Config) -> Config:
-    """The configuration of an audit: what MTP sends into the trunk is measured, not applied.
-
-    Gradients are taken one by one, which an overlapped reduction does not allow; it changes no
-    number.
-    """
-    config = copy.deepcopy(config)
-    config.mtp.preset = None
-    config.mtp.trunk = type(config.mtp.trunk)(signal="none", coefficient="fixed")
-    if config.mtp.head.signal in ("none", "same_as_trunk"):
-        config.mtp.head = type(config.mtp.head)(signal="ce")
-    config.mtp.head.states = "training"
-    config.rl.train_trunk = True
-    config.parallel.overlap_grad_reduce = False
-    return config
-
-
 def audit(run: Run, inputs: Inputs, checkpoint: Path, *, rounds: int, window: int) -> dict:
-    """Measure a checkpoint; returns the raw record, see ``audit.summary``.
+    """Measure a checkpoint; returns the record that ``audit.record`` describes.
 
     A round draws the responses of one RL step at the checkpoint's weights and measures each of its
     mini-batches. Between them it makes the update of an RL step without MTP in the trunk, since the
@@ -50,7 +31,7 @@ def audit(run: Run, inputs: Inputs, checkpoint: Path, *, rounds: int, window: in
     back.
 
     Args:
-        run: its configuration is that of :func:`audit_config`.
+        run: its configuration is that of ``commands.audit.audit_config``.
         inputs: training prompts.
         checkpoint: weights of any phase; Adam's moments are made anew.
         rounds: how many.
