@@ -41,7 +41,9 @@ REFUSED = {
     "codeio": _CHANGES,
     "isomorphic_strings": _CHANGES,
     "knight_swap": _CHANGES,
+    "list_functions": _CHANGES,
     "ransom_note": _CHANGES,
+    "word_ladder": _CHANGES,
 }
 
 
