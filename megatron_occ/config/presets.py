@@ -21,7 +21,7 @@ def _regime(signal: str, coefficient: str, head: str) -> dict[str, Any]:
 # The clipped loss of the MTP heads in arXiv 2605.28184 has a dual clip whatever the policy's has.
 _PAPER = {"mtp.trunk.weighting": "ppo", "mtp.trunk.dual_clip": 10.0}
 _EXACT = {
-    "mtp.trunk.weighting": "truncated",
+    "mtp.trunk.weighting": "unit",
     "mtp.trunk.estimator": "exact",
     "mtp.trunk.lambda_plus": None,
     "mtp.trunk.ema": 0.98,

@@ -151,7 +151,7 @@ SWITCHED_OFF = [
     ),
     ("mtp.preset=detach", "mtp.trunk.exact.gate=1", "coefficient=fixed", "coefficient=occ"),
     ("mtp.preset=occ_exact", "mtp.trunk.statistics=current", "estimator=exact", "=logprob"),
-    ("mtp.preset=occ_exact", "mtp.trunk.dual_clip=3", "weighting=truncated", "weighting=ppo"),
+    ("mtp.preset=occ_exact", "mtp.trunk.dual_clip=3", "weighting=unit", "weighting=ppo"),
     ("mtp.preset=policy", "mtp.trunk.ratio_cap=3", "weighting=ppo", "weighting=truncated"),
     *(
         ("mtp.preset=head_only", given, "rl.train_trunk=false, set by", "rl.train_trunk=true")
