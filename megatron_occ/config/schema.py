@@ -84,6 +84,12 @@ class ExactConfig:
         above=0,
     )
     share_cap: float | None = option(0.5, "largest such share (null: no bound)", above=0)
+    control: str | None = option(
+        None,
+        "what a study compares with: a random direction of the gradient's norm in its place, or a "
+        "lambda of any earlier measurement in place of the last",
+        choices=("random", "shuffled"),
+    )
 
 
 @dataclass
@@ -134,6 +140,11 @@ class HeadConfig:
         choices=("same_as_trunk", "none", "ce", "soft_ce", "tv", "policy"),
     )
     weight: float = option(0.1, "weight of a loss of its own", minimum=0)
+    cut_output_layer: bool = option(
+        True,
+        "cut a loss of its own off from the output layer too (false, as in the code released with "
+        "OCC: it trains the output layer, and embeddings that are tied to it)",
+    )
     states: str = option(
         "training",
         "trunk states that a soft_ce or tv loss is taken on: of the policy's training pass, or "

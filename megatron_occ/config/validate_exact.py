@@ -44,6 +44,8 @@ def exact_problems(config: Config) -> Iterator[str]:
     if exact.pairs == "cross":
         yield from _shared_groups(config, "mtp.trunk.exact.pairs=cross multiplies")
     yield from _per_layer(config)
+    if exact.control == "random":
+        yield from _random(config)
 
 
 def audit_problems(config: Config) -> Iterator[str]:
@@ -73,6 +75,22 @@ def measures(config: Config) -> bool:
     """Whether lambda comes from the gradients themselves."""
     trunk = config.mtp.trunk
     return trunk.signal != "none" and trunk.coefficient == "occ" and trunk.estimator == "exact"
+
+
+def _random(config: Config) -> Iterator[str]:
+    """The random numbers of a direction are not split over ranks."""
+    for name in ("tensor", "pipeline", "context", "expert"):
+        size = getattr(config.parallel, name)
+        if size > 1:
+            yield (
+                f"mtp.trunk.exact.control=random: draws a direction on one process, with "
+                f"parallel.{name}={size} its parts would not fit. Set parallel.{name}=1"
+            )
+    if config.parallel.distributed_optimizer:
+        yield (
+            "mtp.trunk.exact.control=random: draws a direction on one process, and "
+            "parallel.distributed_optimizer=true splits it. Set it to false"
+        )
 
 
 def _per_layer(config: Config) -> Iterator[str]:

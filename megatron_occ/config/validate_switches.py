@@ -199,6 +199,12 @@ RL_SWITCHES = (
         "mtp.head.signal=soft_ce or tv",
     ),
     Switch(
+        "mtp.head.signal",
+        _is("none", "same_as_trunk", "soft_ce", "tv"),
+        ("mtp.head.cut_output_layer",),
+        "mtp.head.signal=ce (mtp.preset=detach or occ_decoupled)",
+    ),
+    Switch(
         "rl.micro_batch_tokens",
         _is_given,
         ("rl.micro_batch_size",),

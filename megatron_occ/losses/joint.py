@@ -55,6 +55,7 @@ class Regime:
         estimator: ``logprob``, ``released`` or ``exact`` (used with ``trunk_weight=None``).
         lambda_plus: scale of the released formula, the f of the released code.
         clamp: bounds of the released formula's coefficient (the calibrator bounds the paper's).
+        leaks: the head's own loss trains the output layer, as in the code released with OCC.
         head_on_rollouts: the head's own loss, ``soft_ce`` or ``tv``, is taken on trunk states that
             rollouts left, see ``HeadLoss``; the joint loss leaves it out.
     """
@@ -69,6 +70,7 @@ class Regime:
     estimator: str = "logprob"
     lambda_plus: float | None = 1.0
     clamp: tuple[float | None, float | None] = (None, None)
+    leaks: bool = False
     head_on_rollouts: bool = False
 
     @property

@@ -241,6 +241,7 @@ class MegatronGPTActor:
         temperature: float = 1.0,
         entropy: bool = False,
         distance: str | None = None,
+        leaks: bool = False,
         states: Tensor | None = None,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
@@ -249,7 +250,7 @@ class MegatronGPTActor:
             ids: [b, s] right-padded token ids.
             payload: for the loss function.
             lengths: tokens of each row: packed; None: padded.
-            passes, temperature, entropy, distance, states: see ``HeadRequest``.
+            passes, temperature, entropy, distance, leaks, states: see ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
         request = HeadRequest(
@@ -258,6 +259,7 @@ class MegatronGPTActor:
             temperature,
             entropy,
             distance,
+            leaks,
             states=states,
             frozen_trunk=not self._train_trunk,
         )

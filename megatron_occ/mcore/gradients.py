@@ -119,6 +119,23 @@ class GradientSpace:
         """A copy of a gradient."""
         return Gradient([None if part is None else part.clone() for part in gradient.parts])
 
+    def random_like(self, gradient: Gradient, seed: int) -> Gradient:
+        """A random direction that has the gradient's norm in each parameter; on one process.
+
+        Args:
+            gradient: see above.
+            seed: of the direction.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        for part in gradient.parts:
+            if part is None:
+                parts.append(None)
+                continue
+            drawn = torch.randn(part.shape, generator=generator).to(part)
+            parts.append(drawn * (part.norm() / drawn.norm()))
+        return Gradient(parts)
+
     def add(self, gradients: Sequence[Gradient], weights: Tensor) -> None:
         """Add weighted gradients to those that the optimizer is about to use.
 

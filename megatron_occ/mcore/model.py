@@ -39,6 +39,7 @@ class HeadRequest:
         temperature: divides main and MTP logits alike.
         entropy: return the main head's entropies.
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
+        leaks: passes that are cut off from the trunk have a gradient to the output layer.
         placement: of the b * s tokens in the model's input; None: as they are.
         states: [b, s, h] hidden states of the trunk after its final norm: the trunk is not run, and
             no gradient reaches it. On one pipeline stage alone.
@@ -50,6 +51,7 @@ class HeadRequest:
     temperature: float = 1.0
     entropy: bool = False
     distance: str | None = None
+    leaks: bool = False
     placement: Placement | None = None
     states: Tensor | None = None
     frozen_trunk: bool = False
@@ -264,7 +266,8 @@ class OCCGPTModel(GPTModel):
             # every pass predicts the same: the last one is compared with the main head
             is_last = index >= len(flat) - 1 - depths
             asked.append(HeadTokens(state, targets[1 + index % depths], top_ids=is_last))
-            trains.append(request.passes[index // depths][0])
+            to_trunk, to_head = request.passes[index // depths]
+            trains.append(to_trunk or (to_head and request.leaks))
         main, *heads = _statistics(asked, trains, weight, shard, request.temperature)
         values = [main.logprobs] + ([main.entropy] if request.entropy else [])
         values += [head.logprobs for head in heads]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_occ.config.pipeline import what_parts_drafts
 from megatron_occ.config.sizes import derive
+from megatron_occ.config.warnings import regime_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.observe import RolloutLog
@@ -93,7 +94,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         )
         phase.attach(trainer)
         if trainer.step == 0:
-            for warning in inputs.warnings:
+            for warning in (*inputs.warnings, *regime_warnings(config)):
                 run.metrics.event(0, warning)
         if run.resume:
             rollout_log.truncate_after(trainer.step)

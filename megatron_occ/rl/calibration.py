@@ -29,6 +29,7 @@ def regime_from(config: MTPConfig) -> Regime:
         estimator=trunk.estimator,
         lambda_plus=trunk.lambda_plus,
         clamp=(low, high),
+        leaks=not head.cut_output_layer,
         head_on_rollouts=head.states == "rollout",
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import MTPConfig, TrunkConfig
+from megatron_occ.data.splits import mix64
 from megatron_occ.losses.exact import (
     ExactCalibrator,
     ExactCoefficient,
@@ -52,9 +53,10 @@ class ExactTracker:
     Args:
         config: section ``mtp``.
         space: where gradients are copied, multiplied and added.
+        seed: of a control, see ``mtp.trunk.exact.control``.
     """
 
-    def __init__(self, config: MTPConfig, space: GradientSpaceLike) -> None:
+    def __init__(self, config: MTPConfig, space: GradientSpaceLike, seed: int = 0) -> None:
         exact, self.depths = config.trunk.exact, config.num_layers
         self._space, self._metric, self._every = space, exact.metric, exact.every
         self._per_layer = exact.per == "layer"
@@ -63,6 +65,9 @@ class ExactTracker:
             self.depths, len(self._names), exact_settings(config.trunk)
         )
         self._kept: deque[list[Any]] = deque(maxlen=exact.kept if exact.pairs == "cross" else 0)
+        self._control, self._seed = exact.control, seed
+        # of a shuffled lambda: what has been measured, each [K, G]
+        self._history: list[Tensor] = []
         self._updates = 0
         self.events: list[str] = []
         self.metrics: dict[str, float] = {}
@@ -76,7 +81,7 @@ class ExactTracker:
     @property
     def current(self) -> Tensor:
         """Lambda [K] of a mini-batch that is not measured."""
-        return self._calibrator.current[:, 0]
+        return self._used[:, 0]
 
     def mix(self, depths: Sequence[Any]) -> None:
         """Measure, and add the depths' gradients to RL's, which the optimizer is about to use."""
@@ -87,16 +92,34 @@ class ExactTracker:
             return
         answer = self._calibrator.update(sample)
         kept = [space.copy(main), *depths] if self._kept.maxlen else []
-        space.add(depths, answer.values / self.depths)
+        if self._control == "shuffled":
+            self._history.append(answer.values)
+        space.add(self._added(depths), self._used / self.depths)
         if kept:
             self._kept.append(kept)
         self.metrics = self._describe(sample, answer)
+
+    @property
+    def _used(self) -> Tensor:
+        """Lambda [K, G] that acts."""
+        if not self._history:
+            return self._calibrator.current
+        return self._history[mix64(mix64(self._seed) + self._updates) % len(self._history)]
+
+    def _added(self, depths: Sequence[Any]) -> list[Any]:
+        """What is added to RL's gradient: the depths' gradients, unless a control replaces them."""
+        if self._control != "random":
+            return list(depths)
+        seeds = [mix64(mix64(self._seed) + self._updates) % 2**31 + k for k in range(self.depths)]
+        return [
+            self._space.random_like(each, seed) for each, seed in zip(depths, seeds, strict=True)
+        ]
 
     def after_update(self) -> dict[str, float]:
         """Lambda that was used and, of a mini-batch that was measured, what was found."""
         self._updates += 1
         found, self.metrics = self.metrics, {}
-        values = self._calibrator.current.mean(dim=1)
+        values = self._used.mean(dim=1)
         return {f"lambda/mtp_{k}": float(v) for k, v in enumerate(values, start=1)} | found
 
     def forget(self) -> None:
@@ -113,12 +136,17 @@ class ExactTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, and the place in the rhythm of measurements."""
-        return {"updates": self._updates, "averages": self._calibrator.state_dict()}
+        return {
+            "updates": self._updates,
+            "averages": self._calibrator.state_dict(),
+            "history": list(self._history),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._updates = state["updates"]
         self._calibrator.load_state_dict(state["averages"])
+        self._history = list(state["history"])
 
     def _products(self, now: list[Any]) -> GradientProducts:
         """Within the mini-batch, and with all kept ones."""

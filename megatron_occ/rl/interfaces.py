@@ -73,6 +73,10 @@ class GradientSpaceLike(Protocol):
 
     def copy(self, gradient: Any) -> Any: ...
 
+    def random_like(self, gradient: Any, seed: int) -> Any:
+        """A random direction with the norm of the gradient in each parameter; one process."""
+        ...
+
     def add(self, gradients: Sequence[Any], weights: Tensor) -> None:
         """Add gradients with weights [n, G] or [n, 1] to what the optimizer is about to use."""
         ...
@@ -143,6 +147,7 @@ class Actor(Protocol):
         temperature: float = 1.0,
         entropy: bool = False,
         distance: str | None = None,
+        leaks: bool = False,
         states: Tensor | None = None,
     ) -> Any: ...
 

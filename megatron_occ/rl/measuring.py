@@ -18,6 +18,8 @@ from megatron_occ.rl.prepared import PreparedBatch
 from megatron_occ.rl.update import policy_settings
 
 METRICS = ("euclidean", "adam")
+# earlier mini-batches that each is paired with, where nothing else is asked for
+WINDOW = 8
 
 
 class Measuring:

@@ -57,7 +57,7 @@ class PolicyUpdater:
         self.coefficients = CoefficientTracker(config.mtp)
         self.exact: ExactTracker | None = None
         if measures_gradients(config.mtp):
-            self.exact = ExactTracker(config.mtp, actor.gradient_space)
+            self.exact = ExactTracker(config.mtp, actor.gradient_space, config.seed)
         self.loss = JointLoss(
             policy_settings(config),
             self.coefficients.regime,
@@ -231,6 +231,7 @@ class PolicyUpdater:
             passes=regime.cut_passes if cut else regime.passes,
             entropy=True,
             distance=regime.distance,
+            leaks=regime.leaks,
         )
 
 

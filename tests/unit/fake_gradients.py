@@ -33,6 +33,13 @@ class FakeGradients:
     def copy(self, gradient):
         return [part.clone() for part in gradient]
 
+    def random_like(self, gradient, seed):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [
+            torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in gradient
+        ]
+        return [x * (part.norm() / x.norm()) for x, part in zip(drawn, gradient, strict=True)]
+
     def add(self, gradients, weights):
         everything = [*self.trunk, *self.actor.model.heads]
         for gradient, row in zip(gradients, weights.tolist(), strict=True):

@@ -44,14 +44,15 @@ class Bigram(torch.nn.Module):
         """[b, s, h] of the trunk: position t sees token t alone."""
         return torch.tanh(self.embedding[ids] @ self.trunk)
 
-    def mtp_logits(self, ids, hidden, to_trunk, to_head):
+    def mtp_logits(self, ids, hidden, to_trunk, to_head, leaks=False):
         """Logits [b, s, v] of each depth: depth k at t sees depth k - 1 at t and token t + k."""
         keep = (lambda x: x) if to_trunk else torch.Tensor.detach
         state, logits = keep(hidden), []
         for depth, matrix in enumerate(self.heads, start=1):
             ahead = keep(self.embedding)[ids.roll(-depth, dims=1)]
             state = torch.tanh(state @ (matrix if to_head else matrix.detach()) + ahead)
-            logits.append(state @ keep(self.output).t())
+            output = self.output if leaks and to_head else keep(self.output)
+            logits.append(state @ output.t())
         return logits
 
 
@@ -71,6 +72,7 @@ class FakeMicroBatch:
     passes: tuple
     temperature: float
     distance: str | None
+    leaks: bool
 
 
 class FakeActor:
@@ -158,11 +160,12 @@ class FakeActor:
         temperature=1.0,
         entropy=False,
         distance=None,
+        leaks=False,
         states=None,
     ):
         assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
-        return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance)
+        return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance, leaks)
 
     def get_gradient(self, micro_batches, loss, *, head=False):
         self.model.zero_grad()
@@ -207,7 +210,7 @@ class FakeActor:
             return HeadOutputs(**outputs)
         targets, passes = head_targets(ids, self.num_depths)[1:], []
         for to_trunk, to_head in batch.passes:
-            logits = model.mtp_logits(ids, hidden, to_trunk, to_head)
+            logits = model.mtp_logits(ids, hidden, to_trunk, to_head, batch.leaks)
             scaled = torch.stack(logits) / batch.temperature
             picked = scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
             passes.append(cut(picked.squeeze(-1)))

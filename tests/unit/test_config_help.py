@@ -32,7 +32,7 @@ def test_help_shows_every_key_once_with_its_default():
 def test_help_can_be_limited_to_a_section_or_a_key():
     text = help_text("mtp.head")
     assert text.startswith("mtp.head: training") and "mtp.trunk.signal=" not in text
-    assert text.count("\n  mtp.head.") == 4
+    assert text.count("\n  mtp.head.") == 5
     assert "mtp.head.signal" in help_text("mtp") and "rl.steps" not in help_text("mtp")
     assert help_text("seed").splitlines()[1].startswith("  seed=0")
     with pytest.raises(ConfigError, match=r"Did you mean mtp\.head"):

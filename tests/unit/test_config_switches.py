@@ -42,6 +42,7 @@ EXACT = {
     "gate": 1,
     "share": 0.1,
     "share_cap": 0.1,
+    "control": "random",
 }
 SERVED = (
     "rl.rollout.engine=vllm rl.rollout.server.urls=['http://a:1'] rl.rollout.batch_size=512 "
@@ -78,6 +79,7 @@ SWITCHED_OFF = [
     ("mtp.preset=none", "mtp.head.weight=0.5", "mtp.head.signal=none", "mtp.head.signal=ce"),
     ("mtp.preset=occ", "mtp.head.weight=0.5", "mtp.head.signal=same_as_trunk", "weight=0.1"),
     ("mtp.preset=occ", "mtp.head.states=rollout", "mtp.head.signal=same_as_trunk", "soft_ce or tv"),
+    ("mtp.preset=occ", "mtp.head.cut_output_layer=false", "same_as_trunk", "mtp.head.signal=ce"),
     ("mtp.num_layers=0 mtp.preset=none", "mtp.head.clip_grad=2", "mtp.num_layers=0", "or more"),
     ("mtp.num_layers=0 mtp.preset=none", "pretrain.mtp_weight=0.3", "mtp.num_layers=0", "0.1"),
     ("mtp.preset=none rl.init_from=c", "mtp.head.clip_grad=2", "mtp.head.signal=none", "=1.0"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from megatron_occ.audit.signals import SIGNALS
 from megatron_occ.config import pretrains_first
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, round_up, sequence_multiple
@@ -21,6 +22,8 @@ from megatron_occ.mcore.estimate.generation import generation_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 from megatron_occ.rl.calibration import regime_from
+from megatron_occ.rl.exact import measures_gradients
+from megatron_occ.rl.measuring import WINDOW
 
 _FP32 = 4
 
@@ -110,7 +113,26 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
     resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
     if command in ("rl", "demo") and config.rl.loss.kl_coefficient > 0:
         resident["reference policy"] = resident["weights"]
+    copies = _gradient_copies(config, command)
+    if copies:
+        mtp = sum(count for name, count in trained.items() if name.startswith("MTP"))
+        with_head = command != "audit" and config.mtp.head.signal == "same_as_trunk"
+        share = updated / gradients if gradients else 0.0
+        held_entries = (gradients if with_head else gradients - mtp) * share
+        resident["copies of gradients, fp32"] = int(copies * held_entries * _FP32)
     return resident
+
+
+def _gradient_copies(config: Config, command: str) -> int:
+    """Gradients of the trunk held at once besides the one that is being computed."""
+    depths = config.mtp.num_layers
+    if command == "audit":
+        return (1 + len(SIGNALS) * depths) * (1 + WINDOW)
+    if command not in ("rl", "demo") or not measures_gradients(config.mtp):
+        return 0
+    exact = config.mtp.trunk.exact
+    kept = exact.kept * (1 + depths) if exact.pairs == "cross" else 0
+    return depths + kept
 
 
 def _micro_batch_tokens(config: Config, command: str) -> int:

@@ -1,0 +1,93 @@
+"""Keys of lambda from the gradients themselves: what can't act is refused, with the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_occ.config import ConfigError, load_config, validate
+from megatron_occ.config.warnings import regime_warnings
+
+EXACT = "mtp.preset=occ_exact"
+
+
+def problems(*overrides, command="rl"):
+    try:
+        validate(load_config([], list(overrides)), command=command)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_entropy():
+    assert problems(EXACT) == []
+    assert problems(EXACT, "rl.mini_batches=1") == []
+    assert problems("mtp.trunk.signal=ce", "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["mtp.trunk.exact.pairs=same"], ["lambda_plus=null", "does not measure", "pairs=cross"]),
+        (
+            ["mtp.trunk.exact.pairs=same", "mtp.trunk.lambda_plus=1", "mtp.trunk.exact.kept=2"],
+            ["exact.kept=2", "keeps no gradients", "exact.kept=1"],
+        ),
+        (["mtp.trunk.ema=0.5"], ["mtp.trunk.ema=0.5", "over 3.0", "ema=0.8", "exact.gate=0"]),
+        (
+            ["mtp.trunk.exact.per=layer", "mtp.trunk.exact.every=2"],
+            ["exact.every=2", "exact.every=1", "exact.per=trunk"],
+        ),
+        (
+            ["rl.prompts_per_step=6", "rl.mini_batches=4", "rl.micro_batch_size=24"],
+            ["rl.mini_batches=4", "rl.prompts_per_step=6", "divide"],
+        ),
+        (
+            ["mtp.trunk.exact.control=random", "parallel.distributed_optimizer=true"],
+            ["control=random", "parallel.distributed_optimizer=true", "false"],
+        ),
+    ],
+)
+def test_what_can_not_act_is_refused_with_key_value_and_remedy(overrides, parts):
+    (message,) = problems(EXACT, *overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_head_that_shares_the_loss_has_no_layers_coefficient():
+    (message,) = problems(
+        "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9", "mtp.trunk.exact.per=layer"
+    )
+    assert "mtp.head.signal=same_as_trunk" in message and "mtp.head.signal=ce" in message
+
+
+def test_a_proxy_has_no_scale_of_its_own():
+    (message,) = problems("mtp.preset=occ", "mtp.trunk.lambda_plus=null")
+    assert "mtp.trunk.lambda_plus=null" in message and "mtp.trunk.estimator=exact" in message
+
+
+@pytest.mark.parametrize("key", ["weighting=unit", "dual_clip=3", "ratio_cap=2"])
+def test_weights_of_a_policy_loss_that_is_not_there_are_refused(key):
+    found = problems("mtp.preset=detach", f"mtp.trunk.{key}")
+    assert any("no MTP head has a policy loss" in text or "no effect" in text for text in found)
+
+
+def test_an_audit_needs_mtp_layers_and_whole_groups():
+    assert problems(command="audit") == []
+    (message, *_) = problems("mtp.num_layers=0", "mtp.preset=none", command="audit")
+    assert "mtp.num_layers=0: an audit" in message
+    cut = ("rl.prompts_per_step=6", "rl.micro_batch_size=24")
+    assert problems(*cut, "mtp.preset=occ") == []
+    (message,) = problems(*cut, "mtp.preset=occ", command="audit")
+    assert "an audit multiplies" in message
+
+
+def test_an_unbounded_ratio_and_a_one_sided_one_are_warned_about():
+    def warnings(*overrides):
+        return regime_warnings(load_config([], list(overrides)))
+
+    assert warnings("mtp.preset=occ") == []
+    (unbounded,) = warnings("mtp.preset=policy", "mtp.trunk.dual_clip=null")
+    assert "mtp.trunk.dual_clip=10" in unbounded
+    (one_sided,) = warnings("mtp.preset=occ", "rl.algorithm=gspo")
+    assert "negative advantage" in one_sided and "mtp.trunk.weighting=truncated" in one_sided
+    assert warnings("mtp.preset=occ_exact", "rl.algorithm=gspo") == []
+    assert warnings("mtp.preset=detach", "rl.algorithm=gspo") == []

@@ -1,0 +1,215 @@
+"""Lambda from gradients, in the loop of the fake policy: what is measured, added and kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from megatron_occ.losses.heads import LossReport
+from megatron_occ.rl.prepared import PreparedBatch
+from tests.unit.rl_setup import four_updates, mini_batches, run_updates, weights
+
+EXACT = (
+    "mtp.preset=occ_exact",
+    "mtp.trunk.exact.metric=euclidean",
+    "mtp.trunk.exact.gate=0",
+    "mtp.trunk.exact.share_cap=null",
+    "mtp.trunk.clamp=[null,null]",
+    "mtp.trunk.lambda_plus=0.5",
+    "mtp.trunk.ema=0.9",
+)
+TRUNK = ("embedding", "trunk", "output")
+NOTHING = LossReport()
+
+
+def beside(trainer, *given):
+    """Another trainer at the same weights, and its actor."""
+    other, actor = four_updates(*given, micro=4)
+    actor.model.load_state_dict(trainer.updater.actor.model.state_dict())
+    return other, actor
+
+
+def separate(trainer, batch):
+    """RL's gradient and those of the depths with weight 1, at the present weights."""
+    alone, actor = beside(trainer, "mtp.preset=none")
+    alone.updater.run_update(batch)
+    found = [actor.gradients[-1]]
+    other, actor = beside(trainer, "mtp.preset=policy", "mtp.trunk.weighting=unit")
+    prepared = PreparedBatch(other.config, actor, batch)
+    for depth in range(actor.num_depths):
+        gradient, _ = prepared.gradient(
+            lambda *given, depth=depth: (other.updater.loss.trunk_losses(*given)[depth], NOTHING),
+            ((True, True),),
+        )
+        found.append(dict(zip(TRUNK, gradient, strict=True)))
+    return found
+
+
+def dot(one, other):
+    return float(sum((one[name] * other[name]).sum() for name in TRUNK))
+
+
+def test_an_update_is_rls_gradient_and_the_weighted_ones_of_the_depths():
+    trainer, actor = four_updates(*EXACT, "mtp.trunk.exact.pairs=same", micro=4)
+    batch = mini_batches(trainer)[0]
+    main, *depths = separate(trainer, batch)
+    gram = torch.tensor([[dot(a, b) for b in depths] for a in depths], dtype=torch.float64)
+    c = torch.tensor([dot(main, each) for each in depths], dtype=torch.float64)
+    wanted = 0.5 * torch.linalg.solve(gram, c)
+    metrics = trainer.updater.run_update(batch).metrics
+    assert [metrics[f"exact/c_same_{k}"] for k in (1, 2)] == pytest.approx(c.tolist(), rel=1e-5)
+    # lambda is divided by K in the loss
+    found = [metrics[f"lambda/mtp_{k}"] / 2 for k in (1, 2)]
+    assert found == pytest.approx(wanted.tolist(), rel=1e-4)
+    for name in TRUNK:
+        expected = main[name] + sum(w * d[name] for w, d in zip(wanted, depths, strict=True))
+        torch.testing.assert_close(actor.gradients[-1][name], expected, rtol=1e-4, atol=1e-8)
+
+
+def test_cross_pairs_need_a_kept_gradient_and_average_over_all():
+    trainer, _ = four_updates(*EXACT, "mtp.trunk.exact.kept=2", micro=4)
+    batches = mini_batches(trainer)
+    seen = []
+    for batch in batches:
+        now = separate(trainer, batch)
+        metrics = trainer.updater.run_update(batch).metrics
+        pairs = [(dot(now[0], kept[1]) + dot(now[1], kept[0])) / 2 for kept in seen[-2:]]
+        if pairs:
+            mean = sum(pairs) / len(pairs)
+            assert metrics["exact/c_cross_1"] == pytest.approx(mean, rel=1e-4, abs=1e-9)
+        else:
+            assert "exact/c_cross_1" not in metrics
+            assert metrics["lambda/mtp_1"] == 0
+        seen.append(now)
+
+
+@pytest.mark.parametrize("preset", ["occ_exact", "coupled"])
+def test_the_head_gets_its_own_loss_or_the_trunks_times_lambda(preset):
+    coupled = ("mtp.preset=null", "mtp.trunk.weighting=unit", "mtp.trunk.estimator=exact")
+    given = EXACT if preset == "occ_exact" else (*coupled, *EXACT[1:])
+    trainer, actor = four_updates(*given, "mtp.trunk.exact.pairs=same", micro=4)
+    batch = mini_batches(trainer)[0]
+    other, alone = four_updates("mtp.preset=detach", micro=4)
+    other.updater.run_update(batch)
+    used = trainer.updater.run_update(batch).metrics
+    found, detached = actor.gradients[-1], alone.gradients[-1]
+    if preset == "occ_exact":
+        torch.testing.assert_close(found["heads.0"], detached["heads.0"])
+        return
+    plain, fixed = four_updates(
+        "mtp.preset=policy", "mtp.trunk.weighting=unit", "mtp.trunk.weight=1", micro=4
+    )
+    plain.updater.run_update(batch)
+    # depth 2 is the only loss that reaches its own matrix, with weight 1/K there and lambda/K here
+    expected = fixed.gradients[-1]["heads.1"] * used["lambda/mtp_2"]
+    torch.testing.assert_close(found["heads.1"], expected, rtol=1e-4, atol=1e-10)
+
+
+def test_between_measurements_the_loss_has_the_last_lambda():
+    trainer, actor = four_updates(
+        *EXACT, "mtp.trunk.exact.pairs=same", "mtp.trunk.exact.every=2", micro=4
+    )
+    first, second, *_ = mini_batches(trainer)
+    measured = trainer.updater.run_update(first).metrics
+    main, *depths = separate(trainer, second)
+    metrics = trainer.updater.run_update(second).metrics
+    assert metrics["lambda/mtp_1"] == measured["lambda/mtp_1"] != 0
+    assert not any(name.startswith("exact/") for name in metrics)
+    used = [metrics[f"lambda/mtp_{k}"] / 2 for k in (1, 2)]
+    for name in TRUNK:
+        expected = main[name] + sum(w * d[name] for w, d in zip(used, depths, strict=True))
+        torch.testing.assert_close(actor.gradients[-1][name], expected, rtol=1e-4, atol=1e-8)
+
+
+def test_adams_metric_waits_for_an_update():
+    trainer, _ = four_updates("mtp.preset=occ_exact", micro=4)
+    first, second, *_ = run_updates(trainer)
+    assert "exact/c_same_1" not in first and first["lambda/mtp_1"] == 0
+    assert "exact/c_same_1" in second
+
+
+def test_layers_have_coefficients_of_their_own():
+    trainer, actor = four_updates(
+        *EXACT, "mtp.trunk.exact.pairs=same", "mtp.trunk.exact.per=layer", "mtp.num_layers=2",
+        micro=4,
+    )  # fmt: skip
+    batch = mini_batches(trainer)[0]
+    main, *depths = separate(trainer, batch)
+    metrics = trainer.updater.run_update(batch).metrics
+    for name, group in zip(TRUNK, actor.gradient_space.groups, strict=True):
+        gram = torch.tensor([[float((a[name] * b[name]).sum()) for b in depths] for a in depths])
+        c = torch.tensor([float((main[name] * each[name]).sum()) for each in depths])
+        wanted = 0.5 * torch.linalg.solve(gram.double(), c.double())
+        used = [metrics[f"exact/lambda_{k}/{group}"] / 2 for k in (1, 2)]
+        assert used == pytest.approx(wanted.tolist(), rel=1e-3)
+        expected = main[name] + sum(w * d[name] for w, d in zip(wanted, depths, strict=True))
+        torch.testing.assert_close(actor.gradients[-1][name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_random_control_has_the_norm_and_another_direction():
+    settings = (*EXACT, "mtp.trunk.exact.pairs=same", "mtp.num_layers=2")
+    trainer, actor = four_updates(*settings, "mtp.trunk.exact.control=random", micro=4)
+    batch = mini_batches(trainer)[0]
+    main, *depths = separate(trainer, batch)
+    metrics = trainer.updater.run_update(batch).metrics
+    added = {name: actor.gradients[-1][name] - main[name] for name in TRUNK}
+    w = [metrics[f"lambda/mtp_{k}"] / 2 for k in (1, 2)]
+    real = {name: w[0] * depths[0][name] + w[1] * depths[1][name] for name in TRUNK}
+    cosine = dot(added, real) / (dot(added, added) * dot(real, real)) ** 0.5
+    assert abs(cosine) < 0.5
+    # two random directions add up like orthogonal ones
+    bound = sum(abs(x) * dot(d, d) ** 0.5 for x, d in zip(w, depths, strict=True))
+    assert 0.3 * bound < dot(added, added) ** 0.5 < 1.01 * bound
+
+
+def test_a_shuffled_lambda_is_one_that_was_measured_before():
+    given = (*EXACT, "mtp.trunk.exact.pairs=same")
+    plain, _ = four_updates(*given, micro=4)
+    measured = [line["exact/lambda_raw_1"] for line in run_updates(plain)]
+    trainer, _ = four_updates(*given, "mtp.trunk.exact.control=shuffled", micro=4)
+    used = [line["lambda/mtp_1"] for line in run_updates(trainer) + run_updates(trainer)]
+    assert len(set(used)) > 1 and len(set(used)) < len(used)
+    assert measured  # what was found is logged either way
+
+
+def test_a_leaking_head_trains_the_output_layer_and_a_cut_one_does_not():
+    def output(*given):
+        trainer, actor = four_updates("mtp.preset=detach", *given, micro=4)
+        batch = mini_batches(trainer)[0]
+        trainer.updater.run_update(batch)
+        return actor.gradients[-1]
+
+    cut, leaking = output(), output("mtp.head.cut_output_layer=false")
+    none, actor = four_updates("mtp.preset=none", micro=4)
+    none.updater.run_update(mini_batches(none)[0])
+    plain = actor.gradients[-1]
+    torch.testing.assert_close(cut["output"], plain["output"])
+    assert not torch.allclose(leaking["output"], plain["output"])
+    torch.testing.assert_close(leaking["trunk"], plain["trunk"])
+    torch.testing.assert_close(leaking["heads.0"], cut["heads.0"])
+
+
+def test_a_resumed_run_goes_on_as_the_undisturbed_one():
+    def trained(steps, saved_at=None):
+        states = []
+        trainer, actor = four_updates(*EXACT, "rl.save_every=1", f"rl.steps={steps}", micro=4)
+
+        def save(step):
+            states.append((trainer.state_dict(), actor.model.state_dict(), actor.version))
+
+        trainer.save = save
+        if saved_at is not None:
+            state, model, actor.version = saved_at
+            actor.model.load_state_dict(model)
+            trainer.load_state_dict(state)
+        trainer.fit()
+        return weights(actor), states
+
+    whole, states = trained(3)
+    _, first = trained(1)
+    resumed, _ = trained(3, copy.deepcopy(first[0]))
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+    assert len(states) == 3
