@@ -37,6 +37,39 @@ def test_every_preset_runs_at_one_and_two_depths(run, pretrained, preset, depths
     assert len(metrics(folder, "validation")) == 2
 
 
+EXACT = ("mtp.preset=occ_exact", "mtp.trunk.exact.gate=0", "mtp.trunk.clamp=[null,null]")
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_lambda_from_gradients_is_measured_applied_and_logged(run, pretrained, depths):
+    start = (f"mtp.num_layers={depths}", f"rl.init_from={pretrained(depths)}")
+    folder = run("rl", "run", *QUICK, *EXACT, "mtp.trunk.lambda_plus=1", *start)
+    first, second = metrics(folder, "rl")
+    for depth in range(1, depths + 1):
+        # the first update has no moments, the second no kept gradient
+        assert first[f"lambda/mtp_{depth}"] == 0
+        assert second[f"lambda/mtp_{depth}"] != 0
+        for name in ("c_same", "c_cross", "norm_squared", "lambda_raw"):
+            assert math.isfinite(second[f"exact/{name}_{depth}"]), name
+    assert 0 < second["exact/share"] <= 0.5
+    assert second["exact/rl_norm_squared"] > 0 and second["grad_norm/head"] > 0
+
+
+@pytest.mark.parametrize(
+    "control", ["mtp.trunk.exact.control=random", "mtp.trunk.exact.control=shuffled"]
+)
+def test_controls_run(run, pretrained, control):
+    settings = (*EXACT, "mtp.trunk.lambda_plus=1", control, f"rl.init_from={pretrained(1)}")
+    *_, last = metrics(run("rl", "run", *QUICK, *settings), "rl")
+    assert last["exact/share"] > 0
+
+
+def test_a_warning_is_in_the_log(run, pretrained):
+    settings = ("mtp.preset=policy", "mtp.trunk.dual_clip=null", f"rl.init_from={pretrained(1)}")
+    events = metrics(run("rl", "run", *QUICK, *settings), "event")
+    assert any("mtp.trunk.dual_clip=10" in event["message"] for event in events)
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("head", ["soft_ce", "tv"])
 def test_every_algorithm_runs_with_every_draft_loss(run, pretrained, algorithm, head):
