@@ -34,18 +34,33 @@ SETTINGS = {
         # `auto` follows the clock
         "rl.rollout.speculative.mode=fixed",
     ),
+    # kept gradients are not in a checkpoint: neither run pairs across one
+    "exact": (
+        "rl.steps=4",
+        "rl.save_every=2",
+        "mtp.preset=occ_exact",
+        "mtp.trunk.exact.gate=0",
+        "mtp.trunk.lambda_plus=1",
+        "mtp.trunk.clamp=[null,null]",
+        "mtp.trunk.exact.control=shuffled",
+        "rl.rollout.speculative.mode=fixed",
+    ),
     "pretrain": ("pretrain.steps=8", "pretrain.save_every=2", "pretrain.log_every=1"),
 }
 
 
 @pytest.mark.parametrize(
-    ("phase", "trainer_class", "step"),
-    [("rl", trainer.GRPOTrainer, 3), ("pretrain", pretraining.PretrainTrainer, 5)],
+    ("kind", "trainer_class", "step"),
+    [
+        ("rl", trainer.GRPOTrainer, 3),
+        ("exact", trainer.GRPOTrainer, 3),
+        ("pretrain", pretraining.PretrainTrainer, 5),
+    ],
 )
 def test_resumed_run_equals_undisturbed_run(
-    run, pretrained, monkeypatch, phase, trainer_class, step
+    run, pretrained, monkeypatch, kind, trainer_class, step
 ):
-    settings = SETTINGS[phase]
+    settings, phase = SETTINGS[kind], "pretrain" if kind == "pretrain" else "rl"
     if phase == "rl":
         settings += (f"rl.init_from={pretrained(1)}", "rl.loss.kl_coefficient=0.01")
     whole = run(phase, "whole", *settings)
