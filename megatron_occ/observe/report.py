@@ -9,6 +9,7 @@ from megatron_occ.observe import report_plots, report_tables
 from megatron_occ.observe.html_page import grid, html_page, section, write_page
 from megatron_occ.observe.run_data import RunData, load_run, started_text
 from megatron_occ.observe.text import escape
+from megatron_occ.observe.trunk_section import trunk_section
 
 REPORT_FILE = "report.html"
 
@@ -50,6 +51,7 @@ def _sections(run: RunData) -> str:
     parts = [
         section("Events", events),
         section("Reinforcement learning", grid(report_plots.rl_cards(run))),
+        section("Does MTP move the trunk?", trunk_section(run)),
         section("Time", report_plots.time_card(run)),
         section("Pretraining", grid(report_plots.pretrain_cards(run))),
         section(

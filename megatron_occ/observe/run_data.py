@@ -46,6 +46,7 @@ class RunData:
     samples: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     configs: list[tuple[str, str]] = field(default_factory=list)
+    rl_config: str = ""  # of the part that holds the RL log, else of a part before it
     started: float | None = None
     wall_seconds: float = 0.0
     finished: bool = False
@@ -136,7 +137,9 @@ def load_run(run_dir: str | Path, parts: Sequence[str | Path] | None = None) -> 
             finished.append(_is_finished(records))
         samples = read_records(folder / ROLLOUTS_FILE)
         run.samples.extend(s for s in samples if isinstance(s.get("step"), int))
-        _add_config(run, folder)
+        config = _add_config(run, folder)
+        if not run.rl_config or any(record.get("phase") == "rl" for record in records):
+            run.rl_config = config or run.rl_config
     if not run.series:
         places = ", ".join(str(folder / METRICS_FILE) for folder in folders)
         raise ValueError(f"no metrics in {places}: is {run_dir} the folder of a run?")
@@ -149,11 +152,13 @@ def _default_parts(run_dir: Path) -> list[Path]:
     return [run_dir] + [sub for sub in subs if (sub / METRICS_FILE).is_file()]
 
 
-def _add_config(run: RunData, folder: Path) -> None:
+def _add_config(run: RunData, folder: Path) -> str:
     path = folder / CONFIG_FILE
-    if path.is_file():
-        text = path.read_text("utf-8", errors="replace")
-        run.configs.append((f"{folder.name}/{CONFIG_FILE}", text))
+    if not path.is_file():
+        return ""
+    text = path.read_text("utf-8", errors="replace")
+    run.configs.append((f"{folder.name}/{CONFIG_FILE}", text))
+    return text
 
 
 def _add_records(run: RunData, records: list[dict[str, Any]]) -> None:

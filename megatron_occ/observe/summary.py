@@ -21,6 +21,7 @@ from megatron_occ.observe.text import (
     format_percent,
     format_points,
 )
+from megatron_occ.observe.trunk_effect import trunk_verdict
 
 
 def print_summary(
@@ -68,6 +69,9 @@ def _rows(run: RunData) -> list[tuple[str, str]]:
     if lengths:
         text = f"{lengths[0][1]:.2f} -> {lengths[-1][1]:.2f}"
         rows.append(("acceptance length", f"{text}  (tokens a trunk pass, validation problems)"))
+    verdict = trunk_verdict(run)
+    if verdict is not None:
+        rows.append(("MTP -> trunk", f"{verdict.answer}: {verdict.sentence}"))
     steps = [(run.last_step("pretrain"), "pretraining"), (run.last_step("rl"), "RL")]
     counts = [f"{count:,} {name}" for count, name in steps if count is not None]
     rows.append(("steps", ", ".join(counts)))
