@@ -37,6 +37,8 @@ def restored(
     finally:
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
+        # Megatron adds the steps of a loaded state to its own
+        optimizer.schedule.num_steps = 0
         optimizer.schedule.load_state_dict(schedule)
         if moments:
             optimizer.set_updates(updates)

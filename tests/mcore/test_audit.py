@@ -38,6 +38,7 @@ def samples(model, layout, folder):
     batches = mini_batches(config, actor)
     updater.run_update(batches[0])
     before, updates = state(actor), actor.version
+    place = actor.optimizer.schedule.state_dict()
     measuring, found = Measuring(config, actor, window=1), []
     with actor.restored():
         found.append(measuring.measure(batches[0]))
@@ -46,7 +47,8 @@ def samples(model, layout, folder):
     after = state(actor)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert actor.version == updates
-    # nothing of the trial is left in the schedule or in the buffers either
+    assert actor.optimizer.schedule.state_dict() == place and place["num_steps"] == 1
+    # nothing of the trial is left in the buffers either
     metrics = updater.run_update(batches[1]).metrics
     return found, actor.gradient_space.size(), measuring.signals, metrics
 
