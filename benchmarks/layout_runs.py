@@ -101,8 +101,8 @@ def _actor(config: Config) -> MegatronGPTActor:
     )
 
 
-def mini_batches(config: Config, actor: MegatronGPTActor) -> list[MiniBatch]:
-    """This rank's part of fixed mini-batches with rows of many lengths."""
+def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> list[MiniBatch]:
+    """This rank's share of fixed mini-batches with rows of many lengths, cut into parts."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
     mask = torch.zeros(ids.shape)
@@ -122,7 +122,7 @@ def mini_batches(config: Config, actor: MegatronGPTActor) -> list[MiniBatch]:
         advantages=advantages,
         old_logprobs=sampled,
     ).map(lambda values: values[mine])
-    return distribute(batch, owners, config.rl, actor)
+    return distribute(batch, owners, config.rl, actor, parts=parts)
 
 
 def _largest(found: list[dict], expected: list[dict], prefixes: tuple[str, ...]) -> float:

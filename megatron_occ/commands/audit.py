@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_at_least_one,
         default=8,
         metavar="N",
-        help="earlier mini-batches that each is paired with; their gradients are kept (default: 8)",
+        help="mini-batches of earlier rounds that each is paired with, whose gradients are kept "
+        "(default: 8)",
     )
     parser.add_argument(
         "--out",
@@ -104,5 +105,7 @@ def audit_config(config: Config) -> Config:
     config.rl.train_trunk = True
     # the policy has to move for the paper's proxies, by as much as in the middle of a run
     config.rl.optimizer.warmup_steps = 0
+    config.rl.optimizer.schedule = "constant"
+    config.rl.optimizer.min_lr = 0.0
     config.parallel.overlap_grad_reduce = False
     return config

@@ -61,12 +61,12 @@ class ExactConfig:
     )
     pairs: str = option(
         "cross",
-        "inner products of RL's and MTP's gradients of independent mini-batches (unbiased), or of "
-        "the same one (the paper's full-gradient variant: mostly their common noise)",
+        "inner products of RL's and MTP's gradients of different parts of a mini-batch "
+        "(unbiased), or of all of it (the paper's full-gradient variant: mostly common noise)",
         choices=("cross", "same"),
     )
-    kept: int = option(
-        1, "measured mini-batches whose gradients are kept, to be paired with later ones", minimum=1
+    parts: int = option(
+        2, "parts of whole prompts that pairs=cross cuts a mini-batch into", minimum=2
     )
     per: str = option("trunk", "one coefficient, or one for each layer", choices=("trunk", "layer"))
     metric: str = option(
@@ -74,7 +74,7 @@ class ExactConfig:
     )
     gate: float = option(
         2.0,
-        "standard errors that an inner product has to be away from 0 to act (0: any)",
+        "standard errors that lambda must be away from 0 to act (0: any)",
         minimum=0,
     )
     share: float | None = option(

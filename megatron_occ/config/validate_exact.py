@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_occ.config.schema import Config
+from megatron_occ.config.schema import Config, ExactConfig, TrunkConfig
 
 # Below this effective number of samples a standard error says little: the gate stays shut.
 MIN_SAMPLES = 8.0
@@ -22,7 +22,8 @@ def exact_problems(config: Config) -> Iterator[str]:
         config: a configuration whose single values are in range.
     """
     trunk, exact = config.mtp.trunk, config.mtp.trunk.exact
-    if not measures(config):
+    is_exact = trunk.coefficient == "occ" and trunk.estimator == "exact"
+    if trunk.signal == "none" or not is_exact:
         return
     if exact.pairs == "same" and trunk.lambda_plus is None:
         yield (
@@ -30,10 +31,10 @@ def exact_problems(config: Config) -> Iterator[str]:
             "mtp.trunk.exact.pairs=same does not measure. Give a number, or "
             "mtp.trunk.exact.pairs=cross"
         )
-    if exact.pairs == "same" and exact.kept > 1:
+    if exact.pairs == "same" and exact.parts != ExactConfig().parts:
         yield (
-            f"mtp.trunk.exact.kept={exact.kept}: mtp.trunk.exact.pairs=same keeps no gradients. "
-            "Leave mtp.trunk.exact.kept=1, or set mtp.trunk.exact.pairs=cross"
+            f"mtp.trunk.exact.parts={exact.parts}: mtp.trunk.exact.pairs=same does not cut "
+            "mini-batches. Leave it out, or set mtp.trunk.exact.pairs=cross"
         )
     if exact.gate > 0 and effective_samples(trunk.ema) < MIN_SAMPLES:
         yield (
@@ -42,7 +43,13 @@ def exact_problems(config: Config) -> Iterator[str]:
             "go by. Give mtp.trunk.ema=0.8 or more (0.98 is usual), or mtp.trunk.exact.gate=0"
         )
     if exact.pairs == "cross":
-        yield from _shared_groups(config, "mtp.trunk.exact.pairs=cross multiplies")
+        yield from _parts(config)
+    if not config.mtp.head.cut_output_layer:
+        yield (
+            "mtp.head.cut_output_layer=false: the head's loss would be part of RL's gradient, "
+            "which mtp.trunk.estimator=exact measures. Set it to true, or another estimator"
+        )
+    yield from _share(config)
     yield from _per_layer(config)
     if exact.control == "random":
         yield from _random(config)
@@ -56,29 +63,65 @@ def audit_problems(config: Config) -> Iterator[str]:
     """
     if config.mtp.num_layers == 0:
         yield "mtp.num_layers=0: an audit measures MTP layers. Give the model's mtp.num_layers"
-    yield from _shared_groups(config, "an audit multiplies")
-
-
-def _shared_groups(config: Config, who: str) -> Iterator[str]:
-    """Advantages of a group add up to 0: its halves are no independent samples."""
     rl = config.rl
     if rl.prompts_per_step % rl.mini_batches:
         yield (
             f"rl.mini_batches={rl.mini_batches}: cuts the samples of a prompt "
-            f"(rl.prompts_per_step={rl.prompts_per_step}) into two mini-batches, and {who} "
-            "gradients of different ones as independent. Let rl.mini_batches divide "
+            f"(rl.prompts_per_step={rl.prompts_per_step}) into two mini-batches, and an audit "
+            "multiplies gradients of different ones as independent. Let rl.mini_batches divide "
             "rl.prompts_per_step"
         )
 
 
-def measures(config: Config) -> bool:
-    """Whether lambda comes from the gradients themselves."""
-    trunk = config.mtp.trunk
-    return trunk.signal != "none" and trunk.coefficient == "occ" and trunk.estimator == "exact"
+def _parts(config: Config) -> Iterator[str]:
+    """Advantages of a group add up to 0: its halves are no independent samples."""
+    rl, parts = config.rl, config.mtp.trunk.exact.parts
+    if rl.prompts_per_step % (rl.mini_batches * parts):
+        yield (
+            f"mtp.trunk.exact.parts={parts}: rl.mini_batches={rl.mini_batches} of so many parts "
+            f"do not divide rl.prompts_per_step={rl.prompts_per_step}: samples of a prompt would "
+            "be in two of them. Give rl.prompts_per_step a multiple of "
+            f"{rl.mini_batches * parts}, or mtp.trunk.exact.pairs=same"
+        )
+    if rl.micro_batch_tokens is None and config.parallel.virtual_pipeline > 1:
+        yield (
+            "mtp.trunk.exact.pairs=cross: an interleaved pipeline "
+            f"(parallel.virtual_pipeline={config.parallel.virtual_pipeline}) asks for a multiple "
+            "of micro-batches in each part, which padded ones may not make. Give "
+            "rl.micro_batch_tokens, or mtp.trunk.exact.pairs=same"
+        )
+
+
+def _share(config: Config) -> Iterator[str]:
+    trunk, exact = config.mtp.trunk, config.mtp.trunk.exact
+    if exact.share is None:
+        return
+    if exact.share_cap is not None and exact.share_cap < exact.share:
+        yield (
+            f"mtp.trunk.exact.share={exact.share}: is above "
+            f"mtp.trunk.exact.share_cap={exact.share_cap}. Raise the cap, or set it to null"
+        )
+    if trunk.lambda_plus not in (None, TrunkConfig().lambda_plus):
+        yield (
+            f"mtp.trunk.lambda_plus={trunk.lambda_plus}: mtp.trunk.exact.share={exact.share} is "
+            "the scale of lambda. Drop one of the two"
+        )
 
 
 def _random(config: Config) -> Iterator[str]:
-    """The random numbers of a direction are not split over ranks."""
+    """Where a random direction would be no control, or can't be drawn."""
+    exact, head = config.mtp.trunk.exact, config.mtp.head
+    if exact.every > 1:
+        yield (
+            f"mtp.trunk.exact.every={exact.every}: between measurements the loss brings MTP's own "
+            "direction, not mtp.trunk.exact.control=random. Set mtp.trunk.exact.every=1"
+        )
+    if head.signal == "same_as_trunk":
+        yield (
+            "mtp.trunk.exact.control=random: a head that shares the trunk's loss "
+            "(mtp.head.signal=same_as_trunk) would differ from what is compared. Give it a loss of "
+            "its own, for example mtp.head.signal=ce"
+        )
     for name in ("tensor", "pipeline", "context", "expert"):
         size = getattr(config.parallel, name)
         if size > 1:

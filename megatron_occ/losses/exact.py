@@ -23,8 +23,8 @@ class GradientProducts:
 
     Args:
         same: [1+K, 1+K, G] within the mini-batch.
-        cross: [1+K, 1+K, G] with gradients of independent mini-batches, symmetric, averaged over
-            those that there are; None without any.
+        cross: [1+K, 1+K, G] between independent samples at the same weights, symmetric; None
+            without any.
     """
 
     same: Tensor
@@ -44,8 +44,8 @@ class ExactCoefficient:
 
     Args:
         values: [K, G] lambda to use.
-        raw: [K, G] `lambda_plus K c / v^2` of each depth by itself: no gate, share or bound.
-        error: [K, G] standard error of ``raw``, from that of c.
+        raw: [K, G] lambda of each depth by itself, before gate, share and bound.
+        error: [K, G] standard error of ``raw``, from those of c and of RL's signal.
         share: [G] norm of the MTP part of the gradient as a share of the RL part's.
     """
 
@@ -61,14 +61,15 @@ class ExactSettings:
 
     Args:
         pairs: ``same``: c is the inner product within a mini-batch (the paper's full-gradient
-            variant); ``cross``: between independent ones, which is unbiased.
+            variant); ``cross``: between independent samples, which is unbiased.
         lambda_plus: scale, lambda+ of arXiv 2605.28184; None: that of :func:`best_mixture`, which
             needs ``cross``.
-        gate: standard errors that c has to be away from 0, after `MIN_SAMPLES` (0: no gate).
+        gate: standard errors that ``raw`` has to be away from 0, after `MIN_SAMPLES` (0: no gate).
+            Without lambda_plus so has RL's own signal, which is the scale.
         share: norm of the MTP part as a share of the RL part, to be reached where c passes the
             gate; None: as lambda_plus makes it.
         share_cap: the same as an upper bound; None: none.
-        clamp: smallest and largest lambda, applied last; None for no bound.
+        clamp: smallest and largest lambda, before it is scaled to a share; None for no bound.
         ema: weight of the past in the averages.
     """
 
@@ -94,8 +95,8 @@ class ExactCalibrator:
     """Turns the :class:`GradientProducts` of successive mini-batches into lambda.
 
     Lambda of depth k acts as `lambda_k / K`, the weight of its gradient (the joint loss averages
-    over depths). Depths whose c is not ``gate`` standard errors from 0 get 0; the others are solved
-    for together, so that what they have in common is not counted twice.
+    over depths). Depths whose own lambda is not ``gate`` standard errors from 0 get 0; the others
+    are solved for together, so that what they have in common is not counted twice.
 
     Args:
         num_depths: K.
@@ -108,6 +109,8 @@ class ExactCalibrator:
         shape = (1 + num_depths, 1 + num_depths, num_groups)
         self.same = ExponentialAverage(shape, settings.ema)
         self.cross = ExponentialAverage(shape, settings.ema)
+        # of RL's signal times c, for the covariance of the two
+        self._joint = ExponentialAverage(shape[1:], settings.ema)
         self.current = self._clamped(torch.zeros(num_depths, num_groups, dtype=torch.float64))
 
     def update(self, sample: GradientProducts) -> ExactCoefficient:
@@ -126,6 +129,7 @@ class ExactCalibrator:
         self.same.update(sample.same)
         if sample.cross is not None:
             self.cross.update(sample.cross)
+            self._joint.update(sample.cross[0, 0] * sample.cross[0])
         answer = self.coefficient()
         self.current = answer.values
         return answer
@@ -140,48 +144,69 @@ class ExactCalibrator:
 
     def _of_group(self, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         same = self.same.mean[..., group]
-        measured = self.cross if self.settings.pairs == "cross" else self.same
-        signal, error = measured.mean[0, :, group], measured.error[0, :, group]
         depths = len(same) - 1
-        scale = self._scale(same, signal)
-        norms = same.diagonal()[1:]
-        factor = depths * scale / torch.where(norms > 0, norms, torch.nan)
+        signal, error = (part[0, :, group] for part in (self._signal.mean, self._signal.error))
+        raw, spread = self._each_alone(same, signal, error, group)
         weights = torch.zeros(depths, dtype=torch.float64)
-        passed = self._passed(signal, error, measured.count) & (norms > 0)
+        passed = self._passed(raw, spread, signal[0], error[0])
         if passed.any():
-            weights[passed] = self._solved(same, signal, scale, passed)
-        weights = self._shared(same, weights)
+            weights[passed] = self._solved(same, signal, passed)
         values = self._clamped(depths * weights)
+        values = depths * self._shared(same, values / depths)
         share = torch.tensor(update_share(same, values / depths), dtype=torch.float64)
-        return values, factor * signal[1:], (factor * error[1:]).abs(), share
+        return values, depths * raw, depths * spread, share
 
-    def _scale(self, same: Tensor, signal: Tensor) -> float:
-        """lambda_plus; without one that of the best step: E|g_0|^2 / |E g_0|^2."""
-        if self.settings.lambda_plus is not None:
-            return self.settings.lambda_plus
-        return float(same[0, 0] / signal[0]) if signal[0] > 0 else torch.nan
+    @property
+    def _signal(self) -> ExponentialAverage:
+        return self.cross if self.settings.pairs == "cross" else self.same
 
-    def _passed(self, signal: Tensor, error: Tensor, count: float) -> Tensor:
+    def _each_alone(
+        self, same: Tensor, signal: Tensor, error: Tensor, group: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weight of each depth without the others, and its standard error, [K] each.
+
+        With a scale `lambda_plus c / v^2`. Without one the best mixture's,
+        `(c S_00 - h_0 S_0k) / (h_0 v^2 - c S_0k)`, by the error of its numerator: S is known far
+        better than c and h_0, RL's signal.
+        """
+        norms = same.diagonal()[1:]
+        norms = torch.where(norms > 0, norms, torch.nan)
+        c, spread, scale = signal[1:], error[1:], self.settings.lambda_plus
+        if scale is not None:
+            return scale * c / norms, scale * spread / norms
+        main, noise = same[0, 0], same[0, 1:]
+        covariance = self._covariance(signal, group)
+        variance = (main * spread) ** 2 + (noise * error[0]) ** 2 - 2 * main * noise * covariance
+        below = signal[0] * norms - c * noise
+        return (c * main - signal[0] * noise) / below, variance.clamp(min=0).sqrt() / below.abs()
+
+    def _covariance(self, signal: Tensor, group: int) -> Tensor:
+        """Of the averages of RL's signal and of each c, [K]."""
+        count = self.cross.count
+        if count < 1 + 1e-9:
+            return torch.zeros_like(signal[1:])
+        mixed = self._joint.mean[1:, group] - signal[0] * signal[1:]
+        return mixed / (count - 1)
+
+    def _passed(self, raw: Tensor, spread: Tensor, main: Tensor, error: Tensor) -> Tensor:
         """Depths that may act, bool [K]."""
         gate = self.settings.gate
-        if gate == 0:
-            clear = torch.ones_like(signal, dtype=torch.bool)
-        else:
+        passed = raw.isfinite() & (raw != 0)
+        if gate > 0:
             # rounding must not decide whether eight samples are eight
-            clear = (signal.abs() > gate * error) & (count > MIN_SAMPLES - 1e-6)
-        passed = clear[1:] & (signal[1:] != 0)
+            passed &= (raw.abs() > gate * spread) & (self._signal.count > MIN_SAMPLES - 1e-6)
         if self.settings.lambda_plus is None:
             # the scale is RL's own signal: it has to be there
-            passed &= clear[0] & (signal[0] > 0)
+            passed &= (main > gate * error) if gate > 0 else main > 0
         return passed
 
-    def _solved(self, same: Tensor, signal: Tensor, scale: float, passed: Tensor) -> Tensor:
+    def _solved(self, same: Tensor, signal: Tensor, passed: Tensor) -> Tensor:
         index = torch.cat((torch.tensor([True]), passed))
         part = same[index][:, index]
         if self.settings.lambda_plus is None:
             weights = best_mixture(part, signal[index]).weights
         else:
-            weights = scale * gram_weights(part[1:, 1:], signal[index][1:])
+            weights = self.settings.lambda_plus * gram_weights(part[1:, 1:], signal[index][1:])
         return torch.where(weights.isfinite(), weights, 0.0)
 
     def _shared(self, same: Tensor, weights: Tensor) -> Tensor:
@@ -200,7 +225,8 @@ class ExactCalibrator:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """State of the averages."""
-        return {"same": self.same.state_dict(), "cross": self.cross.state_dict()}
+        averages = {"same": self.same, "cross": self.cross, "joint": self._joint}
+        return {name: average.state_dict() for name, average in averages.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Restore :meth:`state_dict` bit for bit.
@@ -210,4 +236,5 @@ class ExactCalibrator:
         """
         self.same.load_state_dict(state["same"])
         self.cross.load_state_dict(state["cross"])
+        self._joint.load_state_dict(state["joint"])
         self.current = self.coefficient().values if self.same.count else self.current

@@ -99,3 +99,13 @@ class LossReport:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     calibration: CalibrationSums | None = None
     maxima: dict[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: LossReport) -> LossReport:
+        """Of two passes over parts of a mini-batch."""
+        metrics, maxima = dict(self.metrics), dict(self.maxima)
+        for name, value in other.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+        for name, value in other.maxima.items():
+            maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+        sums = [r.calibration for r in (self, other) if r.calibration is not None]
+        return LossReport(metrics, sum(sums[1:], sums[0]) if sums else None, maxima)

@@ -206,20 +206,26 @@ class MegatronGPTActor:
         return self._reduce(run_mini_batch(self.wrapped, placed, loss, forward_only=forward_only))
 
     def get_gradient(
-        self, micro_batches: Sequence[Sequences], loss: LossFunction, *, head: bool = False
+        self,
+        micro_batches: Sequence[Sequences],
+        loss: LossFunction,
+        *,
+        head: bool = False,
+        counts: bool = False,
     ) -> tuple[Gradient, LossReport]:
-        """Trunk gradient of a loss that is not the update's, and the report, of a mini-batch.
+        """Gradient of a loss by a pass of its own, and the report over micro-batches and ranks.
 
         Args:
             micro_batches: from :meth:`micro_batch`.
             loss: as in :meth:`get_loss_and_metrics`.
             head: also the gradient of the MTP head's own parameters.
+            counts: the pass is a part of the coming update: its tokens count for routers.
         """
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
-        # routers count tokens and move their bias after a backward pass: once, in the update's
-        before = [buffer.clone() for buffer in buffers]
-        report = self.get_loss_and_metrics(micro_batches, loss)
-        for buffer, value in zip(buffers, before, strict=True):
+        before = [] if counts else [buffer.clone() for buffer in buffers]
+        placed = self._placed(micro_batches)
+        report = self._reduce(run_mini_batch(self.wrapped, placed, loss, completes=False))
+        for buffer, value in zip(buffers, before, strict=not counts):
             buffer.copy_(value)
         return self.gradient_space.take(head=head), report
 

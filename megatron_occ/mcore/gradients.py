@@ -115,25 +115,31 @@ class GradientSpace:
         self._optimizer.zero_grad()
         return Gradient(taken)
 
-    def copy(self, gradient: Gradient) -> Gradient:
-        """A copy of a gradient."""
-        return Gradient([None if part is None else part.clone() for part in gradient.parts])
+    def sum(self, gradients: Sequence[Gradient]) -> Gradient:
+        """Of gradients that hold the same parameters, in the place of the first."""
+        first, *others = gradients
+        for other in others:
+            for mine, part in zip(first.parts, other.parts, strict=True):
+                if mine is not None:
+                    mine.add_(part)
+        return first
 
     def random_like(self, gradient: Gradient, seed: int) -> Gradient:
-        """A random direction that has the gradient's norm in each parameter; on one process.
+        """The trunk's gradient with the sign of each entry drawn at random; on one process.
+
+        Its norm is the gradient's in Adam's metric as in the plain one.
 
         Args:
-            gradient: see above.
-            seed: of the direction.
+            gradient: see above; a part of the MTP head stays as it is.
+            seed: of the signs.
         """
         generator = torch.Generator().manual_seed(seed)
         parts = []
-        for part in gradient.parts:
-            if part is None:
-                parts.append(None)
-                continue
-            drawn = torch.randn(part.shape, generator=generator).to(part)
-            parts.append(drawn * (part.norm() / drawn.norm()))
+        for place, part in zip(self._places, gradient.parts, strict=True):
+            if part is not None and place.group is not None:
+                signs = torch.randint(0, 2, part.shape, generator=generator) * 2 - 1
+                part = part * signs.to(part)
+            parts.append(part)
         return Gradient(parts)
 
     def add(self, gradients: Sequence[Gradient], weights: Tensor) -> None:
@@ -184,7 +190,9 @@ class GradientSpace:
 
     def _denominator(self, part: MegatronOptimizer, main: Tensor) -> Tensor:
         moment = part.optimizer.state[main]["exp_avg_sq"].flatten().double()
-        return (moment / (1 - self._beta2 ** self._updates())).sqrt() + self._eps
+        root = (moment / (1 - self._beta2 ** self._updates())).sqrt() + self._eps
+        # an entry that has never had a gradient has no scale: it would be all of the product
+        return root.where(moment > 0, torch.inf)
 
 
 def _stacked(gradients: Sequence[Gradient], index: int) -> Tensor:

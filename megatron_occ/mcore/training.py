@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ def run_mini_batch(
     loss: Callable[[HeadOutputs, Any], tuple[Tensor, Result]],
     *,
     forward_only: bool = False,
+    completes: bool = True,
 ) -> list[Result]:
     """Forward and, unless ``forward_only``, backward; gradients end up in the buffers.
 
@@ -63,6 +65,8 @@ def run_mini_batch(
         loss: from the model's outputs and the payload to a scalar, to be summed over micro-batches,
             and anything to report.
         forward_only: skip the backward pass.
+        completes: the update follows. Without it routers count their tokens on, and their bias
+            stays as it is.
 
     Returns:
         The reports, one a micro-batch; none but on the last pipeline stage.
@@ -80,7 +84,7 @@ def run_mini_batch(
     rows, length = micro_batches[0].ids.shape
     config = chunks[0].config
     # Megatron's forward_only skips the backward pass but still records the graph
-    with torch.set_grad_enabled(not forward_only):
+    with torch.set_grad_enabled(not forward_only), _held_bias(config, held=not completes):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in chunks],
@@ -91,6 +95,30 @@ def run_mini_batch(
             micro_batch_size=rows,
             forward_only=forward_only,
         )
+
+
+@contextmanager
+def _held_bias(config: Any, *, held: bool) -> Iterator[None]:
+    """For the time of a schedule, gradients are finalised without a step of the routers' bias.
+
+    Megatron moves the bias and clears the counts there, where one entry of the configuration is
+    set. It must not be off any longer: routers that are built then would have no bias.
+    """
+    finalize = config.finalize_model_grads_func
+
+    def without_bias(*args: Any, **kwargs: Any) -> None:
+        before = config.moe_router_enable_expert_bias
+        config.moe_router_enable_expert_bias = False
+        try:
+            finalize(*args, **kwargs)
+        finally:
+            config.moe_router_enable_expert_bias = before
+
+    config.finalize_model_grads_func = without_bias if held else finalize
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
 
 
 def _reported(outcome: tuple[Tensor, Result]) -> tuple[Tensor, Tensor, Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def audit(run: Run, inputs: Inputs, checkpoint: Path, *, rounds: int, window: in
         inputs: training prompts.
         checkpoint: weights of any phase; Adam's moments are made anew.
         rounds: how many.
-        window: earlier mini-batches that each is paired with.
+        window: mini-batches of earlier rounds that each is paired with.
     """
     train = inputs.train
     assert train is not None, "inputs of another command"
@@ -81,6 +82,7 @@ def _round(
             found.append({"round": number, "mini_batch": place, **sample})
             if place + 1 < len(batches):
                 updater.run_update(mini_batch)
+    measuring.end_round()
     return found
 
 
@@ -93,7 +95,7 @@ def _mini_batches(updater: PolicyUpdater, source: RolloutSource) -> list[MiniBat
 
 def _warm_up(actor: MegatronGPTActor, updater: PolicyUpdater, source: RolloutSource) -> None:
     """Give the optimizer moments of this policy's gradients, at weights that stay as they are."""
-    while actor.version < WARM_UP_UPDATES:
+    for _ in range(math.ceil(WARM_UP_UPDATES / updater.config.rl.mini_batches)):
         batches = _mini_batches(updater, source)
         with actor.restored(moments=False):
             for mini_batch in batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 
@@ -68,17 +68,30 @@ class MiniBatch:
         rows: in the order of the micro-batches.
         sizes: sequences of each micro-batch.
         lengths: tokens of each sequence where micro-batches are packed; None: they are padded.
+        parts: micro-batches of each part, where the mini-batch is cut into parts of whole prompts.
     """
 
     rows: RolloutBatch
     sizes: list[int]
     lengths: list[int] | None = None
+    parts: tuple[int, ...] = ()
 
     @classmethod
     def padded(cls, rows: RolloutBatch, size: int) -> MiniBatch:
         """In padded micro-batches of ``size`` sequences (the last may be smaller)."""
         starts = range(0, len(rows), size)
         return cls(rows, [min(size, len(rows) - start) for start in starts])
+
+    @classmethod
+    def joined(cls, parts: Sequence[MiniBatch], rows: RolloutBatch) -> MiniBatch:
+        """One mini-batch of several parts, whose rows lie one after the other in ``rows``."""
+        packed = parts[0].lengths is not None
+        return cls(
+            rows,
+            [size for part in parts for size in part.sizes],
+            [n for part in parts for n in part.lengths or ()] if packed else None,
+            tuple(len(part.sizes) for part in parts),
+        )
 
     def micro_batches(self) -> list[tuple[RolloutBatch, list[int] | None]]:
         """Sequences and lengths of each; packed ones as wide as their longest sequence."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,15 +43,18 @@ def measures_gradients(config: MTPConfig) -> bool:
 class ExactTracker:
     """Lambda over successive mini-batches by ``mtp.trunk.estimator=exact``.
 
-    A mini-batch that is due has a pass for each depth first, which gives the gradient g_k of its
-    loss with weight 1. The update's own pass then leaves that loss out: what it brings is RL's
-    gradient g_0. :meth:`mix` multiplies them with each other and with those that are kept, takes
-    lambda from the averages, adds `lambda_k / K g_k`, and keeps the gradients. In the mini-batches
-    between, the loss has the last lambda.
+    A mini-batch that is due is gone through part by part. In each, a pass for every depth gives the
+    gradient g_k of its loss with weight 1, and a pass that leaves that loss out RL's gradient g_0.
+    :meth:`add_part` takes all parts but the last, whose g_0 the optimizer is about to use when
+    :meth:`mix` adds the others to it, takes lambda from the averages, and adds `lambda_k / K g_k`.
+    In the mini-batches between, the loss has the last lambda.
+
+    With `S` the inner products of the whole gradients and `S_i` those within part i of P, whose
+    prompts differ, pairs of different parts alone give `P / (P - 1) (S - sum_i S_i)`.
 
     Args:
         config: section ``mtp``.
-        space: where gradients are copied, multiplied and added.
+        space: where gradients are multiplied and added.
         seed: of a control, see ``mtp.trunk.exact.control``.
     """
 
@@ -64,11 +66,14 @@ class ExactTracker:
         self._calibrator = ExactCalibrator(
             self.depths, len(self._names), exact_settings(config.trunk)
         )
-        self._kept: deque[list[Any]] = deque(maxlen=exact.kept if exact.pairs == "cross" else 0)
+        self.parts = exact.parts if exact.pairs == "cross" else 1
         self._control, self._seed = exact.control, seed
+        # of the parts so far: how many, sums of gradients, and of products within each
+        self._parts, self._sums, self._within = 0, [], torch.zeros(())
         # of a shuffled lambda: what has been measured, each [K, G]
         self._history: list[Tensor] = []
         self._updates = 0
+        self._used = self._calibrator.current
         self.events: list[str] = []
         self.metrics: dict[str, float] = {}
 
@@ -83,37 +88,57 @@ class ExactTracker:
         """Lambda [K] of a mini-batch that is not measured."""
         return self._used[:, 0]
 
+    def add_part(self, main: Any, depths: Sequence[Any]) -> None:
+        """Take the gradients of a part that is not the last: RL's with the head's, and MTP's."""
+        now = [main, *depths]
+        self._within = self._within + self._products(now)
+        pairs = zip(self._sums, now, strict=True)
+        self._sums = [self._space.sum(pair) for pair in pairs] if self._parts else now
+        self._parts += 1
+
     def mix(self, depths: Sequence[Any]) -> None:
-        """Measure, and add the depths' gradients to RL's, which the optimizer is about to use."""
-        space, main = self._space, self._space.current()
-        sample = self._products([main, *depths])
+        """Measure, and add the depths' gradients to RL's, which the optimizer is about to use.
+
+        Args:
+            depths: of the last part.
+        """
+        space, parts, within = self._space, self._parts + 1, self._within
+        depths = list(depths)
+        if self._parts:
+            within = within + self._products([space.current(), *depths])
+            space.add(self._sums[:1], torch.ones(1, 1))
+            pairs = zip(self._sums[1:], depths, strict=True)
+            depths = [space.sum(pair) for pair in pairs]
+        self._parts, self._sums, self._within = 0, [], torch.zeros(())
+        same = self._products([space.current(), *depths])
+        cross = parts / (parts - 1) * (same - within) if parts > 1 else None
+        sample = GradientProducts(same, cross)
         if not sample.is_finite:
-            self.events.append("calibration: a gradient is not finite: measured nothing")
+            self._used = torch.zeros_like(self._used)
+            self.events.append("calibration: a gradient is not finite: measured and added nothing")
             return
         answer = self._calibrator.update(sample)
-        kept = [space.copy(main), *depths] if self._kept.maxlen else []
-        if self._control == "shuffled":
-            self._history.append(answer.values)
+        self._used = self._chosen(answer.values)
         space.add(self._added(depths), self._used / self.depths)
-        if kept:
-            self._kept.append(kept)
         self.metrics = self._describe(sample, answer)
 
-    @property
-    def _used(self) -> Tensor:
-        """Lambda [K, G] that acts."""
-        if not self._history:
-            return self._calibrator.current
-        return self._history[mix64(mix64(self._seed) + self._updates) % len(self._history)]
+    def _chosen(self, values: Tensor) -> Tensor:
+        """Lambda [K, G] that acts: the measured one, or, shuffled, one of all so far."""
+        if self._control != "shuffled":
+            return values
+        self._history.append(values)
+        return self._history[self._draw() % len(self._history)]
 
     def _added(self, depths: Sequence[Any]) -> list[Any]:
         """What is added to RL's gradient: the depths' gradients, unless a control replaces them."""
         if self._control != "random":
             return list(depths)
-        seeds = [mix64(mix64(self._seed) + self._updates) % 2**31 + k for k in range(self.depths)]
-        return [
-            self._space.random_like(each, seed) for each, seed in zip(depths, seeds, strict=True)
-        ]
+        first = self._draw() % 2**31
+        return [self._space.random_like(each, first + k) for k, each in enumerate(depths)]
+
+    def _draw(self) -> int:
+        """A random number of this update."""
+        return mix64(mix64(self._seed) + self._updates)
 
     def after_update(self) -> dict[str, float]:
         """Lambda that was used and, of a mini-batch that was measured, what was found."""
@@ -121,13 +146,6 @@ class ExactTracker:
         found, self.metrics = self.metrics, {}
         values = self._used.mean(dim=1)
         return {f"lambda/mtp_{k}": float(v) for k, v in enumerate(values, start=1)} | found
-
-    def forget(self) -> None:
-        """Drop the kept gradients: a checkpoint does not hold them.
-
-        A run that goes on from it and one that was never interrupted then do the same.
-        """
-        self._kept.clear()
 
     def pop_events(self) -> list[str]:
         """Events since the last call."""
@@ -139,6 +157,7 @@ class ExactTracker:
         return {
             "updates": self._updates,
             "averages": self._calibrator.state_dict(),
+            "used": self._used.clone(),
             "history": list(self._history),
         }
 
@@ -146,20 +165,12 @@ class ExactTracker:
         """Restore :meth:`state_dict`."""
         self._updates = state["updates"]
         self._calibrator.load_state_dict(state["averages"])
-        self._history = list(state["history"])
+        self._used, self._history = state["used"].clone(), list(state["history"])
 
-    def _products(self, now: list[Any]) -> GradientProducts:
-        """Within the mini-batch, and with all kept ones."""
-        others = [gradient for kept in self._kept for gradient in kept]
-        found = self._space.products(now, [*now, *others], self._metric)
-        if not self._per_layer:
-            found = found.sum(dim=-1, keepdim=True)
-        same, *cross = found.split(len(now), dim=1)
-        if not cross:
-            return GradientProducts(same)
-        mean = torch.stack(cross).mean(dim=0)
-        # <g_i here, g_j there> and <g_j here, g_i there> estimate the same
-        return GradientProducts(same, (mean + mean.transpose(0, 1)) / 2)
+    def _products(self, gradients: list[Any]) -> Tensor:
+        """Inner products of all pairs, [1+K, 1+K, G]."""
+        found = self._space.products(gradients, gradients, self._metric)
+        return found if self._per_layer else found.sum(dim=-1, keepdim=True)
 
     def _describe(self, sample: GradientProducts, answer: ExactCoefficient) -> dict[str, float]:
         metrics = {}
@@ -175,7 +186,7 @@ class ExactTracker:
                 if sample.cross is not None:
                     values["c_cross"] = sample.cross[0, k, group]
                 if self._per_layer:
-                    values["lambda"] = answer.values[k - 1, group]
+                    values["lambda"] = self._used[k - 1, group]
                 metrics |= {f"exact/{key}_{k}{suffix}": float(v) for key, v in values.items()}
             metrics[f"exact/rl_norm_squared{suffix}"] = float(sample.same[0, 0, group])
             if sample.cross is not None:

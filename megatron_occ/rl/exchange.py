@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_occ.config.schema import RLConfig
-from megatron_occ.rl.batch import MiniBatch, RolloutBatch
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, consecutive
 from megatron_occ.rl.interfaces import Actor, Collectives
 from megatron_occ.rl.packing import plan_micro_batches
 
@@ -18,7 +18,7 @@ Plan = list[list[list[int]]]  # of a mini-batch: [rank][micro-batch][row of the 
 
 
 def distribute(
-    batch: RolloutBatch, owners: Sequence[int], config: RLConfig, actor: Actor
+    batch: RolloutBatch, owners: Sequence[int], config: RLConfig, actor: Actor, *, parts: int = 1
 ) -> list[MiniBatch]:
     """Cut a step into mini-batches, and take this rank's part of each.
 
@@ -32,20 +32,33 @@ def distribute(
         owners: the data-parallel rank that holds each row of the step, in global order.
         config: section ``rl``.
         actor: the policy, for its layout and what it asks of micro-batches.
+        parts: cut each mini-batch into as many, of consecutive rows; a micro-batch lies in one.
 
     Raises:
         ValueError: a sequence does not fit the token budget, see :func:`plan_micro_batches`.
     """
     step = _Step(owners, actor.layout)
-    size = len(owners) // config.mini_batches
-    parts = [range(start, start + size) for start in range(0, len(owners), size)]
+    size = len(owners) // (config.mini_batches * parts)
+    spans = [range(start, start + size) for start in range(0, len(owners), size)]
     lengths = None
     if config.micro_batch_tokens is None:
-        plans = [_padded_plan(rows, step, config.micro_batch_size) for rows in parts]
+        plans = [_padded_plan(rows, step, config.micro_batch_size) for rows in spans]
     else:
         lengths = step.in_global_order(batch.lengths()).tolist()
-        plans = [_packed_plan(rows, lengths, config.micro_batch_tokens, actor) for rows in parts]
-    return _cut(step.exchange(batch, plans), [plan[step.rank] for plan in plans], lengths)
+        plans = [_packed_plan(rows, lengths, config.micro_batch_tokens, actor) for rows in spans]
+    mine = step.exchange(batch, plans)
+    pieces = _cut(mine, [plan[step.rank] for plan in plans], lengths)
+    return pieces if parts == 1 else _joined(pieces, mine, parts)
+
+
+def _joined(pieces: list[MiniBatch], rows: RolloutBatch, parts: int) -> list[MiniBatch]:
+    """Mini-batches of ``parts`` pieces each, whose rows follow each other in ``rows``."""
+    groups = [pieces[start : start + parts] for start in range(0, len(pieces), parts)]
+    spans = consecutive(sum(len(piece.rows) for piece in group) for group in groups)
+    return [
+        MiniBatch.joined(group, rows.rows(span.start, span.stop))
+        for group, span in zip(groups, spans, strict=True)
+    ]
 
 
 def _packed_plan(rows: range, lengths: list[int], budget: int, actor: Actor) -> Plan:

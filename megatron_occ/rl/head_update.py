@@ -32,6 +32,7 @@ class HeadUpdater:
 
     # nothing compares the log-probs of a training pass
     reuses_rollout = True
+    parts = 1
 
     def __init__(self, config: Config, actor: Actor) -> None:
         self.config, self.actor = config, actor
@@ -63,9 +64,6 @@ class HeadUpdater:
         step = self.actor.finish_training_step()
         events = [SKIPPED] if step.skipped else []
         return Update(update_metrics(on_host(report), step), events, {})
-
-    def before_save(self) -> None:
-        """There is nothing that a checkpoint does not hold."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept from step to step."""

@@ -71,10 +71,12 @@ class GradientSpaceLike(Protocol):
         """The gradient that the optimizer is about to use, not a copy."""
         ...
 
-    def copy(self, gradient: Any) -> Any: ...
+    def sum(self, gradients: Sequence[Any]) -> Any:
+        """Of gradients that hold the same parameters."""
+        ...
 
     def random_like(self, gradient: Any, seed: int) -> Any:
-        """A random direction with the norm of the gradient in each parameter; one process."""
+        """The trunk's gradient with the sign of each entry drawn at random; one process."""
         ...
 
     def add(self, gradients: Sequence[Any], weights: Tensor) -> None:
@@ -156,9 +158,17 @@ class Actor(Protocol):
     ) -> LossReport: ...
 
     def get_gradient(
-        self, micro_batches: Sequence[Any], loss: LossFunction, *, head: bool = False
+        self,
+        micro_batches: Sequence[Any],
+        loss: LossFunction,
+        *,
+        head: bool = False,
+        counts: bool = False,
     ) -> tuple[Any, LossReport]:
-        """Trunk gradient of a loss that is not the update's, with ``head`` also the head's."""
+        """Trunk gradient by a pass of its own, with ``head`` also the head's, and the report.
+
+        With ``counts`` the pass is a part of the coming update.
+        """
         ...
 
     def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReportLike: ...

@@ -28,7 +28,9 @@ class Measuring:
     Args:
         config: of the run.
         actor: the policy; its optimizer has made an update, on whose moments Adam's metric stands.
-        window: earlier mini-batches that each is paired with.
+        window: mini-batches of earlier rounds that each is paired with. Those of its own round are
+            left out: updates lie between them, and an update along -g_0 alone makes the next g_0
+            smaller in that direction, by an amount that grows with the noise.
     """
 
     def __init__(self, config: Config, actor: Actor, window: int) -> None:
@@ -45,7 +47,13 @@ class Measuring:
             for signal in self.signals
         ]
         self._kept: deque[tuple[int, list[Any]]] = deque(maxlen=window)
+        self._round: list[tuple[int, list[Any]]] = []
         self._count = 0
+
+    def end_round(self) -> None:
+        """Let the mini-batches since the last call be paired with those that come."""
+        self._kept.extend(self._round)
+        self._round = []
 
     def measure(self, mini_batch: MiniBatch) -> dict[str, Any]:
         """Figures of a mini-batch with old log-probs; weights and optimizer stay as they are."""
@@ -67,7 +75,7 @@ class Measuring:
             "proxies": self._proxies(sums, released),
         }
         sample |= self._products(gradients)
-        self._kept.append((self._count, gradients))
+        self._round.append((self._count, gradients))
         self._count += 1
         return sample
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
-from megatron_occ.rl.batch import MiniBatch, joint_targets
+from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
 from megatron_occ.rl.interfaces import Actor
 
 CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, LossReport]]
@@ -53,9 +53,16 @@ class PreparedBatch:
             for rows, lengths in mini_batch.micro_batches()
         ]
         self.normalizers = count_targets(actor, self.parts)
+        self._spans = consecutive(mini_batch.parts or (len(self.parts),))
 
-    def micro_batches(self, **wanted: Any) -> list[Any]:
-        """For a pass of the actor, see ``Actor.micro_batch``."""
+    @property
+    def num_parts(self) -> int:
+        """Parts of the mini-batch, which share no prompt."""
+        return len(self._spans)
+
+    def micro_batches(self, part: int | None = None, **wanted: Any) -> list[Any]:
+        """For a pass of the actor, see ``Actor.micro_batch``; of one part, or of all."""
+        span = range(len(self.parts)) if part is None else self._spans[part]
         return [
             self._actor.micro_batch(
                 part.ids,
@@ -64,21 +71,28 @@ class PreparedBatch:
                 temperature=self._temperature,
                 **wanted,
             )
-            for part in self.parts
+            for part in self.parts[span.start : span.stop]
         ]
 
     def gradient(
-        self, loss: CountedLoss, passes: tuple[tuple[bool, bool], ...], *, head: bool = False
+        self,
+        loss: CountedLoss,
+        passes: tuple[tuple[bool, bool], ...],
+        *,
+        head: bool = False,
+        part: int | None = None,
     ) -> tuple[Any, LossReport]:
         """Trunk gradient of a loss by a pass of its own, and the report over all ranks.
 
         Args:
-            loss: from outputs, constants and counts to a scalar and a report.
+            loss: from outputs, constants and counts, those of the whole mini-batch, to a scalar and
+                a report.
             passes: of the MTP block, see ``Regime.passes``.
             head: also the gradient of the head's own parameters.
+            part: of the mini-batch; None: all of it.
         """
         return self._actor.get_gradient(
-            self.micro_batches(passes=passes),
+            self.micro_batches(part, passes=passes),
             lambda outputs, targets: loss(outputs, targets, self.normalizers),
             head=head,
         )

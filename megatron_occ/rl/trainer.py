@@ -78,7 +78,6 @@ class GRPOTrainer:
                     self.run_validation()
                 if self.step == rl.steps or _is_due(self.step, rl.save_every):
                     with self.timers("save"):
-                        self.updater.before_save()
                         self.save(self.step)
 
     def run_step(self) -> dict[str, float]:
@@ -88,7 +87,11 @@ class GRPOTrainer:
         self.rollout_log.write(self.step + 1, rollouts.samples)
         with self.timers("logprobs"):
             mini_batches = distribute(
-                rollouts.batch, rollouts.owners, self.config.rl, self.updater.actor
+                rollouts.batch,
+                rollouts.owners,
+                self.config.rl,
+                self.updater.actor,
+                parts=self.updater.parts,
             )
             mini_batches = self.updater.compute_logprobs(mini_batches)
             gap = {}

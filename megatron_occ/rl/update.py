@@ -25,7 +25,7 @@ from megatron_occ.rl.batch import MiniBatch, consecutive
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
 from megatron_occ.rl.exact import ExactTracker, measures_gradients
 from megatron_occ.rl.head_rows import HeadBatch, HeadRows
-from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.interfaces import Actor, LossFunction, StepReportLike
 from megatron_occ.rl.prepared import PreparedBatch, count_targets
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
@@ -65,6 +65,8 @@ class PolicyUpdater:
         )
         self.head_loss = HeadLoss(self.coefficients.regime.head_weight)
         self.reuses_rollout = config.rl.old_logprobs == "rollout"
+        # of whole prompts, that a mini-batch is cut into
+        self.parts = 1 if self.exact is None else self.exact.parts
         self._gap_is_due = False
 
     def compute_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
@@ -133,8 +135,8 @@ class PolicyUpdater:
         head_normalizers = count_targets(self.actor, head_parts) if head_parts else None
         used = self._coefficients(prepared)
         weights = to_device(used, self.actor.layout.device)
-        measured = self._measured(prepared)
-        cut = measured is not None or self._is_idle(used)
+        is_due = self.exact is not None and self.exact.is_due
+        cut = is_due or self._is_idle(used)
 
         def loss(
             outputs: HeadOutputs, targets: JointTargets | HeadTargets
@@ -148,13 +150,13 @@ class PolicyUpdater:
             return value, report
 
         # the policy's come last: gradients may be reduced while the last micro-batch goes backward
-        batches = [part.for_actor(self.actor, self.config) for part in head_parts]
-        batches += self._for_training(prepared, cut=cut)
-        report = self.actor.get_loss_and_metrics(batches, loss)
-        mix = None
-        if measured is not None:
-            mix = functools.partial(self.exact.mix, measured)
-        step = self.actor.finish_training_step(mix)
+        head_batches = [part.for_actor(self.actor, self.config) for part in head_parts]
+        if is_due:
+            report, step = self._measured_step(prepared, head_batches, loss)
+        else:
+            batches = head_batches + self._for_training(prepared, cut=cut)
+            report = self.actor.get_loss_and_metrics(batches, loss)
+            step = self.actor.finish_training_step()
         report = on_host(report)
         metrics = update_metrics(report, step)
         metrics.update(self.coefficients.after_update(report.calibration, used))
@@ -177,21 +179,33 @@ class PolicyUpdater:
         """Restore :meth:`state_dict`."""
         (self.exact or self.coefficients).load_state_dict(state)
 
-    def before_save(self) -> None:
-        """Drop what a checkpoint does not hold."""
-        if self.exact is not None:
-            self.exact.forget()
-
     def _coefficients(self, prepared: PreparedBatch) -> torch.Tensor | None:
         """Lambda [K] of the loss; None where the regime's weight is fixed, or the released one."""
         if self.exact is not None:
             return self.exact.current
         return self.coefficients.before_update(lambda: self._forward_sums(prepared))
 
-    def _measured(self, prepared: PreparedBatch) -> list[Any] | None:
-        """Gradients of what MTP sends into the trunk, by depth; None where none is due."""
-        if self.exact is None or not self.exact.is_due:
-            return None
+    def _measured_step(
+        self, prepared: PreparedBatch, head_batches: list[Any], loss: LossFunction
+    ) -> tuple[LossReport, StepReportLike]:
+        """The update of a mini-batch whose gradients are taken apart, see ``ExactTracker``."""
+        assert self.exact is not None, "there is nothing to measure"
+        *parts, last = range(prepared.num_parts)
+        reports = []
+        for part in parts:
+            depths = self._depth_gradients(prepared, part)
+            batches = self._for_training(prepared, cut=True, part=part)
+            main, report = self.actor.get_gradient(batches, loss, head=True, counts=True)
+            self.exact.add_part(main, depths)
+            reports.append(report)
+        depths = self._depth_gradients(prepared, last)
+        batches = head_batches + self._for_training(prepared, cut=True, part=last)
+        reports.append(self.actor.get_loss_and_metrics(batches, loss))
+        step = self.actor.finish_training_step(functools.partial(self.exact.mix, depths))
+        return sum(reports[1:], reports[0]), step
+
+    def _depth_gradients(self, prepared: PreparedBatch, part: int) -> list[Any]:
+        """Gradients of what MTP sends into the trunk, by depth, each with weight 1."""
         regime, overlaps = self.loss.regime, self.config.parallel.overlap_grad_reduce
         shares_loss = regime.trains_head and not regime.has_own_loss
 
@@ -202,7 +216,9 @@ class PolicyUpdater:
 
         passes = ((True, shares_loss or overlaps),)
         return [
-            prepared.gradient(functools.partial(loss, depth), passes, head=shares_loss)[0]
+            prepared.gradient(functools.partial(loss, depth), passes, head=shares_loss, part=part)[
+                0
+            ]
             for depth in range(self.actor.num_depths)
         ]
 
@@ -210,6 +226,9 @@ class PolicyUpdater:
         """Whether the trunk's MTP loss has the weight 0 and a pass to itself."""
         regime = self.loss.regime
         if used is None or regime.trunk == "none" or not regime.has_own_loss:
+            return False
+        if regime.head_on_rollouts and self.exact is None:
+            # the only MTP pass: the next lambda comes from it
             return False
         return not bool(used.any())
 
@@ -225,9 +244,12 @@ class PolicyUpdater:
         assert report.calibration is not None
         return report.calibration
 
-    def _for_training(self, prepared: PreparedBatch, *, cut: bool) -> list[Any]:
+    def _for_training(
+        self, prepared: PreparedBatch, *, cut: bool, part: int | None = None
+    ) -> list[Any]:
         regime = self.loss.regime
         return prepared.micro_batches(
+            part,
             passes=regime.cut_passes if cut else regime.passes,
             entropy=True,
             distance=regime.distance,

@@ -34,7 +34,6 @@ SETTINGS = {
         # `auto` follows the clock
         "rl.rollout.speculative.mode=fixed",
     ),
-    # kept gradients are not in a checkpoint: neither run pairs across one
     "exact": (
         "rl.steps=4",
         "rl.save_every=2",

@@ -43,6 +43,7 @@ def samples(model, layout, folder):
     with actor.restored():
         found.append(measuring.measure(batches[0]))
         updater.run_update(batches[0])
+        measuring.end_round()
         found.append(measuring.measure(batches[1]))
     after = state(actor)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

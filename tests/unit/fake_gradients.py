@@ -28,17 +28,21 @@ class FakeGradients:
 
     def take(self, head):
         parameters = self.trunk + (list(self.actor.model.heads) if head else [])
-        return self.copy([parameter.grad for parameter in parameters])
+        return [parameter.grad.clone() for parameter in parameters]
 
-    def copy(self, gradient):
-        return [part.clone() for part in gradient]
+    def sum(self, gradients):
+        first, *others = gradients
+        for other in others:
+            for mine, part in zip(first, other, strict=True):
+                mine += part
+        return first
 
     def random_like(self, gradient, seed):
         generator = torch.Generator().manual_seed(seed)
-        drawn = [
-            torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in gradient
+        flipped = [
+            x * (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1) for x in gradient
         ]
-        return [x * (part.norm() / x.norm()) for x, part in zip(drawn, gradient, strict=True)]
+        return flipped[:3] + list(gradient[3:])
 
     def add(self, gradients, weights):
         everything = [*self.trunk, *self.actor.model.heads]

@@ -167,7 +167,7 @@ class FakeActor:
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
         return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance, leaks)
 
-    def get_gradient(self, micro_batches, loss, *, head=False):
+    def get_gradient(self, micro_batches, loss, *, head=False, counts=False):
         self.model.zero_grad()
         reports = []
         for batch in micro_batches:

@@ -160,7 +160,9 @@ def mini_batches(trainer, change=lambda batch: batch):
     """This rank's part of the next step's mini-batches, with old log-probs."""
     rollouts, updater = trainer.rollouts.generate(Timers()), trainer.updater
     batch = change(rollouts.batch)
-    parts = distribute(batch, rollouts.owners, trainer.config.rl, updater.actor)
+    parts = distribute(
+        batch, rollouts.owners, trainer.config.rl, updater.actor, parts=updater.parts
+    )
     return updater.compute_logprobs(parts)
 
 

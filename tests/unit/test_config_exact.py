@@ -29,8 +29,8 @@ def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_
     [
         (["mtp.trunk.exact.pairs=same"], ["lambda_plus=null", "does not measure", "pairs=cross"]),
         (
-            ["mtp.trunk.exact.pairs=same", "mtp.trunk.lambda_plus=1", "mtp.trunk.exact.kept=2"],
-            ["exact.kept=2", "keeps no gradients", "exact.kept=1"],
+            ["mtp.trunk.exact.pairs=same", "mtp.trunk.lambda_plus=1", "mtp.trunk.exact.parts=4"],
+            ["exact.parts=4", "does not cut", "pairs=cross"],
         ),
         (["mtp.trunk.ema=0.5"], ["mtp.trunk.ema=0.5", "over 3.0", "ema=0.8", "exact.gate=0"]),
         (
@@ -38,8 +38,24 @@ def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_
             ["exact.every=2", "exact.every=1", "exact.per=trunk"],
         ),
         (
-            ["rl.prompts_per_step=6", "rl.mini_batches=4", "rl.micro_batch_size=24"],
-            ["rl.mini_batches=4", "rl.prompts_per_step=6", "divide"],
+            ["rl.prompts_per_step=36", "rl.micro_batch_size=144"],
+            ["exact.parts=2", "rl.mini_batches=4", "rl.prompts_per_step=36", "multiple of 8"],
+        ),
+        (
+            ["mtp.trunk.exact.share=0.8"],
+            ["exact.share=0.8", "exact.share_cap=0.5", "null"],
+        ),
+        (
+            ["mtp.trunk.exact.share=0.3", "mtp.trunk.lambda_plus=5"],
+            ["lambda_plus=5", "exact.share=0.3", "Drop one"],
+        ),
+        (
+            ["mtp.head.cut_output_layer=false"],
+            ["cut_output_layer=false", "part of RL's gradient", "true"],
+        ),
+        (
+            ["mtp.trunk.exact.control=random", "mtp.trunk.exact.every=2"],
+            ["every=2", "control=random", "every=1"],
         ),
         (
             ["mtp.trunk.exact.control=random", "parallel.distributed_optimizer=true"],

@@ -36,7 +36,7 @@ SERVER = {
 EXACT = {
     "every": 8,
     "pairs": "same",
-    "kept": 2,
+    "parts": 4,
     "per": "layer",
     "metric": "euclidean",
     "gate": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+import statistics
 
 import pytest
 import torch
@@ -74,6 +74,51 @@ def test_the_gate_is_shut_for_the_first_samples():
     calibrator = ExactCalibrator(1, 1, ExactSettings(lambda_plus=1.0, **OPEN | {"gate": 1.0}))
     values = [calibrator.update(sample).values.item() for sample in noisy(0.3, 0.01)]
     assert [value != 0 for value in values[:10]] == [False] * 7 + [True] * 3
+
+
+def test_without_a_scale_the_error_is_that_of_the_numerator():
+    samples = [(1.0, 0.3), (1.4, 0.5), (0.7, 0.1), (1.1, 0.4), (0.8, 0.2)]
+    settings = ExactSettings(lambda_plus=None, **OPEN)
+    answer = calibrated(settings, [products(cross=cross(h, c)) for h, c in samples])
+    numerators = [c * 4.0 - h * 0.4 for h, c in samples]
+    h, c = (sum(part) / 5 for part in zip(*samples, strict=True))
+    below = h * 2.0 - c * 0.4
+    assert answer.raw.item() == pytest.approx((c * 4.0 - h * 0.4) / below)
+    assert answer.raw.item() == pytest.approx(answer.values.item())
+    error = statistics.stdev(numerators) / math.sqrt(5) / below
+    assert answer.error.item() == pytest.approx(error, rel=1e-9)
+
+
+def test_a_gradient_that_is_rls_own_with_more_noise_seldom_passes_the_gate():
+    # g_1 = g_0 + noise of its own: c = |G|^2 and c_same = E|g_0|^2, so that the best weight is 0
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.full((20,), 0.3, dtype=torch.float64)
+    settings = ExactSettings(lambda_plus=None, **OPEN | {"gate": 2.0, "clamp": (0.0, None)})
+    acted = 0
+    for _ in range(40):
+        calibrator = ExactCalibrator(1, 1, settings)
+        for _ in range(40):
+            halves = []
+            for _ in range(2):
+                main = expected + torch.randn(20, generator=generator, dtype=torch.float64)
+                noise = torch.randn(20, generator=generator, dtype=torch.float64)
+                halves.append(torch.stack((main, main + noise)) / 2)
+            total = halves[0] + halves[1]
+            same = total @ total.T
+            apart = 2 * (same - sum(half @ half.T for half in halves))
+            answer = calibrator.update(products(same, apart))
+        acted += bool(answer.values > 0)
+    assert acted <= 4
+
+
+def test_a_share_holds_for_several_depths_where_one_is_clamped():
+    same = torch.tensor([[4.0, 0.5, 0.3], [0.5, 2.0, 1.98], [0.3, 1.98, 2.0]], dtype=torch.float64)
+    settings = ExactSettings(
+        pairs="same", lambda_plus=10.0, **OPEN | {"share_cap": 0.5, "clamp": (0.0, None)}
+    )
+    answer = ExactCalibrator(2, 1, settings).update(products(same))
+    assert answer.values.min() == 0 < answer.values.max()
+    assert answer.share.item() == pytest.approx(0.5)
 
 
 def test_the_scale_from_rls_signal_needs_that_signal():
@@ -184,15 +229,16 @@ class Bandit:
         return self.gradients(torch.bincount(actions, minlength=6).double() / size)
 
 
-def test_cross_pairs_are_unbiased_and_same_pairs_are_not():
+def test_pairs_of_different_parts_are_unbiased_and_those_of_one_batch_are_not():
     bandit = Bandit()
     main, mtp = bandit.expected()
     truth = float(main @ mtp)
-    batches = [bandit.batch() for _ in range(2001)]
     calibrator = ExactCalibrator(1, 1, ExactSettings(lambda_plus=1.0, **OPEN))
-    for before, now in pairwise(batches):
-        mixed = now @ before.T
-        calibrator.update(products(now @ now.T, (mixed + mixed.T) / 2))
+    for _ in range(2000):
+        halves = [bandit.batch() / 2 for _ in range(2)]
+        total = halves[0] + halves[1]
+        same = total @ total.T
+        calibrator.update(products(same, 2 * (same - sum(half @ half.T for half in halves))))
     c, error = (float(part[0, 1, 0]) for part in (calibrator.cross.mean, calibrator.cross.error))
     assert abs(c - truth) < 3 * error
     c, error = (float(part[0, 1, 0]) for part in (calibrator.same.mean, calibrator.same.error))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_occ.losses.heads import LossReport
+from megatron_occ.rl.batch import MiniBatch
 from megatron_occ.rl.prepared import PreparedBatch
 from tests.unit.rl_setup import four_updates, mini_batches, run_updates, weights
 
@@ -21,6 +22,8 @@ EXACT = (
     "mtp.trunk.ema=0.9",
 )
 TRUNK = ("embedding", "trunk", "output")
+# of 4 samples in each of 4 mini-batches
+TWO_PROMPTS = ("rl.prompts_per_step=8",)
 NOTHING = LossReport()
 
 
@@ -68,21 +71,54 @@ def test_an_update_is_rls_gradient_and_the_weighted_ones_of_the_depths():
         torch.testing.assert_close(actor.gradients[-1][name], expected, rtol=1e-4, atol=1e-8)
 
 
-def test_cross_pairs_need_a_kept_gradient_and_average_over_all():
-    trainer, _ = four_updates(*EXACT, "mtp.trunk.exact.kept=2", micro=4)
-    batches = mini_batches(trainer)
-    seen = []
-    for batch in batches:
-        now = separate(trainer, batch)
-        metrics = trainer.updater.run_update(batch).metrics
-        pairs = [(dot(now[0], kept[1]) + dot(now[1], kept[0])) / 2 for kept in seen[-2:]]
-        if pairs:
-            mean = sum(pairs) / len(pairs)
-            assert metrics["exact/c_cross_1"] == pytest.approx(mean, rel=1e-4, abs=1e-9)
-        else:
-            assert "exact/c_cross_1" not in metrics
-            assert metrics["lambda/mtp_1"] == 0
-        seen.append(now)
+def halves(batch):
+    """Mini-batches of the two parts, with the rows of each."""
+    count = batch.parts[0]
+    rows = sum(batch.sizes[:count])
+    spans = ((0, rows, batch.sizes[:count]), (rows, len(batch.rows), batch.sizes[count:]))
+    return [MiniBatch(batch.rows.rows(start, stop), sizes) for start, stop, sizes in spans]
+
+
+def test_cross_pairs_are_those_of_different_parts():
+    trainer, actor = four_updates(*EXACT, *TWO_PROMPTS, micro=1)
+    batch = mini_batches(trainer)[0]
+    assert batch.parts == (4, 4)
+    # separate() normalises by the counts of what it is given: put them back to the whole batch's
+    whole, parts = separate(trainer, batch), [separate(trainer, half) for half in halves(batch)]
+    tokens = [
+        [float(PreparedBatch(trainer.config, actor, each).normalizers.tokens[d]) for d in range(3)]
+        for each in (batch, *halves(batch))
+    ]
+    for half, counts in zip(parts, tokens[1:], strict=True):
+        for depth in range(3):
+            half[depth] = {n: g * counts[depth] / tokens[0][depth] for n, g in half[depth].items()}
+    metrics = trainer.updater.run_update(batch).metrics
+    for k in (1, 2):
+        expected = 2 * (dot(parts[0][0], parts[1][k]) + dot(parts[1][0], parts[0][k]))
+        assert metrics[f"exact/c_cross_{k}"] == pytest.approx(expected, rel=1e-4)
+        assert metrics[f"exact/c_same_{k}"] == pytest.approx(dot(whole[0], whole[k]), rel=1e-4)
+    expected = 4 * dot(parts[0][0], parts[1][0])
+    assert metrics["exact/rl_signal"] == pytest.approx(expected, rel=1e-4)
+    used = [metrics[f"lambda/mtp_{k}"] / 2 for k in (1, 2)]
+    assert any(used)
+    for name in TRUNK:
+        added = sum(w * d[name] for w, d in zip(used, whole[1:], strict=True))
+        torch.testing.assert_close(
+            actor.gradients[-1][name], whole[0][name] + added, rtol=1e-4, atol=1e-8
+        )
+    other, alone = four_updates("mtp.preset=detach", *TWO_PROMPTS, micro=1)
+    other.updater.run_update(mini_batches(other)[0])
+    torch.testing.assert_close(
+        actor.gradients[-1]["heads.0"], alone.gradients[-1]["heads.0"], rtol=1e-4, atol=1e-8
+    )
+
+
+def test_metrics_of_parts_add_up_to_those_of_the_mini_batch():
+    cut, _ = four_updates(*EXACT, *TWO_PROMPTS, "mtp.trunk.clamp=[0,0.000001]", micro=2)
+    plain, _ = four_updates("mtp.preset=detach", *TWO_PROMPTS, micro=2)
+    found, expected = (t.updater.run_update(mini_batches(t)[0]).metrics for t in (cut, plain))
+    for name in ("loss/policy", "entropy", "loss/mtp_1", "agreement/mtp_2", "approx_kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
 @pytest.mark.parametrize("preset", ["occ_exact", "coupled"])
@@ -124,7 +160,7 @@ def test_between_measurements_the_loss_has_the_last_lambda():
 
 
 def test_adams_metric_waits_for_an_update():
-    trainer, _ = four_updates("mtp.preset=occ_exact", micro=4)
+    trainer, _ = four_updates("mtp.preset=occ_exact", *TWO_PROMPTS, micro=4)
     first, second, *_ = run_updates(trainer)
     assert "exact/c_same_1" not in first and first["lambda/mtp_1"] == 0
     assert "exact/c_same_1" in second
@@ -148,30 +184,75 @@ def test_layers_have_coefficients_of_their_own():
         torch.testing.assert_close(actor.gradients[-1][name], expected, rtol=1e-3, atol=1e-7)
 
 
-def test_a_random_control_has_the_norm_and_another_direction():
-    settings = (*EXACT, "mtp.trunk.exact.pairs=same", "mtp.num_layers=2")
+def test_a_random_control_flips_signs_alone():
+    settings = (*EXACT, "mtp.trunk.exact.pairs=same")
     trainer, actor = four_updates(*settings, "mtp.trunk.exact.control=random", micro=4)
     batch = mini_batches(trainer)[0]
-    main, *depths = separate(trainer, batch)
-    metrics = trainer.updater.run_update(batch).metrics
-    added = {name: actor.gradients[-1][name] - main[name] for name in TRUNK}
-    w = [metrics[f"lambda/mtp_{k}"] / 2 for k in (1, 2)]
-    real = {name: w[0] * depths[0][name] + w[1] * depths[1][name] for name in TRUNK}
-    cosine = dot(added, real) / (dot(added, added) * dot(real, real)) ** 0.5
-    assert abs(cosine) < 0.5
-    # two random directions add up like orthogonal ones
-    bound = sum(abs(x) * dot(d, d) ** 0.5 for x, d in zip(w, depths, strict=True))
-    assert 0.3 * bound < dot(added, added) ** 0.5 < 1.01 * bound
+    _, *depths = separate(trainer, batch)
+    added, add = [], actor.gradient_space.add
+
+    def adding(gradients, weights):
+        added.extend(gradients)
+        add(gradients, weights)
+
+    actor.gradient_space.add = adding
+    assert trainer.updater.run_update(batch).metrics["lambda/mtp_1"] != 0
+    for found, depth in zip(added, depths, strict=True):
+        found = dict(zip(TRUNK, found, strict=True))
+        for name in TRUNK:
+            torch.testing.assert_close(found[name].abs(), depth[name].abs(), rtol=1e-4, atol=1e-9)
+        assert abs(dot(found, depth)) < 0.6 * dot(depth, depth)
 
 
-def test_a_shuffled_lambda_is_one_that_was_measured_before():
-    given = (*EXACT, "mtp.trunk.exact.pairs=same")
-    plain, _ = four_updates(*given, micro=4)
-    measured = [line["exact/lambda_raw_1"] for line in run_updates(plain)]
-    trainer, _ = four_updates(*given, "mtp.trunk.exact.control=shuffled", micro=4)
-    used = [line["lambda/mtp_1"] for line in run_updates(trainer) + run_updates(trainer)]
-    assert len(set(used)) > 1 and len(set(used)) < len(used)
-    assert measured  # what was found is logged either way
+def test_a_shuffled_lambda_is_one_that_was_measured_and_is_what_acts():
+    settings = (*EXACT, "mtp.trunk.exact.pairs=same", "mtp.trunk.exact.control=shuffled")
+    trainer, actor = four_updates(*settings, micro=4)
+    values, added, space = [], [], actor.gradient_space
+    update, add = trainer.updater.exact._calibrator.update, space.add
+
+    def updated(sample):
+        answer = update(sample)
+        values.append(answer.values)
+        return answer
+
+    def adding(gradients, weights):
+        added.append(weights * 2)
+        add(gradients, weights)
+
+    trainer.updater.exact._calibrator.update, space.add = updated, adding
+    lines = run_updates(trainer) + run_updates(trainer)
+    for number, (line, used) in enumerate(zip(lines, added, strict=True)):
+        assert any(torch.equal(used, value) for value in values[: number + 1])
+        assert line["lambda/mtp_1"] == pytest.approx(float(used[0, 0]))
+    assert any(not torch.equal(a, b) for a, b in zip(added, values, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_not_added_and_lambda_is_0_then():
+    trainer, actor = four_updates(*EXACT, "mtp.trunk.exact.pairs=same", micro=4)
+    first, second, *_ = mini_batches(trainer)
+    assert trainer.updater.run_update(first).metrics["lambda/mtp_1"] != 0
+    take = actor.gradient_space.take
+
+    def broken(head):
+        gradient = take(head)
+        gradient[0][0] = torch.nan
+        return gradient
+
+    actor.gradient_space.take = broken
+    update = trainer.updater.run_update(second)
+    assert update.metrics["lambda/mtp_1"] == 0
+    assert any("not finite: measured and added nothing" in event for event in update.events)
+    assert all(torch.isfinite(g).all() for g in actor.gradients[-1].values())
+
+
+def test_lambda_by_log_probs_begins_also_where_rollouts_train_the_head():
+    def idle(*given):
+        trainer, _ = four_updates("mtp.preset=null", "mtp.head.signal=soft_ce", *given, micro=4)
+        return trainer.updater._is_idle(torch.zeros(2))
+
+    assert idle("mtp.head.states=training")
+    # there the trunk's pass alone brings the statistics of the next lambda
+    assert not idle("mtp.head.states=rollout")
 
 
 def test_a_leaking_head_trains_the_output_layer_and_a_cut_one_does_not():
@@ -194,7 +275,9 @@ def test_a_leaking_head_trains_the_output_layer_and_a_cut_one_does_not():
 def test_a_resumed_run_goes_on_as_the_undisturbed_one():
     def trained(steps, saved_at=None):
         states = []
-        trainer, actor = four_updates(*EXACT, "rl.save_every=1", f"rl.steps={steps}", micro=4)
+        trainer, actor = four_updates(
+            *EXACT, *TWO_PROMPTS, "rl.save_every=1", f"rl.steps={steps}", micro=4
+        )
 
         def save(step):
             states.append((trainer.state_dict(), actor.model.state_dict(), actor.version))

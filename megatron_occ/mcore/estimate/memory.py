@@ -116,7 +116,8 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
     copies = _gradient_copies(config, command)
     if copies:
         mtp = sum(count for name, count in trained.items() if name.startswith("MTP"))
-        with_head = command != "audit" and config.mtp.head.signal == "same_as_trunk"
+        # RL's gradient of a part comes with the head's
+        with_head = command != "audit"
         share = updated / gradients if gradients else 0.0
         held_entries = (gradients if with_head else gradients - mtp) * share
         resident["copies of gradients, fp32"] = int(copies * held_entries * _FP32)
@@ -130,9 +131,8 @@ def _gradient_copies(config: Config, command: str) -> int:
         return (1 + len(SIGNALS) * depths) * (1 + WINDOW)
     if command not in ("rl", "demo") or not measures_gradients(config.mtp):
         return 0
-    exact = config.mtp.trunk.exact
-    kept = exact.kept * (1 + depths) if exact.pairs == "cross" else 0
-    return depths + kept
+    # of the parts before, and of this part: RL's and each depth's
+    return 2 * (1 + depths) if config.mtp.trunk.exact.pairs == "cross" else depths
 
 
 def _micro_batch_tokens(config: Config, command: str) -> int:
