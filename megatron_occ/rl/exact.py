@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import MTPConfig, TrunkConfig
@@ -126,12 +125,7 @@ class ExactTracker:
         found = self._space.products(now, [*now, *others], self._metric)
         if not self._per_layer:
             found = found.sum(dim=-1, keepdim=True)
-        same, *cross = found.split(len(now), dim=1)
-        if not cross:
-            return GradientProducts(same)
-        mean = torch.stack(cross).mean(dim=0)
-        # <g_i here, g_j there> and <g_j here, g_i there> estimate the same
-        return GradientProducts(same, (mean + mean.transpose(0, 1)) / 2)
+        return GradientProducts.from_blocks(found)
 
     def _describe(self, sample: GradientProducts, answer: ExactCoefficient) -> dict[str, float]:
         metrics = {}
