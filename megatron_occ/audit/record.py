@@ -9,7 +9,8 @@ A record is a plain dict (json):
         round, mini_batch, sequences, tokens
         same: metric -> {"rl": [G], "c": [S][G], "v2": [S][G]}
         cross: metric -> [{"other": earlier sample, "rl", "c", "c_back", "v2": as in same}]
-        proxies: {"logprob": [S], "released": [S]}, null where the policy had not moved
+        proxies: {"logprob": [S], "released": [S]}, null where the policy had not moved, or where
+            they were not measured
         tails: [{"top", "effective"}] x S
 
 With g_0 the trunk's RL gradient and g_s a signal's with weight 1: rl is `<g_0, g_0>`, c `<g_0,

@@ -54,7 +54,7 @@ class SignalLoss:
         released = released_coefficient(
             *aligned, max_response_length=self._max_length, factor=float(depths)
         )
-        metrics = _binned(weights[self._depth].double().square(), mask)
+        metrics = binned(weights[self._depth].double().square(), mask)
         metrics["released"] = released[self._depth] * rows / counts.sequences[0]
         return loss, LossReport(metrics, calibration_sums(*aligned))
 
@@ -64,8 +64,14 @@ def policy_gradient(policy: PolicySettings) -> JointLoss:
     return JointLoss(policy, Regime(trunk="none", head="none"))
 
 
-def _binned(squares: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Tokens and sums of their squared weights by bin; bin 0 also holds the zeros."""
+def binned(squares: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums for :func:`tail`: tokens and their squared weights by bin, and the weights.
+
+    Args:
+        squares: [b, s] squared weights.
+        mask: [b, s] bool.
+    """
+    # bin 0 also holds the zeros
     values = torch.where(mask, squares, 0.0).flatten()
     exponent = values.clamp(min=2.0**_LOWEST).log2()
     index = ((exponent - _LOWEST) * _PER_DOUBLING).round().long().clamp(0, BINS - 1)

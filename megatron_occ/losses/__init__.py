@@ -13,22 +13,36 @@ from megatron_occ.losses.calibration import (
 )
 from megatron_occ.losses.calibrator import Coefficient, OCCCalibrator
 from megatron_occ.losses.drafting import agreement, soft_cross_entropy, total_variation
+from megatron_occ.losses.exact import ExactCalibrator, ExactSettings, GradientProducts
+from megatron_occ.losses.gradients import (
+    GradientWindow,
+    adam_denominators,
+    gradient_products,
+    trunk_gradients,
+)
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.policy import (
     clipped_policy_loss,
     response_counts,
     truncated_importance_weights,
 )
+from megatron_occ.losses.weighted import weighted_policy_loss
 
 __all__ = [
     "CalibrationSums",
     "Coefficient",
+    "ExactCalibrator",
+    "ExactSettings",
+    "GradientProducts",
+    "GradientWindow",
     "OCCCalibrator",
+    "adam_denominators",
     "agreement",
     "align_mtp_targets",
     "calibration_sums",
     "clipped_policy_loss",
     "coefficient_from_sums",
+    "gradient_products",
     "group_advantages",
     "group_has_spread",
     "kl_penalty",
@@ -42,4 +56,6 @@ __all__ = [
     "soft_cross_entropy",
     "total_variation",
     "truncated_importance_weights",
+    "trunk_gradients",
+    "weighted_policy_loss",
 ]

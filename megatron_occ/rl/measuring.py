@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from megatron_occ.audit.recorder import products_of_sample
 from megatron_occ.audit.signals import SIGNALS, SignalLoss, policy_gradient, tail
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.calibration import CalibrationSums, coefficient_from_sums
@@ -82,16 +80,12 @@ class Measuring:
     def _products(self, gradients: list[Any]) -> dict[str, Any]:
         """Within the mini-batch, and with each kept one, in both metrics."""
         others = [gradient for _, kept in self._kept for gradient in kept]
+        numbers = [number for number, _ in self._kept]
         same: dict[str, Any] = {}
         cross: dict[str, Any] = {}
         for metric in METRICS:
             found = self._actor.gradient_space.products(gradients, [*gradients, *others], metric)
-            own, *parts = found.split(len(gradients), dim=1)
-            same[metric] = _row(own)
-            cross[metric] = [
-                {"other": other, **_row(part), "c_back": part[1:, 0].tolist()}
-                for (other, _), part in zip(self._kept, parts, strict=True)
-            ]
+            same[metric], cross[metric] = products_of_sample(found, numbers)
         return {"same": same, "cross": cross}
 
     def _proxies(
@@ -108,13 +102,3 @@ class Measuring:
         paper = [by_depth[signal["depth"] - 1] for signal in self.signals]
         pairs = zip(paper, released, strict=True)
         return {"logprob": paper, "released": [r if p is not None else None for p, r in pairs]}
-
-
-def _row(products: Tensor) -> dict[str, list]:
-    """<g_0, g_0'>, <g_0, g_s'> and <g_s, g_s'> of [1+S, 1+S, G]."""
-    diagonal = torch.stack([products[s, s] for s in range(1, products.size(0))])
-    return {
-        "rl": products[0, 0].tolist(),
-        "c": products[0, 1:].tolist(),
-        "v2": diagonal.tolist(),
-    }
