@@ -4,10 +4,10 @@
     python examples/occ_in_trl.py
 
 The trunk gets lambda times the MTP head's policy gradient with weights of 1, the head learns by a
-cross-entropy of its own. Lambda comes from the gradients themselves, in one mini-batch a rollout:
-TRL spreads the responses of a prompt over the mini-batches of a rollout, so that only those of
-different rollouts are independent. It prints the reward, the losses, c / v^2 in Adam's metric with
-its standard error, lambda, 0 until c is two of those from 0, and MTP's share of the trunk's update.
+cross-entropy of its own. Lambda comes from the gradients themselves, of four parts of the first
+mini-batch of a rollout. TRL shuffles the responses of a rollout: parts are cut by prompt, since
+responses to one are not independent. It prints the reward, the losses, c / v^2 in Adam's metric
+with its standard error, lambda, 0 until c is two of those from 0, and MTP's share of the update.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from trl import GRPOConfig, GRPOTrainer
 from megatron_occ.losses import (
     ExactCalibrator,
     ExactSettings,
-    GradientWindow,
     adam_denominators,
     masked_sum,
+    parts_by_prompt,
+    products_of_parts,
     trunk_gradients,
     weighted_policy_loss,
 )
@@ -42,11 +43,13 @@ LENGTH = 8
 class OCCTrainer(GRPOTrainer):
     """GRPO with a joint loss; one process, no gradient accumulation."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
         if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
-            raise ValueError("gradients of parts of a mini-batch would have to be added up first")
-        self.trunk, self.window = trunk_parameters(self.model), GradientWindow(4)
+            raise ValueError("gradients of a mini-batch in pieces would have to be added up first")
+        if self.args.loss_type != "dapo":
+            raise ValueError("losses of parts have to add up: use loss_type='dapo'")
+        self.trunk = trunk_parameters(self.model)
         self.calibrator = ExactCalibrator(1, 1, ExactSettings(lambda_plus=1.0, share_cap=0.5))
         self.model.get_decoder().register_forward_hook(self._keep)
 
@@ -54,41 +57,48 @@ class OCCTrainer(GRPOTrainer):
         self.hidden = output.last_hidden_state
 
     def compute_loss(self, model: Any, inputs: dict, *options: Any, **more: Any) -> Tensor:
-        rl_loss = super().compute_loss(model, inputs, *options, **more)
         if not self.model.training:
-            return rl_loss
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = inputs["completion_mask"]
-        parts = self.model, self.hidden, ids, mask.size(1), self.temperature
-        policy, own = (mtp_logprobs(*parts, train=part) for part in ("trunk", "head"))
-        signal = weighted_policy_loss(
-            policy, policy, inputs["advantages"], mask, ratio_cap=None, normalizer=mask.sum()
-        )
-        # from the second rollout on: Adam's metric needs an update
+            return super().compute_loss(model, inputs, *options, **more)
+        # with the weights that sampled; from the second rollout on: Adam's metric needs an update
         step, every = self.state.global_step, self.args.steps_per_generation
         if step and step % (every * self.args.num_iterations) == 0:
-            self._calibrate(rl_loss, signal)
-        head_loss = -masked_sum(own, mask) / mask.sum()
-        self.losses = [float(loss.detach()) for loss in (rl_loss, signal, head_loss)]
+            self._calibrate(model, inputs)
+        rl_loss, signal, head_loss = losses = self._losses(model, inputs)
+        self.losses = [float(loss.detach()) for loss in losses]
         return rl_loss + self.calibrator.current.item() * signal + 0.1 * head_loss
 
-    def _calibrate(self, rl_loss: Tensor, signal: Tensor) -> None:
-        gradients = trunk_gradients([rl_loss, signal], self.trunk)
-        found = self.window.products(gradients, adam_denominators(self.optimizer, self.trunk))
+    def _losses(self, model: Any, inputs: dict) -> list[Tensor]:
+        """RL's, MTP's that the trunk learns from, and the head's own; those of parts add up."""
+        rl_loss = super().compute_loss(model, inputs)
+        # what RL's loss is divided by, the same for all parts
+        tokens = inputs["num_items_in_batch"] / self.args.steps_per_generation
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = inputs["completion_mask"]
+        given = self.model, self.hidden, ids, mask.size(1), self.temperature
+        policy, own = (mtp_logprobs(*given, train=part) for part in ("trunk", "head"))
+        signal = weighted_policy_loss(
+            policy, policy, inputs["advantages"], mask, ratio_cap=None, normalizer=tokens
+        )
+        return [rl_loss, signal, -masked_sum(own, mask) / tokens]
+
+    def _calibrate(self, model: Any, inputs: dict) -> None:
+        parts = []
+        for rows in parts_by_prompt(inputs["prompt_ids"], 4):
+            part = {k: v[rows] if torch.is_tensor(v) and v.dim() else v for k, v in inputs.items()}
+            parts.append(trunk_gradients(self._losses(model, part)[:2], self.trunk))
+        found = products_of_parts(parts, denominators=adam_denominators(self.optimizer, self.trunk))
         if found.is_finite:
             self.found = self.calibrator.update(found)
 
     def log(self, logs: dict, *options: Any) -> None:
         super().log(logs, *options)
         if "reward" in logs:
-            raw, error, used, share = (
-                getattr(self.found, name).item() for name in ("raw", "error", "values", "share")
-            )
+            (main, policy, head), found = self.losses, self.found
             print(
                 f"update {self.state.global_step:3}  reward {logs['reward']:.3f}  "
-                f"losses: RL {self.losses[0]:+.3f} MTP policy {self.losses[1]:+.3f} "
-                f"head {self.losses[2]:.3f}  c/v2 {raw:+.3f} +- {error:.3f}  "
-                f"lambda {used:.3f}  share {share:.1%}"
+                f"losses: RL {main:+.3f} MTP policy {policy:+.3f} head {head:.3f}  "
+                f"c/v2 {found.raw.item():+.3f} +- {found.error.item():.3f}  "
+                f"lambda {found.values.item():.3f}  share {found.share.item():.1%}"
             )
 
 
@@ -101,17 +111,10 @@ def tiny_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = Qwen2Config(vocab_size=len(vocabulary), **sizes, **heads, **tokens)
     model = Qwen2ForCausalLM(config)
     model.mtp = MTPHead(config.hidden_size)
     return model, tokenizer
@@ -131,7 +134,8 @@ def main(rollouts: int = 40, updates: int = 4) -> None:
     torch.manual_seed(0)
     model, tokenizer = tiny_model()
     draw = random.Random(0)
-    prompts = [{"prompt": "".join(draw.choices(LETTERS, k=3))} for _ in range(16 * rollouts)]
+    prompts = ["".join(draw.choices(LETTERS, k=3)) for _ in range(16 * rollouts)]
+    data = Dataset.from_dict({"prompt": prompts})
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder,
@@ -154,11 +158,7 @@ def main(rollouts: int = 40, updates: int = 4) -> None:
             disable_tqdm=True,
         )
         trainer = OCCTrainer(
-            model=model,
-            reward_funcs=alphabet,
-            args=arguments,
-            train_dataset=Dataset.from_list(prompts),
-            processing_class=tokenizer,
+            model, alphabet, arguments, train_dataset=data, processing_class=tokenizer
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

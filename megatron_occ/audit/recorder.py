@@ -50,7 +50,8 @@ def _row(products: Tensor) -> dict[str, list]:
 class AuditRecorder:
     """Audits a model of your own: measures mini-batches, and makes the record for ``summarize``.
 
-    The weights stay as they are. Each mini-batch has to be drawn anew, independently of the others.
+    Each mini-batch has to be drawn anew, independently of the others, at the same weights: an
+    update by one gradient shifts the next, whose product with it then has its noise in it.
     The proxies of the paper are not measured: they need a policy that has moved.
 
     Args:

@@ -15,9 +15,10 @@ from megatron_occ.losses.calibrator import Coefficient, OCCCalibrator
 from megatron_occ.losses.drafting import agreement, soft_cross_entropy, total_variation
 from megatron_occ.losses.exact import ExactCalibrator, ExactSettings, GradientProducts
 from megatron_occ.losses.gradients import (
-    GradientWindow,
     adam_denominators,
     gradient_products,
+    parts_by_prompt,
+    products_of_parts,
     trunk_gradients,
 )
 from megatron_occ.losses.kl import kl_penalty, masked_sum
@@ -34,7 +35,6 @@ __all__ = [
     "ExactCalibrator",
     "ExactSettings",
     "GradientProducts",
-    "GradientWindow",
     "OCCCalibrator",
     "adam_denominators",
     "agreement",
@@ -49,6 +49,8 @@ __all__ = [
     "masked_sum",
     "occ_coefficient",
     "overlong_penalty",
+    "parts_by_prompt",
+    "products_of_parts",
     "released_coefficient",
     "response_counts",
     "shift_to_source",

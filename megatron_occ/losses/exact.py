@@ -30,16 +30,6 @@ class GradientProducts:
     same: Tensor
     cross: Tensor | None = None
 
-    @classmethod
-    def from_blocks(cls, products: Tensor) -> GradientProducts:
-        """From [1+K, n (1+K), G]: with the mini-batch's own gradients, then with each other's."""
-        same, *others = products.split(products.size(0), dim=1)
-        if not others:
-            return cls(same)
-        mean = torch.stack(others).mean(dim=0)
-        # <g_i here, g_j there> and <g_j here, g_i there> estimate the same
-        return cls(same, (mean + mean.transpose(0, 1)) / 2)
-
     @property
     def is_finite(self) -> bool:
         """Whether every number is."""

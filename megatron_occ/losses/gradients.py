@@ -1,12 +1,11 @@
 """Gradients of a module's trunk taken apart: by loss, and multiplied with each other.
 
-For a model in one process. Gradients are those of a whole mini-batch: with several micro-batches or
-ranks add up the lists first, since inner products of parts do not add up.
+For a model in one process. With several micro-batches or ranks add up the lists of gradients first,
+since their inner products do not add up.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -117,37 +116,62 @@ def _denominator(optimizer: Optimizer, settings: dict[int, dict], parameter: Ten
     return torch.where(moment > 0, (moment / correction).sqrt() + group["eps"], torch.inf)
 
 
-class GradientWindow:
-    """The gradients of the last mini-batches, with which those of the next are multiplied.
+def parts_by_prompt(prompts: Tensor, count: int) -> list[Tensor]:
+    """Rows of each of ``count`` parts, for :func:`products_of_parts`.
 
-    Products with them are free of the noise that gradients of one mini-batch share, as long as the
-    mini-batches are independent: other prompts, and no group of responses cut in two.
+    All rows of a prompt lie in one part. The most frequent prompt goes first, each into the part
+    with the fewest rows: parts are equal where numbers of rows allow it, or nearly so.
 
     Args:
-        size: mini-batches that are kept, each with all its gradients.
-        groups: number of each parameter's group, from 0; None: all are one.
+        prompts: [b] number or [b, s] padded tokens of each row's prompt.
+        count: P.
+
+    Raises:
+        ValueError: fewer prompts than parts.
     """
+    _, prompt, rows = prompts.unique(dim=0, return_inverse=True, return_counts=True)
+    if len(rows) < count:
+        raise ValueError(f"{len(rows)} prompts make no {count} parts: use fewer, or more prompts")
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for number in rows.argsort(descending=True):
+        min(parts, key=len).extend((prompt == number).nonzero().flatten().tolist())
+    return [torch.tensor(part, device=prompts.device) for part in parts]
 
-    def __init__(self, size: int, groups: Sequence[int] | None = None) -> None:
-        self._groups = groups
-        self._kept: deque[list[Gradient]] = deque(maxlen=size)
 
-    def products(
-        self, gradients: Sequence[Gradient], denominators: Sequence[Tensor] | None = None
-    ) -> GradientProducts:
-        """Inner products within a mini-batch and with those before it, which it then belongs to.
+def products_of_parts(
+    parts: Sequence[Sequence[Gradient]],
+    *,
+    groups: Sequence[int] | None = None,
+    denominators: Sequence[Tensor] | None = None,
+) -> GradientProducts:
+    """Inner products of a mini-batch's gradients, from those of P parts of it at the same weights.
 
-        Gradients that are not finite are not kept: see ``is_finite`` of the answer.
+    With `S` the products of the whole gradients and `S_i` those within part i, ``same`` is `S`, and
+    ``cross`` has the pairs of different parts alone, `P / (P - 1) (S - sum_i S_i)`. Parts share no
+    noise where they share no prompt, so that ``cross`` is unbiased; with one part it is None.
 
-        Args:
-            gradients: from :func:`trunk_gradients`: RL's, then that of each depth with weight 1.
-            denominators: see :func:`gradient_products`.
-        """
-        now = list(gradients)
-        others = [gradient for kept in self._kept for gradient in kept]
-        found = GradientProducts.from_blocks(
-            gradient_products(now, [*now, *others], groups=self._groups, denominators=denominators)
-        )
-        if found.is_finite:
-            self._kept.append(now)
-        return found
+    Pairs of successive mini-batches are no substitute: the update by g_n in between shifts g_(n+1)
+    by `-eta H g_n` (step eta, Hessian H), so that their product has the noise of g_n in it again.
+
+    Args:
+        parts: of each its gradients from :func:`trunk_gradients`: RL's, then that of each depth
+            with weight 1. Parts have equally many rows (:func:`parts_by_prompt`), and losses one
+            normalizer, such as the tokens of the mini-batch, so that gradients of parts add up.
+        groups: see :func:`gradient_products`.
+        denominators: see :func:`gradient_products`.
+
+    Raises:
+        ValueError: no part, or parts with different numbers of gradients.
+    """
+    counts = [len(part) for part in parts]
+    if len(set(counts)) != 1:
+        raise ValueError(f"parts have {counts} gradients: give one part or more, all with 1 + K")
+    flat = [gradient for part in parts for gradient in part]
+    pairs = gradient_products(flat, flat, groups=groups, denominators=denominators)
+    # [P, 1+K, P, 1+K, G]
+    pairs = pairs.unflatten(0, (len(parts), -1)).unflatten(2, (len(parts), -1))
+    same = pairs.sum(dim=(0, 2))
+    if len(parts) == 1:
+        return GradientProducts(same)
+    within = pairs.diagonal(dim1=0, dim2=2).sum(dim=-1)
+    return GradientProducts(same, len(parts) / (len(parts) - 1) * (same - within))

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from megatron_occ.losses import (
-    GradientWindow,
     adam_denominators,
     gradient_products,
+    parts_by_prompt,
+    products_of_parts,
     trunk_gradients,
 )
 
@@ -99,30 +100,78 @@ def test_a_loss_that_is_cut_off_is_refused(model):
         trunk_gradients([losses[0].detach()], model.trunk())
 
 
-def test_the_window_multiplies_with_earlier_mini_batches_alone(model):
-    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(4)]
-    window = GradientWindow(2, GROUPS)
-    found = [window.products(trunk_gradients(model.losses(b), model.trunk())) for b in batches]
-    assert found[0].cross is None
+def test_two_parts_equal_a_hand_computation():
+    # RL's and MTP's gradient of each half, on two parameters of a group each
+    halves = [
+        [
+            [torch.tensor([1.0, 2.0]), torch.tensor([4.0])],
+            [torch.tensor([0.0, 1.0]), torch.ones(1)],
+        ],
+        [[torch.tensor([3.0, -1.0]), torch.ones(1)], [torch.tensor([2.0, 2.0]), -torch.ones(1)]],
+    ]
+    found = products_of_parts(halves, groups=[0, 1])
+    # of the whole: RL (4, 1 | 5), MTP (2, 3 | 0)
+    assert found.same[..., 0].tolist() == [[17.0, 11.0], [11.0, 13.0]]
+    assert found.same[..., 1].tolist() == [[25.0, 0.0], [0.0, 0.0]]
+    # twice <g_i, g_j'> + <g_i', g_j>: RL with itself 2 (1 + 1), with MTP 2 (6 - 1)
+    assert found.cross[..., 0].tolist() == [[4.0, 10.0], [10.0, 8.0]]
+    assert found.cross[..., 1].tolist() == [[16.0, -6.0], [-6.0, -4.0]]
+    scaled = products_of_parts(halves, denominators=[torch.tensor([1.0, 2.0]), torch.tensor([4.0])])
+    assert scaled.same[0, 1].item() == 8.0 + 3.0 / 2 + 0.0 / 4
+    # first entries 1 * 2 + 3 * 0, second 2 * 2 - 1 * 1, third -4 * 1 + 1 * 1
+    assert scaled.cross[0, 1].item() == 2 * (2.0 + 3.0 / 2 - 3.0 / 4)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_pair_with_all_others_and_add_up(model, count):
+    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(count)]
+    found = products_of_parts(
+        [
+            trunk_gradients([loss / count for loss in model.losses(b)], model.trunk())
+            for b in batches
+        ],
+        groups=GROUPS,
+    )
+    whole = [separately(model, torch.cat(batches), loss) for loss in (0, 1)]
     passes = [[separately(model, batch, loss) for loss in (0, 1)] for batch in batches]
-    last = found[3]
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     for i in (0, 1):
         for j in (0, 1):
-            expected = by_hand(passes[3][i], passes[3][j], GROUPS)
-            assert last.same[i, j].tolist() == pytest.approx(expected, abs=1e-15)
-            # of the last two, in both orders
-            pairs = [(3, 1), (1, 3), (3, 2), (2, 3)]
-            parts = [by_hand(passes[a][i], passes[b][j], GROUPS) for a, b in pairs]
-            expected = [sum(group) / 4 for group in zip(*parts, strict=True)]
-            assert last.cross[i, j].tolist() == pytest.approx(expected, abs=1e-15)
+            expected = by_hand(whole[i], whole[j], GROUPS)
+            assert found.same[i, j].tolist() == pytest.approx(expected, abs=1e-15)
+            # the mean over pairs of means over their rows
+            terms = [by_hand(passes[a][i], passes[b][j], GROUPS) for a, b in pairs]
+            expected = [sum(group) / len(pairs) for group in zip(*terms, strict=True)]
+            assert found.cross[i, j].tolist() == pytest.approx(expected, abs=1e-15)
 
 
-def test_gradients_that_are_not_finite_are_reported_and_not_kept():
-    window = GradientWindow(3)
-    broken = [[torch.tensor([math.inf])], [torch.tensor([1.0])]]
-    assert not window.products(broken).is_finite
-    found = window.products([[torch.tensor([2.0])], [torch.tensor([1.0])]])
-    assert found.is_finite and found.cross is None
+def test_parts_are_equal_and_no_prompt_is_in_two():
+    numbers = torch.tensor([7, 3, 3, 5, 7, 7, 9, 5, 3, 4])
+    padded = torch.stack([torch.zeros_like(numbers), numbers, numbers % 2], dim=1)
+    for prompts in (numbers, padded):
+        parts = [part.tolist() for part in parts_by_prompt(prompts, 2)]
+        assert sorted(parts[0] + parts[1]) == list(range(10))
+        assert [len(part) for part in parts] == [5, 5]
+        first, second = ({int(numbers[row]) for row in part} for part in parts)
+        assert not first & second
+    with pytest.raises(ValueError, match="5 prompts make no 6 parts"):
+        parts_by_prompt(numbers, 6)
+
+
+def test_one_part_has_no_pairs_with_others(model):
+    gradients = trunk_gradients(model.losses(torch.randn(5, 3, dtype=torch.float64)), model.trunk())
+    found = products_of_parts([gradients])
+    assert found.cross is None
+    assert torch.equal(found.same, gradient_products(gradients, gradients))
+
+
+def test_parts_that_do_not_fit_are_refused_and_infinite_ones_reported():
+    one, infinite = [torch.tensor([1.0])], [torch.tensor([math.inf])]
+    for parts in ([], [[one, one], [one]]):
+        with pytest.raises(ValueError, match="give one part or more, all with 1 \\+ K"):
+            products_of_parts(parts)
+    assert products_of_parts([[one], [one]]).is_finite
+    assert not products_of_parts([[one], [infinite]]).is_finite
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
@@ -190,22 +239,17 @@ class Policy(nn.Module):
         return (self.main @ self.trunk).softmax(0).detach()
 
 
-def test_products_across_mini_batches_are_unbiased_and_those_within_are_not():
+def test_products_across_parts_are_unbiased_and_those_within_are_not():
     policy, generator = Policy(), torch.Generator().manual_seed(5)
 
-    def mini_batch():
+    def half():
         actions = torch.multinomial(policy.probabilities(), 4, True, generator=generator)
-        weights = torch.bincount(actions, minlength=4).double() / 4
+        weights = torch.bincount(actions, minlength=4).double() / 8
         return trunk_gradients(policy.losses(weights), [policy.trunk])
 
     main, mtp = trunk_gradients(policy.losses(policy.probabilities()), [policy.trunk])
     truth = float(main[0] @ mtp[0])
-    found = []
-    for _ in range(300):
-        # a window of its own, so that the pairs are independent
-        window = GradientWindow(1)
-        window.products(mini_batch())
-        found.append(window.products(mini_batch()))
+    found = [products_of_parts([half(), half()]) for _ in range(300)]
     for kind, is_biased in (("cross", False), ("same", True)):
         values = torch.stack([getattr(sample, kind)[0, 1, 0] for sample in found])
         error = float(values.std()) / math.sqrt(len(values))
