@@ -22,6 +22,8 @@ from megatron_occ.mcore.optimizer_state import main_parameters
 
 METRICS = ("euclidean", "adam")
 EMBEDDING, OUTPUT = "embedding", "output"
+# entries of a parameter that are multiplied at once
+BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,11 @@ class GradientSpace:
             for index, place in enumerate(self._places):
                 if place.optimizer != number or place.group is None or not place.is_owned:
                     continue
-                rows, columns = (_stacked(side, index) for side in (left, right))
-                if metric == "adam":
-                    rows = rows / self._denominator(part, place.main)
-                found[:, :, place.group] += rows @ columns.T
+                for span in _blocks(place.main.numel()):
+                    rows, columns = (_stacked(side, index, span) for side in (left, right))
+                    if metric == "adam":
+                        rows = rows / self._denominator(part, place.main, span)
+                    found[:, :, place.group] += rows @ columns.T
             all_reduce(found, group=part.get_grad_stats_parallel_group())
             total += found.cpu()
         return total
@@ -188,17 +191,23 @@ class GradientSpace:
         """Whether the optimizer has made an update, on whose moments the metric stands."""
         return self._updates() > 0
 
-    def _denominator(self, part: MegatronOptimizer, main: Tensor) -> Tensor:
-        moment = part.optimizer.state[main]["exp_avg_sq"].flatten().double()
+    def _denominator(self, part: MegatronOptimizer, main: Tensor, span: slice) -> Tensor:
+        moment = part.optimizer.state[main]["exp_avg_sq"].flatten()[span].double()
         root = (moment / (1 - self._beta2 ** self._updates())).sqrt() + self._eps
         # an entry that has never had a gradient has no scale: it would be all of the product
         return root.where(moment > 0, torch.inf)
 
 
-def _stacked(gradients: Sequence[Gradient], index: int) -> Tensor:
-    """One parameter's part of each gradient, [n, entries] in float64."""
+def _blocks(entries: int) -> Iterator[slice]:
+    """Spans of a flat parameter: its products in float64 need little memory beside it."""
+    for start in range(0, entries, BLOCK):
+        yield slice(start, start + BLOCK)
+
+
+def _stacked(gradients: Sequence[Gradient], index: int, span: slice) -> Tensor:
+    """A span of one parameter's part of each gradient, [n, entries] in float64."""
     parts = [gradient.parts[index] for gradient in gradients]
-    return torch.stack([part.flatten() for part in parts]).double()
+    return torch.stack([part.flatten()[span] for part in parts]).double()
 
 
 def _is_owned(main: Tensor) -> bool:

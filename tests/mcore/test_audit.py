@@ -10,6 +10,7 @@ import torch
 from benchmarks.layout_cases import PP2, TP2, read
 from benchmarks.layout_runs import _actor, _load, _save, mini_batches
 from megatron_occ.audit.signals import BINS, SIGNALS, tail
+from megatron_occ.mcore import gradients
 from megatron_occ.mcore.optimizer_state import state_tensors
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.measuring import Measuring
@@ -24,8 +25,9 @@ def state(actor):
     return weights + [t.clone() for t in state_tensors(actor.optimizer.megatron)]
 
 
-def samples(model, layout, folder):
+def samples(model, layout, folder, block=gradients.BLOCK):
     """Figures of two mini-batches, an update between them, undone at the end."""
+    gradients.BLOCK = block
     config = read(model, layout)
     initialize(config)
     actor = _actor(config)
@@ -92,6 +94,13 @@ def test_a_layout_measures_what_one_process_does(alone, layout, padding):
                 pairs = list(zip(numbers(sample[kind]), numbers(wanted[kind]), strict=True))
                 assert all(a == pytest.approx(b, rel=1e-3, abs=1e-6) for a, b in pairs), kind
         assert after["loss/policy"] == pytest.approx(metrics["loss/policy"], rel=1e-5)
+
+
+def test_products_in_blocks_are_those_of_whole_parameters(alone):
+    (expected, *_), folder = alone
+    ((found, *_),) = run_ranks(samples, 1, MODEL, (), folder, 100)
+    for sample, wanted in zip(found, expected, strict=True):
+        assert numbers(sample["same"]) == pytest.approx(numbers(wanted["same"]), rel=1e-9)
 
 
 def test_signals_differ_where_they_should(alone):
