@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {
+    "planning.yaml": ("rl", 1),
     "demo.yaml": ("demo", 2),
     "pretrain/tiny.yaml": ("pretrain", 4),
     "rl/tiny.yaml": ("rl", 4),
