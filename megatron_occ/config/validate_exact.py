@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_occ.config.schema import Config, ExactConfig, TrunkConfig
+from megatron_occ.config.schema import Config, ExactConfig, MTPConfig, TrunkConfig
 
 # Below this effective number of samples a standard error says little: the gate stays shut.
 MIN_SAMPLES = 8.0
@@ -15,6 +15,12 @@ def effective_samples(ema: float) -> float:
     return (1 + ema) / (1 - ema)
 
 
+def measures_gradients(config: MTPConfig) -> bool:
+    """Whether lambda comes from the gradients themselves."""
+    trunk = config.trunk
+    return trunk.signal != "none" and trunk.coefficient == "occ" and trunk.estimator == "exact"
+
+
 def exact_problems(config: Config) -> Iterator[str]:
     """Problems of lambda from the gradients themselves, one message each.
 
@@ -22,8 +28,7 @@ def exact_problems(config: Config) -> Iterator[str]:
         config: a configuration whose single values are in range.
     """
     trunk, exact = config.mtp.trunk, config.mtp.trunk.exact
-    is_exact = trunk.coefficient == "occ" and trunk.estimator == "exact"
-    if trunk.signal == "none" or not is_exact:
+    if not measures_gradients(config.mtp):
         return
     if exact.pairs == "same" and trunk.lambda_plus is None:
         yield (

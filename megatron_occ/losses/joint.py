@@ -217,7 +217,6 @@ class JointLoss:
     def _policy_loss(
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        per_token = self.policy.aggregation == "token"
         return clipped_policy_loss(
             logprobs,
             targets.old_logprobs[depth],
@@ -228,8 +227,13 @@ class JointLoss:
             dual_clip=self.policy.dual_clip if depth == 0 else self.regime.dual_clip,
             aggregation=self.policy.aggregation,
             importance_weights=_importance(targets, depth),
-            normalizer=(normalizers.tokens if per_token else normalizers.sequences)[depth],
+            normalizer=self._count(normalizers, depth),
         )
+
+    def _count(self, normalizers: Normalizers, depth: int) -> Tensor:
+        """What the aggregation divides a depth's policy loss by."""
+        per_token = self.policy.aggregation == "token"
+        return (normalizers.tokens if per_token else normalizers.sequences)[depth]
 
     def _mtp_policy_loss(
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
@@ -237,7 +241,6 @@ class JointLoss:
         regime = self.regime
         if regime.weighting == "ppo":
             return self._policy_loss(logprobs, targets, normalizers, depth)[0]
-        per_token = self.policy.aggregation == "token"
         return weighted_policy_loss(
             logprobs,
             targets.old_logprobs[depth],
@@ -246,7 +249,7 @@ class JointLoss:
             ratio_cap=regime.ratio_cap if regime.weighting == "truncated" else None,
             aggregation=self.policy.aggregation,
             importance_weights=_importance(targets, depth),
-            normalizer=(normalizers.tokens if per_token else normalizers.sequences)[depth],
+            normalizer=self._count(normalizers, depth),
         )
 
     def _trunk_weights(

@@ -1,4 +1,4 @@
-"""Lambda from the gradients themselves: what is measured in a mini-batch, kept, and added."""
+"""Lambda from the gradients themselves: what is measured in a mini-batch, and what is added."""
 
 from __future__ import annotations
 
@@ -32,12 +32,6 @@ def exact_settings(trunk: TrunkConfig) -> ExactSettings:
         clamp=(low, high),
         ema=trunk.ema,
     )
-
-
-def measures_gradients(config: MTPConfig) -> bool:
-    """Whether lambda comes from the gradients themselves."""
-    trunk = config.trunk
-    return trunk.signal != "none" and trunk.coefficient == "occ" and trunk.estimator == "exact"
 
 
 class ExactTracker:

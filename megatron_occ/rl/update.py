@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.losses import shift_to_source
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.head_loss import HeadLoss
@@ -23,7 +24,7 @@ from megatron_occ.losses.heads import (
 from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
 from megatron_occ.rl.batch import MiniBatch, consecutive
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
-from megatron_occ.rl.exact import ExactTracker, measures_gradients
+from megatron_occ.rl.exact import ExactTracker
 from megatron_occ.rl.head_rows import HeadBatch, HeadRows
 from megatron_occ.rl.interfaces import Actor, LossFunction, StepReportLike
 from megatron_occ.rl.prepared import PreparedBatch, count_targets

@@ -18,11 +18,11 @@ from megatron_occ.audit.signals import SIGNALS
 from megatron_occ.config import pretrains_first
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, round_up, sequence_multiple
+from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.generation import generation_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.exact import measures_gradients
 from megatron_occ.rl.measuring import WINDOW
 
 _FP32 = 4
