@@ -57,7 +57,10 @@ class OptimizerConfig:
 @dataclass
 class ExactConfig:
     every: int = option(
-        1, "mini-batches from one measurement to the next; each is a pass more", minimum=1
+        1,
+        "mini-batches from one that is measured, by a pass more, to the next. With a head loss of "
+        "its own MTP acts on the trunk in these alone; a shared loss keeps the last lambda between",
+        minimum=1,
     )
     pairs: str = option(
         "cross",

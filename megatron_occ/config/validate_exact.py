@@ -115,12 +115,7 @@ def _share(config: Config) -> Iterator[str]:
 
 def _random(config: Config) -> Iterator[str]:
     """Where a random direction would be no control, or can't be drawn."""
-    exact, head = config.mtp.trunk.exact, config.mtp.head
-    if exact.every > 1:
-        yield (
-            f"mtp.trunk.exact.every={exact.every}: between measurements the loss brings MTP's own "
-            "direction, not mtp.trunk.exact.control=random. Set mtp.trunk.exact.every=1"
-        )
+    head = config.mtp.head
     if head.signal == "same_as_trunk":
         yield (
             "mtp.trunk.exact.control=random: a head that shares the trunk's loss "
@@ -145,12 +140,6 @@ def _per_layer(config: Config) -> Iterator[str]:
     exact, head = config.mtp.trunk.exact, config.mtp.head
     if exact.per != "layer":
         return
-    if exact.every > 1:
-        yield (
-            f"mtp.trunk.exact.every={exact.every}: with mtp.trunk.exact.per=layer the gradients "
-            "are weighed apart from the loss, so each mini-batch needs them. Set "
-            "mtp.trunk.exact.every=1, or mtp.trunk.exact.per=trunk"
-        )
     if head.signal == "same_as_trunk":
         yield (
             "mtp.trunk.exact.per=layer: a head that shares the trunk's loss "

@@ -20,14 +20,14 @@ class HeadOutputs:
     """What the model returns for one micro-batch of b sequences of s positions, source frame.
 
     Args:
-        logprobs: [b, s] of the main head.
+        logprobs: [b, s] of the main head; None where only a depth's are wanted.
         passes: log-probs [K, b, s] of each MTP pass, in the order of :attr:`Regime.passes`.
         distance: [K, b, s] soft cross-entropy or total variation of the head's own loss.
         entropy: [b, s] of the main head, nats.
         agreement: [K, b, s] 1.0 where depth k's top token equals the main head's.
     """
 
-    logprobs: Tensor
+    logprobs: Tensor | None
     passes: tuple[Tensor, ...] = ()
     distance: Tensor | None = None
     entropy: Tensor | None = None

@@ -249,6 +249,7 @@ class MegatronGPTActor:
         distance: str | None = None,
         leaks: bool = False,
         states: Tensor | None = None,
+        main_head: bool = True,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
@@ -256,7 +257,7 @@ class MegatronGPTActor:
             ids: [b, s] right-padded token ids.
             payload: for the loss function.
             lengths: tokens of each row: packed; None: padded.
-            passes, temperature, entropy, distance, leaks, states: see ``HeadRequest``.
+            passes, temperature, entropy, distance, leaks, states, main_head: see ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
         request = HeadRequest(
@@ -268,6 +269,7 @@ class MegatronGPTActor:
             leaks,
             states=states,
             frozen_trunk=not self._train_trunk,
+            main_head=main_head,
         )
         return Sequences(ids, lengths, request, payload)
 

@@ -178,7 +178,8 @@ class GradientSpace:
                 if place.optimizer != number or place.group is None or not place.is_owned:
                     continue
                 for span in _blocks(place.main.numel()):
-                    rows, columns = (_stacked(side, index, span) for side in (left, right))
+                    rows = _stacked(left, index, span)
+                    columns = rows if right is left else _stacked(right, index, span)
                     if metric == "adam":
                         rows = rows / self._denominator(part, place.main, span)
                     found[:, :, place.group] += rows @ columns.T

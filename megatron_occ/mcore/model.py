@@ -44,6 +44,7 @@ class HeadRequest:
         states: [b, s, h] hidden states of the trunk after its final norm: the trunk is not run, and
             no gradient reaches it. On one pipeline stage alone.
         frozen_trunk: no loss acts on what comes before the MTP block: it is run without a graph.
+        main_head: False leaves out the main head, of which the loss has no part, and agreement.
     """
 
     targets: Tensor
@@ -55,6 +56,7 @@ class HeadRequest:
     placement: Placement | None = None
     states: Tensor | None = None
     frozen_trunk: bool = False
+    main_head: bool = True
 
 
 class _KeptStates(torch.nn.Module):
@@ -259,30 +261,25 @@ class OCCGPTModel(GPTModel):
         """Log-probs from the hidden states of all heads, main head first, then pass by pass."""
         shard, weight = self._vocab_shard(), self.output_weight()
         depths = targets.size(0) - 1
-        flat = [self._flatten(state) for state in states]
-        asked = [HeadTokens(flat[0], targets[0], request.entropy, top_ids=depths > 0)]
-        trains = [True]
-        for index, state in enumerate(flat[1:]):
-            # every pass predicts the same: the last one is compared with the main head
-            is_last = index >= len(flat) - 1 - depths
-            asked.append(HeadTokens(state, targets[1 + index % depths], top_ids=is_last))
-            to_trunk, to_head = request.passes[index // depths]
-            trains.append(to_trunk or (to_head and request.leaks))
-        main, *heads = _statistics(asked, trains, weight, shard, request.temperature)
-        values = [main.logprobs] + ([main.entropy] if request.entropy else [])
+        flat = [self._flatten(state) for state in states[0 if request.main_head else 1 :]]
+        asked, trains = _asked(flat, targets, request)
+        heads = _statistics(asked, trains, weight, shard, request.temperature)
+        main = heads.pop(0) if request.main_head else None
+        values = [] if main is None else [main.logprobs]
+        values += [main.entropy] if main is not None and request.entropy else []
         values += [head.logprobs for head in heads]
         if depths and request.distance is not None:
             values += self._distances(request, flat[-depths:], states[0], shard, placement)
         found = iter(placement.put(torch.stack(values)))
         return HeadOutputs(
-            logprobs=next(found),
-            entropy=next(found) if request.entropy else None,
+            logprobs=None if main is None else next(found),
+            entropy=next(found) if main is not None and request.entropy else None,
             passes=tuple(
                 torch.stack([next(found) for _ in range(depths)])
                 for _ in range(len(request.passes) if depths else 0)
             ),
             distance=torch.stack(list(found)) if depths and request.distance else None,
-            agreement=_agreement(main, heads[-depths:], placement) if depths else None,
+            agreement=_agreement(main, heads[-depths:], placement) if depths and main else None,
         )
 
     def _flatten(self, hidden: Tensor) -> Tensor:
@@ -313,6 +310,23 @@ class OCCGPTModel(GPTModel):
             )
             for k, student in enumerate(students, start=1)
         ]
+
+
+def _asked(
+    flat: list[Tensor], targets: Tensor, request: HeadRequest
+) -> tuple[list[HeadTokens], list[bool]]:
+    """What the heads with states ``flat`` are asked, and which train the output layer."""
+    depths, asked, trains = targets.size(0) - 1, [], []
+    if request.main_head:
+        asked.append(HeadTokens(flat[0], targets[0], request.entropy, top_ids=depths > 0))
+        trains.append(True)
+    for index, state in enumerate(flat[len(asked) :]):
+        # every pass predicts the same: the last one is compared with the main head
+        is_last = request.main_head and index >= len(flat) - 1 - depths
+        asked.append(HeadTokens(state, targets[1 + index % depths], top_ids=is_last))
+        to_trunk, to_head = request.passes[index // depths]
+        trains.append(to_trunk or (to_head and request.leaks))
+    return asked, trains
 
 
 def _statistics(

@@ -17,7 +17,7 @@ class TrunkRegime:
     """Keys of `mtp.trunk` and what goes with them.
 
     `kind` is `nothing`, `fixed`, or the estimator of lambda; `why` says what sends nothing. `gate`
-    is in standard errors, 0 for none.
+    is in standard errors, 0 for none. Of `acts_every` mini-batches MTP acts in one alone.
     """
 
     kind: str
@@ -27,6 +27,7 @@ class TrunkRegime:
     own_head_loss: bool = False
     metric: str = "adam"
     gate: float = 0.0
+    acts_every: int = 1
 
     @property
     def of_what(self) -> str:
@@ -49,13 +50,17 @@ def trunk_regime(config: str) -> TrunkRegime | None:
         return TrunkRegime("nothing", why)
     calibrated = trunk.get("coefficient") == "occ"
     exact = _section(trunk, "exact")
+    kind = str(trunk.get("estimator", "logprob")) if calibrated else "fixed"
+    own_loss = _section(mtp, "head").get("signal") not in ("same_as_trunk", None)
     return TrunkRegime(
-        kind=str(trunk.get("estimator", "logprob")) if calibrated else "fixed",
+        kind=kind,
         signal=_SIGNALS.get(str(trunk.get("signal")), "loss"),
         weight=_number(trunk, "weight"),
         own_head_loss=_section(mtp, "head").get("signal") not in ("same_as_trunk", "none", None),
         metric=str(exact.get("metric", "adam")),
         gate=_number(exact, "gate"),
+        # a shared loss has the last lambda between measurements
+        acts_every=int(_number(exact, "every")) or 1 if kind == "exact" and own_loss else 1,
     )
 
 

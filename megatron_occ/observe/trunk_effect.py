@@ -30,8 +30,9 @@ def trunk_verdict(run: RunData) -> Verdict | None:
 
     - Nothing is sent: no. A fixed weight: not measured.
     - Lambda from log-probs: no if it was 0 in every step, else not measured.
-    - Lambda from the gradients: no if it was 0 in every step; else by the mean share over all
-      measured steps of the MTP part of the update: hardly below 1%, a little below 10%, else yes.
+    - Lambda from the gradients: no if it was 0 in every step; else by the mean share of the MTP
+      part of the update, over measured steps and the mini-batches between in which it was nothing:
+      hardly below 1%, a little below 10%, else yes.
     """
     regime = trunk_regime(run.rl_config)
     if regime is None or run.last_step("rl") is None:
@@ -100,17 +101,17 @@ def _exact(run: RunData, regime: TrunkRegime) -> Verdict:
     if not acted:
         sentence = f"MTP's gradient passed {passed} in none of {_steps(steps)}"
         return Verdict("No", f"{sentence}: {_in_all_but_name(regime)}.", reason)
-    mean, largest = statistics.fmean(shares), max(shares)
+    mean, largest = statistics.fmean(shares) / regime.acts_every, max(shares)
     sentence = f"MTP's gradient passed {passed} in {acted} of {_steps(steps)}"
     if mean < _NOTICEABLE:
         sentence += (
             f" and was at most {share_text(largest)} of RL's part of the trunk's {regime.of_what}, "
-            f"{share_text(mean)} on average: {_in_all_but_name(regime)}."
+            f"{share_text(mean)} on average{_rhythm(regime)}: {_in_all_but_name(regime)}."
         )
         return Verdict("Hardly", sentence, reason)
     sentence += (
-        f"; its part of the trunk's {regime.of_what} was {share_text(mean)} of RL's on average, "
-        f"at most {share_text(largest)} and {share_text(shares[-1])} in the end."
+        f"; its part of the trunk's {regime.of_what} was {share_text(mean)} of RL's on average"
+        f"{_rhythm(regime)}, at most {share_text(largest)} and {share_text(shares[-1])} in the end."
     )
     return Verdict("Yes" if mean >= _CONSIDERABLE else "A little", sentence, reason)
 
@@ -149,6 +150,12 @@ def _in_all_but_name(regime: TrunkRegime) -> str:
     if regime.own_head_loss:
         return "this run is detach in all but name"
     return "RL alone trained the trunk, in all but name"
+
+
+def _rhythm(regime: TrunkRegime) -> str:
+    if regime.acts_every == 1:
+        return ""
+    return f" (over all mini-batches; it acts in one of {regime.acts_every})"
 
 
 def _all(steps: int) -> str:

@@ -41,7 +41,8 @@ class ExactTracker:
     gradient g_k of its loss with weight 1, and a pass that leaves that loss out RL's gradient g_0.
     :meth:`add_part` takes all parts but the last, whose g_0 the optimizer is about to use when
     :meth:`mix` adds the others to it, takes lambda from the averages, and adds `lambda_k / K g_k`.
-    In the mini-batches between, the loss has the last lambda.
+    In the mini-batches between, a head that shares the trunk's loss has the last lambda in it for
+    nothing; beside a head loss of its own MTP would need a pass more, and leaves the trunk alone.
 
     With `S` the inner products of the whole gradients and `S_i` those within part i of P, whose
     prompts differ, pairs of different parts alone give `P / (P - 1) (S - sum_i S_i)`.
@@ -56,6 +57,7 @@ class ExactTracker:
         exact, self.depths = config.trunk.exact, config.num_layers
         self._space, self._metric, self._every = space, exact.metric, exact.every
         self._per_layer = exact.per == "layer"
+        self._carries = config.head.signal == "same_as_trunk"
         self._names = list(space.groups) if self._per_layer else ["trunk"]
         self._calibrator = ExactCalibrator(
             self.depths, len(self._names), exact_settings(config.trunk)
@@ -66,7 +68,7 @@ class ExactTracker:
         self._parts, self._sums, self._within = 0, [], torch.zeros(())
         # of a shuffled lambda: what has been measured, each [K, G]
         self._history: list[Tensor] = []
-        self._updates = 0
+        self._updates, self._mixed = 0, False
         self._used = self._calibrator.current
         self.events: list[str] = []
         self.metrics: dict[str, float] = {}
@@ -80,7 +82,7 @@ class ExactTracker:
     @property
     def current(self) -> Tensor:
         """Lambda [K] of a mini-batch that is not measured."""
-        return self._used[:, 0]
+        return self._used[:, 0] if self._carries else torch.zeros(self.depths)
 
     def add_part(self, main: Any, depths: Sequence[Any]) -> None:
         """Take the gradients of a part that is not the last: RL's with the head's, and MTP's."""
@@ -96,6 +98,7 @@ class ExactTracker:
         Args:
             depths: of the last part.
         """
+        self._mixed = True
         space, parts, within = self._space, self._parts + 1, self._within
         depths = list(depths)
         if self._parts:
@@ -138,7 +141,8 @@ class ExactTracker:
         """Lambda that was used and, of a mini-batch that was measured, what was found."""
         self._updates += 1
         found, self.metrics = self.metrics, {}
-        values = self._used.mean(dim=1)
+        values = self._used.mean(dim=1) if self._mixed else self.current
+        self._mixed = False
         return {f"lambda/mtp_{k}": float(v) for k, v in enumerate(values, start=1)} | found
 
     def pop_events(self) -> list[str]:

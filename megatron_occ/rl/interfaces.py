@@ -151,6 +151,7 @@ class Actor(Protocol):
         distance: str | None = None,
         leaks: bool = False,
         states: Tensor | None = None,
+        main_head: bool = True,
     ) -> Any: ...
 
     def get_loss_and_metrics(

@@ -215,11 +215,10 @@ class PolicyUpdater:
             # an overlapped reduction waits for the gradient of every parameter
             return losses[depth] + (0.0 * losses.sum() if overlaps else 0.0), LossReport()
 
+        wanted = {"head": shares_loss, "part": part, "main_head": False}
         passes = ((True, shares_loss or overlaps),)
         return [
-            prepared.gradient(functools.partial(loss, depth), passes, head=shares_loss, part=part)[
-                0
-            ]
+            prepared.gradient(functools.partial(loss, depth), passes, **wanted)[0]
             for depth in range(self.actor.num_depths)
         ]
 

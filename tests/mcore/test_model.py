@@ -207,6 +207,22 @@ def test_depth_two_trains_depth_one(layout):
     assert min(first) > 0
 
 
+def test_a_pass_without_the_main_head_has_the_same_depths(layout):
+    model = build_model(small_config(), VOCABULARY, layout.device)
+    ids, found = random_ids(), []
+    for main_head in (True, False):
+        request = HeadRequest(head_targets(ids, 2), ((True, True),), 0.7, main_head=main_head)
+        outputs = model(ids, positions(ids), None, request=request)
+        model.zero_grad()
+        outputs.passes[0].sum().backward()
+        found.append((outputs, gradients(model)))
+    (whole, expected), (alone, gradient) = found
+    assert alone.logprobs is None and alone.agreement is None
+    torch.testing.assert_close(alone.passes[0], whole.passes[0], atol=0, rtol=0)
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=1e-6, msg=name)
+
+
 def test_split_passes_send_each_loss_where_it_belongs(layout):
     """Trunk gradients come from the one loss, head gradients from the other."""
     model = build_model(small_config(), VOCABULARY, layout.device)

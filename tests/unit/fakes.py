@@ -73,6 +73,7 @@ class FakeMicroBatch:
     temperature: float
     distance: str | None
     leaks: bool
+    main_head: bool = True
 
 
 class FakeActor:
@@ -162,10 +163,13 @@ class FakeActor:
         distance=None,
         leaks=False,
         states=None,
+        main_head=True,
     ):
         assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
-        return FakeMicroBatch(ids, payload, lengths, passes, temperature, distance, leaks)
+        return FakeMicroBatch(
+            ids, payload, lengths, passes, temperature, distance, leaks, main_head
+        )
 
     def get_gradient(self, micro_batches, loss, *, head=False, counts=False):
         self.model.zero_grad()
@@ -205,7 +209,8 @@ class FakeActor:
         logprobs, log_probs, hidden = _main(model, ids, batch.temperature)
         cut = functools.partial(_spoil_padding, lengths=batch.lengths)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        outputs = {"logprobs": cut(logprobs), "entropy": cut(entropy)}
+        outputs = {"logprobs": cut(logprobs), "entropy": cut(entropy)} if batch.main_head else {}
+        outputs.setdefault("logprobs", None)
         if not batch.passes:
             return HeadOutputs(**outputs)
         targets, passes = head_targets(ids, self.num_depths)[1:], []

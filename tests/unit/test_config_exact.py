@@ -34,10 +34,6 @@ def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_
         ),
         (["mtp.trunk.ema=0.5"], ["mtp.trunk.ema=0.5", "over 3.0", "ema=0.8", "exact.gate=0"]),
         (
-            ["mtp.trunk.exact.per=layer", "mtp.trunk.exact.every=2"],
-            ["exact.every=2", "exact.every=1", "exact.per=trunk"],
-        ),
-        (
             ["rl.prompts_per_step=36", "rl.micro_batch_size=144"],
             ["exact.parts=2", "rl.mini_batches=4", "rl.prompts_per_step=36", "multiple of 8"],
         ),
@@ -52,10 +48,6 @@ def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_
         (
             ["mtp.head.cut_output_layer=false"],
             ["cut_output_layer=false", "part of RL's gradient", "true"],
-        ),
-        (
-            ["mtp.trunk.exact.control=random", "mtp.trunk.exact.every=2"],
-            ["every=2", "control=random", "every=1"],
         ),
         (
             ["mtp.trunk.exact.control=random", "parallel.distributed_optimizer=true"],

@@ -62,6 +62,18 @@ def test_the_answer_goes_by_the_mean_share(tmp_path, share, answer):
     assert f"at most {200 * share:.1f}%" in verdict.sentence
 
 
+def test_between_measurements_a_head_of_its_own_adds_nothing(tmp_path):
+    trunk = {**EXACT, "exact": {**EXACT["exact"], "every": 4}}
+    steps = [exact_step(acted=0.1, share=0.2), exact_step(acted=0.1, share=0.2)]
+    verdict = verdict_of(tmp_path / "own", config(trunk), steps)
+    # 20% in one mini-batch of four
+    assert verdict.answer == "A little"
+    text = "was 5.0% of RL's on average (over all mini-batches; it acts in one of 4), at most 20"
+    assert text in verdict.sentence
+    shared = verdict_of(tmp_path / "shared", config(trunk, head="same_as_trunk"), steps)
+    assert shared.answer == "Yes" and "acts in one of" not in shared.sentence
+
+
 def test_a_gate_that_never_opened_is_detach_or_rl_alone(tmp_path):
     steps = [exact_step() for _ in range(5)]
     verdict = verdict_of(tmp_path / "own", config(EXACT), steps)

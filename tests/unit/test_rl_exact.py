@@ -21,6 +21,7 @@ EXACT = (
     "mtp.trunk.lambda_plus=0.5",
     "mtp.trunk.ema=0.9",
 )
+COUPLED = ("mtp.preset=null", "mtp.trunk.weighting=unit", "mtp.trunk.estimator=exact", *EXACT[1:])
 TRUNK = ("embedding", "trunk", "output")
 # of 4 samples in each of 4 mini-batches
 TWO_PROMPTS = ("rl.prompts_per_step=8",)
@@ -123,8 +124,7 @@ def test_metrics_of_parts_add_up_to_those_of_the_mini_batch():
 
 @pytest.mark.parametrize("preset", ["occ_exact", "coupled"])
 def test_the_head_gets_its_own_loss_or_the_trunks_times_lambda(preset):
-    coupled = ("mtp.preset=null", "mtp.trunk.weighting=unit", "mtp.trunk.estimator=exact")
-    given = EXACT if preset == "occ_exact" else (*coupled, *EXACT[1:])
+    given = EXACT if preset == "occ_exact" else COUPLED
     trainer, actor = four_updates(*given, "mtp.trunk.exact.pairs=same", micro=4)
     batch = mini_batches(trainer)[0]
     other, alone = four_updates("mtp.preset=detach", micro=4)
@@ -143,10 +143,24 @@ def test_the_head_gets_its_own_loss_or_the_trunks_times_lambda(preset):
     torch.testing.assert_close(found["heads.1"], expected, rtol=1e-4, atol=1e-10)
 
 
-def test_between_measurements_the_loss_has_the_last_lambda():
-    trainer, actor = four_updates(
-        *EXACT, "mtp.trunk.exact.pairs=same", "mtp.trunk.exact.every=2", micro=4
-    )
+EVERY_SECOND = ("mtp.trunk.exact.pairs=same", "mtp.trunk.exact.every=2")
+
+
+def test_between_measurements_a_head_of_its_own_leaves_the_trunk_to_rl():
+    trainer, actor = four_updates(*EXACT, *EVERY_SECOND, micro=4)
+    first, second, third, _ = mini_batches(trainer)
+    assert trainer.updater.run_update(first).metrics["lambda/mtp_1"] != 0
+    main, *_ = separate(trainer, second)
+    metrics = trainer.updater.run_update(second).metrics
+    assert metrics["lambda/mtp_1"] == 0
+    for name in TRUNK:
+        torch.testing.assert_close(actor.gradients[-1][name], main[name], rtol=1e-4, atol=1e-8)
+    assert float(actor.gradients[-1]["heads.0"].norm()) > 0
+    assert trainer.updater.run_update(third).metrics["lambda/mtp_1"] != 0
+
+
+def test_between_measurements_a_shared_loss_has_the_last_lambda():
+    trainer, actor = four_updates(*COUPLED, *EVERY_SECOND, micro=4)
     first, second, *_ = mini_batches(trainer)
     measured = trainer.updater.run_update(first).metrics
     main, *depths = separate(trainer, second)
