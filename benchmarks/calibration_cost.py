@@ -7,7 +7,7 @@ lambda from the mini-batch itself; ``occ_decoupled`` runs the MTP block twice, f
 the head; ``exact`` takes MTP's gradient by a pass of its own in every or every eighth update, for
 which eight updates are timed together. ``coupled`` is a head that shares the trunk's loss.
 
-    python benchmarks/calibration_cost.py [--rounds 8] [--json FILE] [key=value ...]
+    python benchmarks/calibration_cost.py [--rounds 8] [--only TEXT] [--json FILE] [key=value ...]
 """
 
 from __future__ import annotations
@@ -63,12 +63,15 @@ def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--only", default="", metavar="TEXT", help="regimes with it in their name")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     layout = initialize(load_config([CONFIG], options.overrides))
     contestants = {
-        name: _contestant(layout, given, options.overrides) for name, given in REGIMES.items()
+        name: _contestant(layout, given, options.overrides)
+        for name, given in REGIMES.items()
+        if name == "detach" or options.only in name
     }
     batch = _batch(next(iter(contestants.values())).updater)
     for round_number in range(options.rounds + 1):

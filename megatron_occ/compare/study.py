@@ -14,7 +14,9 @@ from megatron_occ.config import Config, ConfigError, flat_values, load_config, v
 from megatron_occ.config.keys import spell
 from megatron_occ.config.sources import read_mapping, read_override
 
-_KEYS = ("base", "folder", "overrides", "reference", "seeds", "arms")
+_KEYS = ("include", "base", "folder", "overrides", "reference", "seeds", "arms")
+# of a file that a study includes: what several studies have in common
+_INCLUDED = ("overrides", "reference", "seeds", "arms")
 # keys that the command line may set too, beside those of the configuration
 _FROM_COMMAND_LINE = ("folder", "reference", "seeds")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -76,17 +78,16 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: yaml with ``base`` (a configuration file or a list, relative to this file),
-            ``folder``, ``overrides``, ``reference``, ``seeds`` (how many, or a list) and ``arms``.
+            ``folder``, ``overrides``, ``reference``, ``seeds`` (how many, or a list) and ``arms``;
+            ``include`` names a file or a list whose overrides and arms come before its own.
         overrides: ``key=value`` of the command line: ``folder``, ``reference`` and ``seeds`` of the
             study; any other key is of the configuration of all runs.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    document = read_mapping(path)
-    source = _Source(str(path), dict(document.data), document.lines)
+    source = _Source.read(path)
     common = source.apply(overrides)
-    source.check_keys()
     base = source.names("base", required=True)
     arms = source.arms()
     study = Study(
@@ -109,12 +110,35 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 @dataclass
 class _Source:
-    """Values of a study file, and what was found to be wrong with them."""
+    """Values of a study file, where each stands, and what was found to be wrong with them."""
 
     path: str
     data: dict[str, Any]
-    lines: dict[str, int]
+    origins: dict[str, str]
     problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path, by: str = "") -> _Source:
+        """Values of a file, after those of the files that it includes."""
+        document = read_mapping(path, by)
+        origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
+        source = cls(str(path), dict(document.data), origins)
+        source.check_keys(_INCLUDED if by else _KEYS)
+        # one level of files: an included one that includes is refused above
+        for name in () if by else reversed(source.names("include")):
+            source.follow(cls.read(path.parent / name, f", included by {path}"))
+        return source
+
+    def follow(self, other: _Source) -> None:
+        """Put the values of an included file before these."""
+        own = self.data
+        words = [*other.names("overrides"), *self.names("overrides")]
+        self.data = other.data | own | {"overrides": words}
+        if "arms" in other.data and isinstance(own.get("arms", {}), dict):
+            arms = {name: list(words) for name, words in other.arms().items()}
+            self.data["arms"] = arms | own.get("arms", {})
+        self.origins = other.origins | self.origins
+        self.problems += other.problems
 
     def apply(self, overrides: Sequence[str]) -> list[str]:
         """Take the study's own keys from ``overrides``; return the others."""
@@ -127,20 +151,21 @@ class _Source:
             # as the value of any key that takes anything
             (given,) = read_override(f"data.task.params.x={text.partition('=')[2]}")
             self.data[key.strip()] = given.value
-            self.lines.pop(key.strip(), None)
+            self.origins.pop(key.strip(), None)
         return others
 
     def refuse(self, key: str, text: str) -> None:
         """Write down a problem of a key."""
-        line = f":{self.lines[key]}" if key in self.lines else ""
-        self.problems.append(f"{self.path}{line}: {text}")
+        self.problems.append(f"{self.origins.get(key, self.path)}: {text}")
 
-    def check_keys(self) -> None:
-        """Every key must be known."""
+    def check_keys(self, known: Sequence[str]) -> None:
+        """Every key must be known, and belong into such a file."""
         for key in self.data:
-            if key not in _KEYS:
-                close = difflib.get_close_matches(str(key), _KEYS, n=1)
-                hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(_KEYS)}"
+            if key in _KEYS and key not in known:
+                self.refuse(key, f"{key}: belongs into the study itself, not into what it includes")
+            elif key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}"
                 self.refuse(key, f"unknown key {key} of a study. {hint}")
 
     def text(self, key: str, default: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from megatron_occ.compare.runs import check_runs, start_checkpoint, start_run, study_runs
 from megatron_occ.compare.study import read_study
 from megatron_occ.config import ConfigError, save_config
+from megatron_occ.config.presets import PRESETS
 
 CONF = Path(__file__).parents[2] / "conf"
 TEXT = f"""
@@ -64,13 +65,14 @@ def test_the_base_is_relative_to_the_study():
 
 
 def test_shipped_studies_measure_what_they_say():
-    demo = read_study(CONF / "compare" / "demo.yaml")
-    config = demo.config("detach_lr_1.5")
-    assert config.rl.optimizer.lr == pytest.approx(1.5 * demo.config("detach").rl.optimizer.lr)
-    presets = {demo.config(arm).mtp.preset for arm in demo.arms}
-    assert presets == {"none", "detach", "ce", "policy", "occ", "occ_decoupled"}
-    # by the clock the drafts of one arm would be others than those of another
-    assert config.rl.rollout.speculative.mode == "fixed"
+    for name in ("demo", "planning"):
+        study = read_study(CONF / "compare" / f"{name}.yaml")
+        config, reference = study.config("detach_lr_1.3"), study.config("detach").rl.optimizer.lr
+        assert config.rl.optimizer.lr == pytest.approx(1.3 * reference)
+        presets = {study.config(arm).mtp.preset for arm in study.arms}
+        assert presets == set(PRESETS["mtp.preset"]) - {"head_only"}
+        # by the clock the drafts of one arm would be others than those of another
+        assert config.rl.rollout.speculative.mode == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,48 @@ def test_shipped_studies_measure_what_they_say():
 )
 def test_a_study_that_does_not_fit_is_refused(tmp_path, old, new, message):
     assert message in refused(tmp_path, old, new)
+
+
+def with_include(folder, included, text=TEXT):
+    (folder / "common.yaml").write_text(included)
+    return read_study(write(folder, f"include: common.yaml\n{text}"))
+
+
+def test_included_arms_and_overrides_come_first_and_the_studys_own_win(tmp_path):
+    included = """
+overrides: [rl.steps=9, rl.mini_batches=2]
+seeds: 7
+arms:
+  ce: [mtp.preset=ce]
+  fast: [mtp.preset=none]
+"""
+    study = with_include(tmp_path, included)
+    assert list(study.arms) == ["ce", "fast", "detach", "none"]
+    assert study.arms["fast"] == ("mtp.preset=detach", "rl.optimizer.lr=1e-2")
+    assert study.overrides == ("rl.steps=9", "rl.mini_batches=2", "rl.steps=4")
+    assert study.seeds == (3, 5) and study.config("ce").rl.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("included", "message"),
+    [
+        ("base: x.yaml", "common.yaml:1: base: belongs into the study itself"),
+        ("include: study.yaml", "common.yaml:1: include: belongs into the study itself"),
+        ("arm: {}", "common.yaml:1: unknown key arm of a study. Did you mean arms?"),
+        ("arms: 3", "common.yaml:1: arms = 3: must map names to lists"),
+        ("overrides: 3", "common.yaml:1: overrides = 3: must be a string or a list"),
+        ("arms:\n  x: [mtp.prest=ce]", "unknown key mtp.prest. Did you mean mtp.preset?"),
+    ],
+)
+def test_what_an_included_file_does_wrong_is_told_by_its_name(tmp_path, included, message):
+    with pytest.raises(ConfigError) as caught:
+        with_include(tmp_path, included)
+    assert message in str(caught.value)
+
+
+def test_a_missing_include_names_who_asked(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.yaml: not found, included by"):
+        read_study(write(tmp_path, f"include: nothing.yaml\n{TEXT}"))
 
 
 def test_everything_wrong_with_the_file_is_told_at_once(tmp_path):
