@@ -13,7 +13,7 @@ from megatron_occ.config import PRESETS, Config, ConfigError, load_config, save_
 
 CONF = Path(__file__).parents[2] / "conf"
 # those in compare/ are studies: test_compare_study.py
-SHIPPED = sorted(set(CONF.rglob("*.yaml")) - set(CONF.glob("compare/*.yaml")))
+SHIPPED = sorted(set(CONF.rglob("*.yaml")) - set(CONF.glob("compare/**/*.yaml")))
 
 
 def write(folder: Path, name: str, text: str) -> Path:
