@@ -16,6 +16,16 @@ from megatron_occ.observe.text import format_number
 
 SHOWN = ("policy, dual clip 10", "policy, ratio at most 1", "policy, no ratio", "cross-entropy")
 
+# as in conf/compare/base/regimes.yaml: signal and weight
+REGIMES = (
+    *(("policy, dual clip 10", weight) for weight in ("0.1", "0.2", "0.5", "1")),
+    ("policy, no dual clip", "1"),
+    ("policy, ratio at most 1", "1"),
+    ("policy, no ratio", "1"),
+    ("cross-entropy", "0.1"),
+    ("cross-entropy", "1"),
+)
+
 
 def main() -> None:
     """Print Markdown; write the figure."""
@@ -27,7 +37,7 @@ def main() -> None:
     for word in options.audits:
         label, _, path = word.partition("=")
         audits[label] = json.loads(Path(path).read_text())
-    print("\n".join([*_signals(audits), "", *_proxies(audits)]))
+    print("\n".join([*_signals(audits), "", *_gains(audits), "", *_proxies(audits)]))
     if options.plot:
         options.plot.write_text(_figure(audits) + "\n")
 
@@ -60,6 +70,20 @@ def _signals(audits: dict[str, dict]) -> list[str]:
             )
             label = ""
     return lines
+
+
+def _gains(audits: dict[str, dict]) -> list[str]:
+    """Gain of regimes with fixed weights, in the metric of the optimizer."""
+    lines = [f"| regime | {' | '.join(audits)} |", "|---" * (1 + len(audits)) + "|"]
+    for name, weight in REGIMES:
+        found = [dict(_of(audit, "adam"))[name]["gain_at"] for audit in audits.values()]
+        cells = [_percent(gains[weight]) if gains else "not measurable" for gains in found]
+        lines.append(f"| {name}, weight {weight} | {' | '.join(cells)} |")
+    return lines
+
+
+def _percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:+.0f} ± {100 * estimate['error']:.0f} %"
 
 
 def _proxies(audits: dict[str, dict]) -> list[str]:

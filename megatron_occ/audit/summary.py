@@ -13,9 +13,11 @@ from megatron_occ.audit.proxies import judged_proxies
 from megatron_occ.audit.recommendation import recommend, tail_warnings
 from megatron_occ.audit.record import Products, read_products
 from megatron_occ.audit.statistics import Estimate, Means
-from megatron_occ.losses.mixture import best_mixture, update_share
+from megatron_occ.losses.mixture import best_mixture, mixture_gain, update_share
 
 _COPIED = ("checkpoint", "task", "updates", "parameters", "world_size", "seed", "window")
+# of regimes: a tenth as the paper's cross-entropy has it, and its policy losses
+FIXED_WEIGHTS = ("0.1", "0.2", "0.5", "1")
 # share of the sum of squared weights in the top 0.1% of tokens from which a tail is heavy
 _HEAVY = 0.5
 
@@ -111,7 +113,8 @@ def _signal(means: Means, norms: np.ndarray) -> dict[str, Any]:
     `cosine_cross`, c over the root mean squares of both gradients, `ratio_same` and `ratio_cross`,
     c / v^2, `signal_share`, |M|^2 / v^2; `cosine_expected`, of the expected gradients, null unless
     both are clear of 0; `share`, sqrt(v^2 / E|g|^2) of the trunk's update; `v2_spread` over
-    mini-batches; `mixture`, null where RL's own signal is not clear of 0.
+    mini-batches; `mixture`, and `gain_at` some weights what a regime with that fixed weight is
+    expected to bring, both null where RL's own signal is not clear of 0.
     """
     _, c_same, v2, rl_cross, c_cross, v2_cross = means.estimates()
     names = ("cosine_same", "cosine_cross", "ratio_same", "ratio_cross", "signal_share", "share")
@@ -132,7 +135,10 @@ def _signal(means: Means, norms: np.ndarray) -> dict[str, Any]:
     mtp_clear = v2_cross.is_clear and v2_cross.value > 0
     cosine = means.of(_expected_cosine)[0] if rl_clear and mtp_clear else None
     found["cosine_expected"] = None if cosine is None else _plain(cosine)
-    found["mixture"] = _mixture(means) if rl_clear and v2.value > 0 else None
+    measurable = rl_clear and v2.value > 0
+    found["mixture"] = _mixture(means) if measurable else None
+    gains = means.of(_fixed) if measurable else ()
+    found["gain_at"] = dict(zip(FIXED_WEIGHTS, map(_plain, gains), strict=True)) if gains else None
     return found
 
 
@@ -178,6 +184,15 @@ def _best(means: np.ndarray) -> np.ndarray:
     return np.array(
         [float(mixture.weights), sign * share, sign * math.sqrt(max(mixture.gain, 0.0))]
     )
+
+
+def _fixed(means: np.ndarray) -> np.ndarray:
+    """Gain of the mixture with each of the fixed weights."""
+    rl, c, v2, rl_cross, c_cross, _ = means
+    same = torch.tensor([[rl, c], [c, v2]], dtype=torch.float64)
+    signal = torch.tensor([rl_cross, c_cross], dtype=torch.float64)
+    weights = [torch.tensor([float(text)]) for text in FIXED_WEIGHTS]
+    return np.array([mixture_gain(same, signal, weight) for weight in weights])
 
 
 def _tail(record: dict[str, Any], signal: int) -> dict[str, float]:

@@ -68,6 +68,14 @@ def _gain(signal: dict[str, Any]) -> str:
     return f"{percent(gain['value'])} ({percent_interval(gain)})"
 
 
+def _gain_at_one(signal: dict[str, Any]) -> str:
+    gains = signal["gain_at"]
+    if gains is None or gains["1"]["error"] is None:
+        return MISSING
+    value, error = gains["1"]["value"], gains["1"]["error"]
+    return f"{100 * value:+.1f}% ± {100 * error:.1f}%"
+
+
 # title and cell of each column; one argument, the signal's entry in `results`
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("c same", lambda s: amount(s["c_same"])),
@@ -77,6 +85,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("c/v² same", lambda s: format_or_missing(s["ratio_same"])),
     ("c/v² cross", lambda s: format_or_missing(s["ratio_cross"])),
     ("share at 1", lambda s: _share(s["share"])),
+    ("gain at 1", _gain_at_one),
     ("best weight", _weight),
     ("gain", _gain),
 )

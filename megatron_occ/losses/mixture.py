@@ -54,6 +54,23 @@ def best_mixture(same: Tensor, signal: Tensor) -> Mixture:
     return Mixture(solved[1:] / main, float(signal @ solved / alone) - 1.0)
 
 
+def mixture_gain(same: Tensor, signal: Tensor, weights: Tensor) -> float:
+    """What the best step along a given mixture gains more than the best along g_0 alone.
+
+    `(<h, w>^2 / (w^T S w)) / (h_0^2 / S_00) - 1`, with w_0 = 1; -1 where no step gains anything.
+
+    Args:
+        same: [1+K, 1+K] S.
+        signal: [1+K] h; h_0 > 0.
+        weights: [K] of the MTP gradients.
+    """
+    same, signal = same.double(), signal.double()
+    mixed = torch.cat((torch.ones_like(same[0, :1]), weights.double()))
+    slope = (signal @ mixed).clamp(min=0)
+    alone = signal[0].square() / same[0, 0]
+    return float(slope.square() / (mixed @ same @ mixed) / alone) - 1.0
+
+
 def gram_weights(gram: Tensor, cross: Tensor) -> Tensor:
     """`G^-1 c`, [K]: the weights that gain most at a given, small step, up to a common factor.
 

@@ -77,7 +77,7 @@ def test_columns_of_the_text_stand_under_each_other(summary):
 def test_what_is_not_measurable_is_said(summary):
     changed = {**summary, "results": {**summary["results"]}}
     adam = summary["results"]["adam"]
-    signals = [{**signal, "mixture": None} for signal in adam["signals"]]
+    signals = [{**signal, "mixture": None, "gain_at": None} for signal in adam["signals"]]
     changed["results"]["adam"] = {"rl": {**adam["rl"], "clear": False}, "signals": signals}
     for shown in (audit_text(changed), render_audit(changed)):
         assert shown.count("not measurable") == 4

@@ -79,6 +79,21 @@ def test_the_best_mixture_is_that_of_the_averaged_products(summary):
         assert mixture["gain"]["low"] < mixture["gain"]["value"] < mixture["gain"]["high"]
 
 
+def test_the_gain_of_fixed_weights_is_that_of_the_averaged_products(summary):
+    result = summary["results"]["euclidean"]
+    rl, rl_cross = (result["rl"][key]["value"] for key in ("same", "cross"))
+    for signal in result["signals"]:
+        c, v2, c_cross = (signal[key]["value"] for key in ("c_same", "v2", "c_cross"))
+        for weight in (0.1, 1.0):
+            size = rl + 2 * weight * c + weight**2 * v2
+            gain = (rl_cross + weight * c_cross) ** 2 / size / (rl_cross**2 / rl) - 1
+            found = signal["gain_at"][f"{weight:g}"]
+            assert found["value"] == pytest.approx(gain)
+            # the truth: E|g|^2 54, c 2, v^2 5.5, |G|^2 4
+            truth = (4 + 2 * weight) ** 2 / (54 + 4 * weight + 5.5 * weight**2) / (16 / 54) - 1
+            assert covers(found, truth)
+
+
 def test_noise_that_both_share_is_no_gain():
     """c within a mini-batch is far from 0, and no use: the best weight would subtract the noise."""
     world = aligned_world(shared=0.8, own=0.1)
@@ -94,7 +109,7 @@ def test_without_a_signal_in_rl_no_weight_is_measurable():
     summary = summarize(world.record(samples=20, window=3, seed=5))
     result = summary["results"]["euclidean"]
     assert not result["rl"]["clear"]
-    assert result["signals"][0]["mixture"] is None
+    assert result["signals"][0]["mixture"] is None and result["signals"][0]["gain_at"] is None
     assert result["signals"][0]["cosine_expected"] is None
 
 
