@@ -86,7 +86,8 @@ def checked_config(options: argparse.Namespace, default: Path | None = None) -> 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:
         world_size = world_size if options.world_size is None else options.world_size
-        dry_run(config, options.command, world_size, options.rank or 0)
+        window = getattr(options, "window", None)
+        dry_run(config, options.command, world_size, options.rank or 0, window)
         return None
     validate(config, command=options.command, world_size=world_size)
     return config

@@ -14,7 +14,9 @@ from megatron_occ.config import (
 )
 
 
-def dry_run(config: Config, command: str, world_size: int, rank: int) -> None:
+def dry_run(
+    config: Config, command: str, world_size: int, rank: int, window: int | None = None
+) -> None:
     """Print the plan of a run, its rank grid, and parameters and memory of a rank.
 
     Args:
@@ -22,6 +24,7 @@ def dry_run(config: Config, command: str, world_size: int, rank: int) -> None:
         command: that would run.
         world_size: ranks.
         rank: the one to build, on the meta device, and the last stage of its pipeline.
+        window: of an audit, where it is given.
 
     Raises:
         ConfigError: the configuration is refused, or there is no such rank.
@@ -36,7 +39,8 @@ def dry_run(config: Config, command: str, world_size: int, rank: int) -> None:
 
     vocabulary = _vocabulary(config)
     ranks = dict.fromkeys((rank, last_stage_rank(config, world_size, rank)))
-    estimates = [estimate(config, vocabulary, world_size, one, command=command) for one in ranks]
+    kept = {"command": command} | ({} if window is None else {"window": window})
+    estimates = [estimate(config, vocabulary, world_size, one, **kept) for one in ranks]
     print(_plan(config, command, world_size))
     print(f"\n{grid_text(config, estimates[0])}\n\n{ranks_text(config, estimates)}")
     print(f"\n{_unchecked(config)}")

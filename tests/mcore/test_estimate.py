@@ -311,9 +311,9 @@ def test_latent_attention_keeps_latents_whole_on_every_rank():
 
 
 def test_kept_gradients_of_the_exact_estimator_by_hand():
-    def copies(*overrides, world_size=1, command="rl"):
+    def copies(*overrides, world_size=1, command="rl", **given):
         config = make_config("mtp.preset=occ_exact", "mtp.num_layers=2", *overrides)
-        found = estimate(config, VOCABULARY, world_size, 0, command=command)
+        found = estimate(config, VOCABULARY, world_size, 0, command=command, **given)
         held = found.parameters.items()
         entries = sum(n for name, n in held if command != "audit" or not name.startswith("MTP"))
         return found.memory.resident.get("copies of gradients, fp32", 0) / (4 * entries)
@@ -326,4 +326,5 @@ def test_kept_gradients_of_the_exact_estimator_by_hand():
     )
     # six signals of two depths and RL's, with those of eight mini-batches
     assert copies(command="audit") == pytest.approx(13 * 9)
+    assert copies(command="audit", window=1) == pytest.approx(13 * 2)
     assert copies(command="pretrain") == 0

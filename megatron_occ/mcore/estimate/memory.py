@@ -23,7 +23,6 @@ from megatron_occ.mcore.estimate.generation import generation_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 from megatron_occ.rl.calibration import regime_from
-from megatron_occ.rl.measuring import WINDOW
 
 _FP32 = 4
 
@@ -55,14 +54,15 @@ class MemoryUse:
         return sum(self.resident.values()) + max(sum(turn.values()) for turn in turns)
 
 
-def memory_use(config: Config, held: Held, world_size: int, command: str) -> MemoryUse:
+def memory_use(config: Config, held: Held, world_size: int, command: str, window: int) -> MemoryUse:
     """Memory of a rank.
 
     Args:
         config: a configuration that ``validate`` accepts.
         held: what the rank holds.
         world_size: ranks in all.
-        command: ``pretrain``, ``rl``, ``demo`` or ``eval``.
+        command: ``pretrain``, ``rl``, ``demo``, ``audit`` or ``eval``.
+        window: of an audit: mini-batches whose gradients it keeps.
     """
     tokens, head_alone = _micro_batch_tokens(config, command), _trains_head_alone(config, command)
     # without a graph the trunk's layers leave nothing behind
@@ -79,7 +79,8 @@ def memory_use(config: Config, held: Held, world_size: int, command: str) -> Mem
     if samples and config.rl.rollout.engine == "megatron":
         generation = generation_memory(config, held, world_size)
     return MemoryUse(
-        resident=_resident(config, held, command, head_alone),
+        resident=_resident(config, held, command, head_alone)
+        | _gradient_copies(config, held, command, window),
         training=training,
         generation=generation,
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
@@ -94,41 +95,55 @@ def _trains_head_alone(config: Config, command: str) -> bool:
 
 
 def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dict[str, int]:
-    everything = sum(held.parameters.values())
-    trained = {n: c for n, c in held.parameters.items() if n.startswith("MTP") or not head_alone}
-    experts = sum(count for name, count in trained.items() if name.endswith("experts"))
-    # what an optimizer updates here: all that is trained, or this rank's share
-    updated = gradients = float(sum(trained.values()))
-    if config.parallel.distributed_optimizer:
-        updated = (gradients - experts) / held.replicas + experts / held.expert_replicas
+    everything, trained = sum(held.parameters.values()), _trained(held, head_alone)
+    updated, gradients = _updated(config, held, trained), sum(trained.values())
     resident = {"weights": everything * element_bytes(config)}
     if config.fp8.format != "none":
         matrices = everything - sum(
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
         )
         resident["FP8 weights and transposes"] = 2 * matrices
-    resident["gradients, fp32"] = int(gradients * _FP32)
+    resident["gradients, fp32"] = gradients * _FP32
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
     resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
     if command in ("rl", "demo") and config.rl.loss.kl_coefficient > 0:
         resident["reference policy"] = resident["weights"]
-    copies = _gradient_copies(config, command)
-    if copies:
-        mtp = sum(count for name, count in trained.items() if name.startswith("MTP"))
-        # RL's gradient of a part comes with the head's
-        with_head = command != "audit"
-        share = updated / gradients if gradients else 0.0
-        held_entries = (gradients if with_head else gradients - mtp) * share
-        resident["copies of gradients, fp32"] = int(copies * held_entries * _FP32)
     return resident
 
 
-def _gradient_copies(config: Config, command: str) -> int:
-    """Gradients of the trunk held at once besides the one that is being computed."""
+def _trained(held: Held, head_alone: bool) -> dict[str, int]:
+    """Parameters that have a gradient, by part."""
+    return {n: c for n, c in held.parameters.items() if n.startswith("MTP") or not head_alone}
+
+
+def _updated(config: Config, held: Held, trained: dict[str, int]) -> float:
+    """What an optimizer updates on this rank: all that is trained, or this rank's share."""
+    everything = sum(trained.values())
+    if not config.parallel.distributed_optimizer:
+        return float(everything)
+    experts = sum(count for name, count in trained.items() if name.endswith("experts"))
+    return (everything - experts) / held.replicas + experts / held.expert_replicas
+
+
+def _gradient_copies(config: Config, held: Held, command: str, window: int) -> dict[str, int]:
+    """Gradients that are held besides the one that is being computed."""
+    copies = _copies(config, command, window)
+    trained = _trained(held, head_alone=False)
+    everything = sum(trained.values())
+    if not copies or not everything:
+        return {}
+    mtp = sum(count for name, count in trained.items() if name.startswith("MTP"))
+    # RL's gradient of a part comes with the head's
+    entries = everything - mtp if command == "audit" else everything
+    share = _updated(config, held, trained) / everything
+    return {"copies of gradients, fp32": int(copies * entries * share * _FP32)}
+
+
+def _copies(config: Config, command: str, window: int) -> int:
     depths = config.mtp.num_layers
     if command == "audit":
-        return (1 + len(SIGNALS) * depths) * (1 + WINDOW)
+        return (1 + len(SIGNALS) * depths) * (1 + window)
     if command not in ("rl", "demo") or not measures_gradients(config.mtp):
         return 0
     # of the parts before, and of this part: RL's and each depth's

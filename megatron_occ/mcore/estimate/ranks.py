@@ -23,6 +23,7 @@ from megatron_occ.mcore.estimate.memory import MemoryUse, memory_use
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize_groups, shutdown
+from megatron_occ.rl.measuring import WINDOW
 
 _META = torch.device("meta")
 
@@ -57,7 +58,13 @@ class RankEstimate:
 
 
 def estimate(
-    config: Config, vocab_size: int, world_size: int, rank: int, *, command: str = "rl"
+    config: Config,
+    vocab_size: int,
+    world_size: int,
+    rank: int,
+    *,
+    command: str = "rl",
+    window: int = WINDOW,
 ) -> RankEstimate:
     """Build a rank's model on the meta device, and count.
 
@@ -66,7 +73,8 @@ def estimate(
         vocab_size: ids of the tokenizer.
         world_size: ranks in all.
         rank: the one to build.
-        command: says what is kept for a backward pass: ``pretrain``, ``rl``, ``demo`` or ``eval``.
+        command: says what is kept: ``pretrain``, ``rl``, ``demo``, ``audit`` or ``eval``.
+        window: of an audit: mini-batches whose gradients it keeps.
 
     Raises:
         ValueError: this process sees a CUDA device, or a rank is left without token ids.
@@ -83,7 +91,7 @@ def estimate(
             groups=groups,
             chunks=[_contents(chunk) for chunk in chunks],
             parameters=held.parameters,
-            memory=memory_use(config, held, world_size, command),
+            memory=memory_use(config, held, world_size, command, window),
         )
 
 
