@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatron_occ.losses.calibration import calibration_sums, released_coefficient
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
-from megatron_occ.losses.joint import JointLoss, PolicySettings, Regime, token_aligned
+from megatron_occ.losses.joint import JointLoss, token_aligned
+from megatron_occ.losses.regime import PolicySettings, Regime
 
 SIGNALS: dict[str, Regime] = {
     "policy, no dual clip": Regime(trunk="policy", dual_clip=None),

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_occ.config.schema import MTPConfig
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.calibrator import OCCCalibrator
-from megatron_occ.losses.joint import Regime
+from megatron_occ.losses.regime import Regime
 
 
 def regime_from(config: MTPConfig) -> Regime:

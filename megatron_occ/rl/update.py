@@ -21,7 +21,8 @@ from megatron_occ.losses.heads import (
     LossReport,
     Normalizers,
 )
-from megatron_occ.losses.joint import JointLoss, PolicySettings, calibration_report
+from megatron_occ.losses.joint import JointLoss, calibration_report
+from megatron_occ.losses.regime import PolicySettings
 from megatron_occ.rl.batch import MiniBatch, consecutive
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
 from megatron_occ.rl.exact import ExactTracker

@@ -15,7 +15,8 @@ import torch
 from benchmarks.layout_cases import CP2, PACKED, PP2, TP2, UNTIED, read
 from benchmarks.layout_runs import _actor, _load, _save, mini_batches
 from megatron_occ.losses.heads import LossReport
-from megatron_occ.losses.joint import JointLoss, Regime
+from megatron_occ.losses.joint import JointLoss
+from megatron_occ.losses.regime import Regime
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.mcore.training import run_mini_batch
 from megatron_occ.rl.prepared import PreparedBatch

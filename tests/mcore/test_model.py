@@ -9,8 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
 from megatron_occ.losses.heads import JointTargets, Normalizers
-from megatron_occ.losses.joint import JointLoss, PolicySettings, Regime
+from megatron_occ.losses.joint import JointLoss
 from megatron_occ.losses.pretraining import PretrainLoss
+from megatron_occ.losses.regime import PolicySettings, Regime
 from megatron_occ.mcore.cpu.specs import CPUSpecProvider, cpu_layer_spec
 from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.transformer_config import transformer_config
