@@ -20,8 +20,9 @@ from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.mcore.gradients import Gradient, GradientSpace
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
-from megatron_occ.mcore.model import HeadRequest, OCCGPTModel
+from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
 from megatron_occ.mcore.placement import (
     ContextRanks,

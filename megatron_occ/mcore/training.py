@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 
 Result = TypeVar("Result")
 

@@ -20,7 +20,7 @@ from megatron_occ.convert.source import read_config
 from megatron_occ.convert.table import Family
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rl.batch import head_targets
 

@@ -13,7 +13,7 @@ from megatron_occ.convert.importing import import_folder
 from megatron_occ.convert.plan import MTPChoice
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import positions, random_ids
 from tests.mcore.convert_folders import (

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from megatron_occ.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.export import HuggingFaceExport
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.main_rank import MainRank
-from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import VOCABULARY, positions, random_ids, small_config

@@ -9,9 +9,9 @@ import torch
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import YarnConfig
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.layout import Layout
-from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.provider import build_inference_chunk
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import EngineError, Request, SamplingSettings

@@ -10,8 +10,8 @@ import torch
 from megatron_occ.config.schema import RLConfig
 from megatron_occ.losses.head_loss import HeadLoss
 from megatron_occ.losses.heads import Normalizers
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.inference.engine import Speculation
-from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.mcore.placement import place_packed
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rl.head_rows import HeadRows

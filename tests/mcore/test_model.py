@@ -13,7 +13,7 @@ from megatron_occ.losses.joint import JointLoss
 from megatron_occ.losses.pretraining import PretrainLoss
 from megatron_occ.losses.regime import PolicySettings, Regime
 from megatron_occ.mcore.cpu.specs import CPUSpecProvider, cpu_layer_spec
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.transformer_config import transformer_config
 from megatron_occ.rl.batch import head_masks, head_targets
 from tests.mcore.conftest import (

@@ -7,7 +7,7 @@ import torch
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 from benchmarks.peer_weights import export_peer, load_mtp
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 

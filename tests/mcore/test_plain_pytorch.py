@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.plain_model import PlainGPT, from_megatron
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import (
     VOCABULARY,

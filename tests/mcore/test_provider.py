@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_occ.mcore.capabilities import check_machine
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 

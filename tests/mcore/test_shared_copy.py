@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from megatron_occ.mcore.model import HeadRequest
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.provider import build_inference_chunk
 from megatron_occ.mcore.shared_copy import SharedCopy
 from megatron_occ.rl.batch import head_targets

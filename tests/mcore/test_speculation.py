@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.trunk import Trunk
-from megatron_occ.mcore.model import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import sample_from_uniform, speculative_accept
 from megatron_occ.rollout.sampling import cut_log_probs
