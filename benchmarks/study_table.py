@@ -1,0 +1,80 @@
+"""Tables of docs/results.md from the results of a study, beside what audits expected of each arm.
+
+python benchmarks/study_table.py docs/studies/NAME.json [LABEL=docs/audits/NAME.json ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_occ.compare.analysis import MAIN, Comparison, analyse
+from megatron_occ.compare.results import read_results
+from megatron_occ.observe.text import format_number
+
+# arm of conf/compare/base/regimes.yaml: the audit's signal, and its weight
+SIGNALS = {
+    "ce_0.1": ("cross-entropy", "0.1"),
+    "ce_1": ("cross-entropy", "1"),
+    **{
+        f"policy_{weight}": ("policy, dual clip 10", weight)
+        for weight in ("0.1", "0.2", "0.5", "1")
+    },
+    "policy_1_unbounded": ("policy, no dual clip", "1"),
+    "policy_1_truncated": ("policy, ratio at most 1", "1"),
+    "policy_1_unit": ("policy, no ratio", "1"),
+}
+LENGTH = "draft/acceptance_length"
+
+
+def main() -> None:
+    """Print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("audits", nargs="*", metavar="LABEL=FILE")
+    options = parser.parse_args()
+    audits = {}
+    for word in options.audits:
+        label, _, path = word.partition("=")
+        audits[label] = json.loads(Path(path).read_text())
+    found = analyse(read_results(options.results))
+    heads = ["arm", "final pass@1", "- detach (95 %)", "p of all", "acceptance length", "entropy"]
+    heads += [f"expected, {label}" for label in audits]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    order = [each.arm for each in found.differences[MAIN]]
+    for arm in [found.reference.name, *order]:
+        cells = [arm, *_measured(found, arm), *(_expected(audit, arm) for audit in audits.values())]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _measured(found: Comparison, arm: str) -> list[str]:
+    mean, error = found.arms[arm].level(MAIN)
+    cells = [f"{100 * mean:.1f} ± {100 * error:.1f} %" if error == error else f"{100 * mean:.1f} %"]
+    difference = found.difference(MAIN, arm)
+    if difference is None:
+        cells += ["", ""]
+    else:
+        text = f"{100 * difference.mean:+.1f}"
+        if difference.interval:
+            low, high = difference.interval
+            text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        cells.append(text)
+        cells.append(f"{difference.p_of_all:.3f}")
+    for outcome in (LENGTH, "entropy"):
+        cells.append(format_number(found.arms[arm].level(outcome)[0]))
+    return cells
+
+
+def _expected(audit: dict, arm: str) -> str:
+    """Gain of the arm's best step over RL alone, in the optimizer's metric."""
+    if arm not in SIGNALS:
+        return ""
+    name, weight = SIGNALS[arm]
+    signals = audit["results"][audit["judged_in"]]["signals"]
+    gain = dict(zip(audit["signals"], signals, strict=True))[name]["gain_at"][weight]
+    return f"{100 * gain['value']:+.0f} ± {100 * gain['error']:.0f} %"
+
+
+if __name__ == "__main__":
+    main()
