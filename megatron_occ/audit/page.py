@@ -25,7 +25,7 @@ _HOW = (
     "only where c cross is clear of 0, and above it; its best weight then sets what it brings "
     "against the noise v² that it adds, and the gain is what the best step is expected to "
     "improve more than the best step along RL's gradient alone; gain at 1 is that of a regime "
-    "whose weight is 1 (mtp.preset=policy). Bars are 95% intervals of a "
+    "with a weight of 1 (mtp.preset=policy). Bars are 95% intervals of a "
     "single number: of twenty signals without any effect one is expected to look clear."
 )
 _FOOT = (

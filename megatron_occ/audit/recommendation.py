@@ -21,9 +21,9 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
 
     1. No signal's alignment c between mini-batches is 2 standard errors above 0: `detach`.
     2. RL's own expected gradient is not clear of 0, so that no weight is: `measure` more.
-    3. Of the signals of rule 1 the one with the best expected gain is taken. The interval of that
-       gain includes 0, or ends below 1%: `detach`.
-    4. Else `mix` it in with its best weight.
+    3. Of no signal of rule 1 the interval of the expected gain, widened for the number of signals
+       looked at, excludes 0 and ends above 1%: `detach`.
+    4. Else `mix` in the one of these with the best expected gain, with its best weight.
 
     Args:
         summary: of :func:`~megatron_occ.audit.summary.summarize`, without this and the warnings.
@@ -43,20 +43,23 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
             "and without it no weight is."
         )
         return _choice("measure", None, text)
-    best = max(gains, key=lambda index: gains[index]["value"])
+    clear = [i for i, g in gains.items() if g["low_of_all"] > 0 and g["high"] >= LEAST_GAIN]
+    best = max(clear or gains, key=lambda index: gains[index]["value"])
     name, gain = f"'{summary['signals'][best]}'", gains[best]
     expected = f"{percent(gain['value'])} (95% interval {percent_interval(gain)})"
-    if gain["low"] <= 0 or gain["high"] < LEAST_GAIN:
+    if not clear:
         text = (
             f"{_OUT}: {after} the best signal, {name}, is aligned with RL's gradient, but the gain "
-            f"to expect of the best step over RL alone is {expected}, nothing beyond noise."
+            f"to expect of the best step over RL alone is {expected}, nothing beyond noise for "
+            f"the best of {len(found)}."
         )
         return _choice("detach", best, text)
     weight, share = (found[best]["mixture"][key] for key in ("weight", "share"))
     text = (
         f"Let {name} reach the trunk with weight {amount(weight)} (95% interval "
         f"{interval(weight)}), {percent(share['value'])} of RL's part of the update: {after} the "
-        f"gain to expect of the best step over RL alone is {expected}."
+        f"gain to expect of the best step over RL alone is {expected}, clear of 0 for the best of "
+        f"{len(found)} signals too."
     )
     return _choice("mix", best, text)
 
@@ -70,6 +73,18 @@ def tail_warnings(summary: dict[str, Any]) -> list[str]:
         "its ratio."
         for name, tail in zip(summary["signals"], summary["tails"], strict=True)
         if tail["heavy"] >= _OFTEN
+    ]
+
+
+def depth_warnings(summary: dict[str, Any]) -> list[str]:
+    """That weights of a depth are not those of a regime, where there are several."""
+    depths = summary["depths"]
+    if depths == 1:
+        return []
+    return [
+        f"each depth was measured alone, with the weight of its own gradient: mtp.trunk.weight "
+        f"acts on all {depths} depths at once and is divided by {depths}, and only "
+        "mtp.trunk.estimator=exact weighs them apart."
     ]
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from megatron_occ.audit.proxies import judged_proxies
-from megatron_occ.audit.recommendation import recommend, tail_warnings
+from megatron_occ.audit.recommendation import depth_warnings, recommend, tail_warnings
 from megatron_occ.audit.record import Products, read_products
-from megatron_occ.audit.statistics import Estimate, Means
-from megatron_occ.losses.mixture import best_mixture, mixture_gain, update_share
+from megatron_occ.audit.statistics import LEVEL, Estimate, Means, t_quantile
+from megatron_occ.losses.mixture import best_mixture, mixture_slope, update_share
 
 _COPIED = ("checkpoint", "task", "updates", "parameters", "world_size", "seed", "window")
 # of regimes: a tenth as the paper's cross-entropy has it, and its policy losses
@@ -49,6 +49,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
         "sequences": sum(sample["sequences"] for sample in samples),
         "tokens": sum(sample["tokens"] for sample in samples),
         "signals": signal_labels(record["signals"]),
+        "depths": max(signal["depth"] for signal in record["signals"]),
         "groups": record["groups"],
         "metrics": metrics,
         "judged_in": metrics[-1],
@@ -57,7 +58,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
         "tails": [_tail(record, index) for index in range(len(record["signals"]))],
     }
     summary["recommendation"] = recommend(summary)
-    summary["warnings"] = tail_warnings(summary)
+    summary["warnings"] = tail_warnings(summary) + depth_warnings(summary)
     return summary
 
 
@@ -77,7 +78,7 @@ def _results(record: dict[str, Any], products: Products) -> dict[str, Any]:
         "rl": {**_rl(means[0]), "groups": {"same": list(within[0]), "cross": list(across[0])}},
         "signals": [
             {
-                **_signal(means[index], products.v2[:, index].sum(axis=-1)),
+                **_signal(means[index], products.v2[:, index].sum(axis=-1), count),
                 "groups": {
                     "c_same": list(within[1 + index]),
                     "c_cross": list(across[1 + index]),
@@ -106,15 +107,15 @@ def _rl(means: Means) -> dict[str, Any]:
     }
 
 
-def _signal(means: Means, norms: np.ndarray) -> dict[str, Any]:
-    """One MTP signal with weight 1.
+def _signal(means: Means, norms: np.ndarray, looks: int) -> dict[str, Any]:
+    """One of ``looks`` MTP signals, with weight 1.
 
     `c_same`, `c_cross`, `v2` and `v2_cross`, |M|^2; the same as pure numbers: `cosine_same` and
     `cosine_cross`, c over the root mean squares of both gradients, `ratio_same` and `ratio_cross`,
     c / v^2, `signal_share`, |M|^2 / v^2; `cosine_expected`, of the expected gradients, null unless
     both are clear of 0; `share`, sqrt(v^2 / E|g|^2) of the trunk's update; `v2_spread` over
-    mini-batches; `mixture`, and `gain_at` some weights what a regime with that fixed weight is
-    expected to bring, both null where RL's own signal is not clear of 0.
+    mini-batches; `mixture`, and `gain_at` some weights what the best step with that fixed
+    weight is expected to gain {value, low, high}, both null where RL's signal is not clear of 0.
     """
     _, c_same, v2, rl_cross, c_cross, v2_cross = means.estimates()
     names = ("cosine_same", "cosine_cross", "ratio_same", "ratio_cross", "signal_share", "share")
@@ -136,9 +137,8 @@ def _signal(means: Means, norms: np.ndarray) -> dict[str, Any]:
     cosine = means.of(_expected_cosine)[0] if rl_clear and mtp_clear else None
     found["cosine_expected"] = None if cosine is None else _plain(cosine)
     measurable = rl_clear and v2.value > 0
-    found["mixture"] = _mixture(means) if measurable else None
-    gains = means.of(_fixed) if measurable else ()
-    found["gain_at"] = dict(zip(FIXED_WEIGHTS, map(_plain, gains), strict=True)) if gains else None
+    found["mixture"] = _mixture(means, looks) if measurable else None
+    found["gain_at"] = _gains_at(means) if measurable else None
     return found
 
 
@@ -154,11 +154,12 @@ def _expected_cosine(means: np.ndarray) -> np.ndarray:
     return np.array([means[4] / math.sqrt(squared) if squared > 0 else math.nan])
 
 
-def _mixture(means: Means) -> dict[str, Any] | None:
+def _mixture(means: Means, looks: int) -> dict[str, Any] | None:
     """The best weight of the signal, and what it is expected to bring.
 
     `weight` of its gradient where RL's weighs 1, `share` of the update (negative with a negative
-    weight), `gain` of the best step over the best one along RL's gradient alone {value, low, high}.
+    weight), `gain` of the best step over the best one along RL's gradient alone {value, low, high,
+    low_of_all}; the last is the lower end that allows for ``looks`` signals (Bonferroni).
 
     The gain is a square, which noise alone makes positive. Its root with the sign of the weight is
     smooth through 0, so that its error can be had; the gain's interval is that of the root squared,
@@ -170,7 +171,9 @@ def _mixture(means: Means) -> dict[str, Any] | None:
         return None
     weight, share, root = estimates
     value, low, high = (max(x, 0.0) ** 2 for x in (root.value, root.low, root.high))
+    reach = t_quantile(1 - (1 - LEVEL) / 2 / looks, means.samples - 1) * root.error
     gain = {"value": max(value - root.error**2, 0.0), "low": low, "high": high}
+    gain["low_of_all"] = max(root.value - reach, 0.0) ** 2
     return {"weight": _plain(weight), "share": _plain(share), "gain": gain}
 
 
@@ -186,13 +189,25 @@ def _best(means: np.ndarray) -> np.ndarray:
     )
 
 
-def _fixed(means: np.ndarray) -> np.ndarray:
-    """Gain of the mixture with each of the fixed weights."""
+def _gains_at(means: Means) -> dict[str, Any] | None:
+    """Of the best step with each fixed weight, from the slope, which is smooth through 0."""
+    slopes = means.of(_slopes)
+    if not all(math.isfinite(slope.error) for slope in slopes):
+        return None
+    found = {}
+    for text, slope in zip(FIXED_WEIGHTS, slopes, strict=True):
+        ends = {"value": slope.value, "low": slope.low, "high": slope.high}
+        found[text] = {key: max(end, 0.0) ** 2 - 1.0 for key, end in ends.items()}
+    return found
+
+
+def _slopes(means: np.ndarray) -> np.ndarray:
+    """Of the mixture with each of the fixed weights."""
     rl, c, v2, rl_cross, c_cross, _ = means
     same = torch.tensor([[rl, c], [c, v2]], dtype=torch.float64)
     signal = torch.tensor([rl_cross, c_cross], dtype=torch.float64)
     weights = [torch.tensor([float(text)]) for text in FIXED_WEIGHTS]
-    return np.array([mixture_gain(same, signal, weight) for weight in weights])
+    return np.array([mixture_slope(same, signal, weight) for weight in weights])
 
 
 def _tail(record: dict[str, Any], signal: int) -> dict[str, float]:

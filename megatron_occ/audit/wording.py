@@ -70,10 +70,10 @@ def _gain(signal: dict[str, Any]) -> str:
 
 def _gain_at_one(signal: dict[str, Any]) -> str:
     gains = signal["gain_at"]
-    if gains is None or gains["1"]["error"] is None:
-        return MISSING
-    value, error = gains["1"]["value"], gains["1"]["error"]
-    return f"{100 * value:+.1f}% ± {100 * error:.1f}%"
+    if gains is None:
+        return "not measurable"
+    value, low, high = (f"{100 * gains['1'][key]:+.0f}%" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 # title and cell of each column; one argument, the signal's entry in `results`

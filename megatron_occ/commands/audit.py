@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_occ.commands.configuration import add_config_options, checked_config
@@ -14,7 +15,7 @@ from megatron_occ.config.schema import HeadConfig, TrunkConfig
 
 HELP = "measure how MTP's gradient lies to RL's on a checkpoint"
 RECORD_FILE, SUMMARY_FILE, PAGE_FILE = "record.json", "audit.json", "audit.html"
-# of which a jackknife can leave one out, and no one is in every pair
+# of which a jackknife can leave one out
 MIN_MINI_BATCHES = 4
 
 
@@ -56,19 +57,15 @@ def _at_least_one(text: str) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, and write page and figures."""
-    config = checked_config(options)
+    _check_overrides(options.overrides)
+    config = checked_config(options, change=audit_config)
     if config is None:
         return
-    mini_batches = options.rounds * config.rl.mini_batches
-    if mini_batches < MIN_MINI_BATCHES:
-        raise ConfigError(
-            f"--rounds {options.rounds}: {mini_batches} mini-batches give no standard error. "
-            f"Give --rounds {-(-MIN_MINI_BATCHES // config.rl.mini_batches)} or more"
-        )
+    _check_pairs(options.rounds, config.rl.mini_batches, options.window)
     checkpoint = options.checkpoint
     name = f"{checkpoint.parent.name}_{checkpoint.name}"
     folder = options.out or Path(config.run_dir) / "audit" / name
-    with running(audit_config(config)) as run:
+    with running(config) as run:
         # imported late: these bring torch
         from megatron_occ.audit.page import write_audit_page
         from megatron_occ.audit.summary import summarize
@@ -88,6 +85,42 @@ def run(options: argparse.Namespace) -> None:
         write_audit_page(folder / PAGE_FILE, summary)
         print(audit_text(summary))
         print(f"\npage: {folder / PAGE_FILE}")
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse what an audit would not read; in files it may stand, since a run reads it.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for word in overrides:
+        if word.startswith(("mtp.trunk", "mtp.preset")):
+            raise ConfigError(
+                f"{word}: an audit measures its own signals one by one, whatever MTP sends into "
+                "the trunk. Leave it out"
+            )
+
+
+def _check_pairs(rounds: int, mini_batches: int, window: int) -> None:
+    """Refuse before anything is measured what would have no standard error.
+
+    Pairs are of different rounds. With two rounds and a window of 1 the last mini-batch of the
+    first is in every pair.
+
+    Raises:
+        ConfigError: see above.
+    """
+    enough = max(2, -(-MIN_MINI_BATCHES // mini_batches))
+    if rounds < enough:
+        raise ConfigError(
+            f"--rounds {rounds}: {rounds * mini_batches} mini-batches, of which those of different "
+            f"rounds are paired, give no standard error. Give --rounds {enough} or more"
+        )
+    if rounds == 2 and window == 1:
+        raise ConfigError(
+            "--window 1: with --rounds 2 one mini-batch would be in every pair. Give --rounds 3 or "
+            "more, or --window 2"
+        )
 
 
 def audit_config(config: Config) -> Config:

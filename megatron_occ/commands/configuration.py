@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_occ.commands.dry_run import dry_run
@@ -68,12 +68,17 @@ def take_words(
     options.overrides = [*options.overrides, *words]
 
 
-def checked_config(options: argparse.Namespace, default: Path | None = None) -> Config | None:
+def checked_config(
+    options: argparse.Namespace,
+    default: Path | None = None,
+    change: Callable[[Config], Config] = lambda config: config,
+) -> Config | None:
     """The configuration of a command, checked; None where printing something was all to do.
 
     Args:
         options: of :func:`add_config_options`, and the name of the command.
         default: the file that is read if none is given.
+        change: to what the command makes of a run's configuration, which is what is checked.
 
     Raises:
         ConfigError: the configuration is refused.
@@ -83,6 +88,7 @@ def checked_config(options: argparse.Namespace, default: Path | None = None) -> 
     if options.print_config:
         print(to_yaml(config), end="")
         return None
+    config = change(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:
         world_size = world_size if options.world_size is None else options.world_size

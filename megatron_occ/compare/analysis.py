@@ -53,6 +53,11 @@ class Difference:
         return statistics.mean(list(self.by_seed.values()))
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether there is no difference in any seed, as of two arms that did the same."""
+        return not any(self.by_seed.values())
+
+    @property
     def verdict(self) -> str:
         """``above`` or ``below`` where the interval excludes 0, else ``open``."""
         if self.interval is None:

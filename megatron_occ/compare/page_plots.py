@@ -181,7 +181,12 @@ def _validation_curve(arm: Arm) -> Curve:
 def _validations(arm: Arm) -> dict[int, list[list]]:
     """[steps, pass@1] of each finished run, by seed."""
     found = {run["seed"]: run["validation"] for run in arm.finished()}
-    return {seed: [v["step"], v["pass@1"]] for seed, v in found.items() if "pass@1" in v}
+    points = {
+        seed: [(x, y) for x, y in zip(v["step"], v["pass@1"], strict=True) if y is not None]
+        for seed, v in found.items()
+        if "pass@1" in v
+    }
+    return {seed: [list(part) for part in zip(*p, strict=True)] for seed, p in points.items() if p}
 
 
 def _gap_curve(arm: Arm, reference: Arm) -> Curve:

@@ -82,12 +82,27 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error.strerror}: name the results.json of a study") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: name the results.json of a study") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "runs" not in found:
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not _is_whole(found):
         raise ValueError(
             f"{path}: not results of format {FORMAT} of `megatron-occ compare`: write them again "
             "from the run folders, with the study file and --report"
         )
     return found
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    """Whether the parts that a page reads are there."""
+    head = {"name": str, "reference": str, "seeds": list, "arms": dict, "config": str, "runs": list}
+    if not all(isinstance(found.get(name), kind) for name, kind in head.items()):
+        return False
+    arms, runs = found["arms"], found["runs"]
+    return (
+        found["reference"] in arms
+        and all(
+            isinstance(arm, dict) and {"overrides", "differs"} <= set(arm) for arm in arms.values()
+        )
+        and all(isinstance(run, dict) and {"arm", "seed", "finished"} <= set(run) for run in runs)
+    )
 
 
 def _compact(value: Any) -> str:

@@ -49,7 +49,8 @@ def bootstrap_interval(
         seed: of the resampling.
 
     Returns:
-        The interval; None for fewer than ``MIN_SEEDS`` differences.
+        The interval; None for fewer than ``MIN_SEEDS`` differences, and for equal ones that are not
+        0, which say nothing of chance.
     """
     values = np.asarray(differences, dtype=float)
     n = len(values)
@@ -57,7 +58,8 @@ def bootstrap_interval(
         return None
     center, error = values.mean(), standard_error(differences)
     if error <= 1e-12 * max(1.0, abs(center)):
-        return float(center), float(center)
+        # alike in all seeds: nothing to resample, and no measure of chance
+        return (0.0, 0.0) if abs(center) <= 1e-12 else None
     drawn = values[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))]
     errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
     spread = errors > 1e-9 * error

@@ -28,6 +28,12 @@ def conclusion(comparison: Comparison) -> list[str]:
         names = _and([_effect(d) for d in below])
         sentences.append(f"Worse than {reference}, by intervals that exclude 0: {names}.")
     sentences.append(_by_chance(found, above + below))
+    alike = [d.arm for d in found if d.is_nothing]
+    if alike:
+        sentences.append(f"Equal to {reference} in every seed: {_and(alike)}.")
+    early = [d.arm for d in found if d.interval is None]
+    if early:
+        sentences.append(f"Not judged, with too few seeds for an interval: {_and(early)}.")
     return sentences
 
 
@@ -44,7 +50,8 @@ def _wins(above: list[Difference], found: list[Difference], reference: str) -> s
     if above:
         names = _and([_effect(d) for d in above])
         return f"Better than {reference}, by an interval that excludes 0: {names}."
-    closest = max(found, key=lambda d: (d.interval or (-math.inf,))[0])
+    different = [d for d in found if not d.is_nothing] or found
+    closest = max(different, key=lambda d: (d.interval or (-math.inf,))[0])
     return (
         f"No arm beats {reference} with an interval that excludes 0; the closest is "
         f"{_effect(closest)}."

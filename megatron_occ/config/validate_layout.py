@@ -12,6 +12,7 @@ from megatron_occ.config.sizes import (
     round_up,
     sequence_multiple,
 )
+from megatron_occ.config.validate_exact import measures_gradients
 
 
 def layout_problems(
@@ -158,8 +159,41 @@ def _rollout_batch(config: Config, ranks: int) -> Iterator[str]:
     if rl.micro_batch_tokens is not None:
         yield from _token_budget(config, rl.micro_batch_tokens)
         yield from _packed_counts(config, sequences // rl.mini_batches, ranks)
+    else:
+        size = rl.micro_batch_size
+        yield from _micro_batch(config, "rl", sequences // rl.mini_batches, size, ranks)
+    if measures_gradients(config.mtp) and config.mtp.trunk.exact.pairs == "cross":
+        yield from _parts(config, sequences // rl.mini_batches, ranks)
+
+
+def _parts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
+    """What cutting the sequences of a mini-batch into parts asks for beyond their own cut."""
+    rl, exact, stages = config.rl, config.mtp.trunk.exact, config.parallel.pipeline
+    if sequences % (exact.parts * ranks):
+        yield (
+            f"mtp.trunk.exact.parts={exact.parts}: the {sequences} sequences of a mini-batch are "
+            f"not divisible by so many parts * {ranks} data-parallel ranks. Change "
+            "rl.samples_per_prompt or rl.prompts_per_step, or set mtp.trunk.exact.pairs=same"
+        )
         return
-    yield from _micro_batch(config, "rl", sequences // rl.mini_batches, rl.micro_batch_size, ranks)
+    share, step = sequences // (exact.parts * ranks), ranks * stages
+    if rl.micro_batch_tokens is not None:
+        if config.parallel.virtual_pipeline > 1 and sequences // exact.parts % step:
+            yield (
+                f"mtp.trunk.exact.parts={exact.parts}: a part of a mini-batch has "
+                f"{sequences // exact.parts} sequences, which can't always be packed into a "
+                f"multiple of {step} micro-batches, as parallel.virtual_pipeline="
+                f"{config.parallel.virtual_pipeline} needs. Make them a multiple of it, or set "
+                "mtp.trunk.exact.pairs=same"
+            )
+    elif stages > 1 and share > rl.micro_batch_size and share % rl.micro_batch_size:
+        best = max(size for size in range(1, rl.micro_batch_size) if share % size == 0)
+        yield (
+            f"rl.micro_batch_size={rl.micro_batch_size}: does not divide the {share} sequences "
+            f"that a rank has in a part of a mini-batch (mtp.trunk.exact.parts={exact.parts}), and "
+            f"a pipeline sends micro-batches of one size. Give rl.micro_batch_size={best}, or "
+            "mtp.trunk.exact.pairs=same"
+        )
 
 
 def _token_budget(config: Config, budget: int) -> Iterator[str]:

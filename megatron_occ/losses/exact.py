@@ -96,7 +96,9 @@ class ExactCalibrator:
 
     Lambda of depth k acts as `lambda_k / K`, the weight of its gradient (the joint loss averages
     over depths). Depths whose own lambda is not ``gate`` standard errors from 0 get 0; the others
-    are solved for together, so that what they have in common is not counted twice.
+    are solved for together, so that what they have in common is not counted twice. Where negative
+    lambdas are clamped away, a depth that would get one is left out and the rest solved again: a
+    large positive weight may make sense beside the negative one alone.
 
     Args:
         num_depths: K.
@@ -147,10 +149,7 @@ class ExactCalibrator:
         depths = len(same) - 1
         signal, error = (part[0, :, group] for part in (self._signal.mean, self._signal.error))
         raw, spread = self._each_alone(same, signal, error, group)
-        weights = torch.zeros(depths, dtype=torch.float64)
-        passed = self._passed(raw, spread, signal[0], error[0])
-        if passed.any():
-            weights[passed] = self._solved(same, signal, passed)
+        weights = self._together(same, signal, self._passed(raw, spread, signal[0], error[0]))
         values = self._clamped(depths * weights)
         values = depths * self._shared(same, values / depths)
         share = torch.tensor(update_share(same, values / depths), dtype=torch.float64)
@@ -163,11 +162,12 @@ class ExactCalibrator:
     def _each_alone(
         self, same: Tensor, signal: Tensor, error: Tensor, group: int
     ) -> tuple[Tensor, Tensor]:
-        """Weight of each depth without the others, and its standard error, [K] each.
+        """Weight of each depth without the others, and its standard error, [K]; nan: there is none.
 
         With a scale `lambda_plus c / v^2`. Without one the best mixture's,
         `(c S_00 - h_0 S_0k) / (h_0 v^2 - c S_0k)`, by the error of its numerator: S is known far
-        better than c and h_0, RL's signal.
+        better than c and h_0, RL's signal. It tells whether the weight is 0; around one that is
+        not, the noise of the denominator comes on top.
         """
         norms = same.diagonal()[1:]
         norms = torch.where(norms > 0, norms, torch.nan)
@@ -178,7 +178,9 @@ class ExactCalibrator:
         covariance = self._covariance(signal, group)
         variance = (main * spread) ** 2 + (noise * error[0]) ** 2 - 2 * main * noise * covariance
         below = signal[0] * norms - c * noise
-        return (c * main - signal[0] * noise) / below, variance.clamp(min=0).sqrt() / below.abs()
+        # RL's own weight in the mixture: no step follows one that is not positive
+        below = torch.where(below > 0, below, torch.nan)
+        return (c * main - signal[0] * noise) / below, variance.clamp(min=0).sqrt() / below
 
     def _covariance(self, signal: Tensor, group: int) -> Tensor:
         """Of the averages of RL's signal and of each c, [K]."""
@@ -199,6 +201,19 @@ class ExactCalibrator:
             # the scale is RL's own signal: it has to be there
             passed &= (main > gate * error) if gate > 0 else main > 0
         return passed
+
+    def _together(self, same: Tensor, signal: Tensor, passed: Tensor) -> Tensor:
+        """Weights [K] of the depths that passed, 0 of the others."""
+        low = self.settings.clamp[0]
+        weights = torch.zeros(len(passed), dtype=torch.float64)
+        passed = passed.clone()
+        while passed.any():
+            solved = weights.clone()
+            solved[passed] = self._solved(same, signal, passed)
+            if low is None or low < 0 or bool((solved >= 0).all()):
+                return solved
+            passed[solved.argmin()] = False
+        return weights
 
     def _solved(self, same: Tensor, signal: Tensor, passed: Tensor) -> Tensor:
         index = torch.cat((torch.tensor([True]), passed))

@@ -54,10 +54,11 @@ def best_mixture(same: Tensor, signal: Tensor) -> Mixture:
     return Mixture(solved[1:] / main, float(signal @ solved / alone) - 1.0)
 
 
-def mixture_gain(same: Tensor, signal: Tensor, weights: Tensor) -> float:
-    """What the best step along a given mixture gains more than the best along g_0 alone.
+def mixture_slope(same: Tensor, signal: Tensor, weights: Tensor) -> float:
+    """How steeply a unit step along a given mixture gains, relative to one along g_0 alone.
 
-    `(<h, w>^2 / (w^T S w)) / (h_0^2 / S_00) - 1`, with w_0 = 1; -1 where no step gains anything.
+    `(<h, w> / sqrt(w^T S w)) / (h_0 / sqrt(S_00))`, with w_0 = 1. The best step along the mixture
+    gains its square times what the best along g_0 does; where it is negative, no step gains.
 
     Args:
         same: [1+K, 1+K] S.
@@ -66,9 +67,8 @@ def mixture_gain(same: Tensor, signal: Tensor, weights: Tensor) -> float:
     """
     same, signal = same.double(), signal.double()
     mixed = torch.cat((torch.ones_like(same[0, :1]), weights.double()))
-    slope = (signal @ mixed).clamp(min=0)
-    alone = signal[0].square() / same[0, 0]
-    return float(slope.square() / (mixed @ same @ mixed) / alone) - 1.0
+    alone = signal[0] / same[0, 0].sqrt()
+    return float((signal @ mixed) / (mixed @ same @ mixed).sqrt() / alone)
 
 
 def gram_weights(gram: Tensor, cross: Tensor) -> Tensor:

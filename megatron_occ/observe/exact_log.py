@@ -99,6 +99,15 @@ class ExactLog:
                 found.append((step, math.sqrt(mtp / norm)))
         return found
 
+    def acted(self) -> dict[float, list[float]]:
+        """Lambda that acted in the measured mini-batches, of all depths and groups, by step."""
+        found: dict[float, list[float]] = {}
+        for depth in self.depths:
+            for group in self.groups:
+                for step, value in self.points(f"lambda_{depth}{group}"):
+                    found.setdefault(step, []).append(value)
+        return found
+
     def cosines(self, depth: int, pairs: str) -> list[Point]:
         """c over the root mean squares of both gradients, by step; `pairs` is `same` or `cross`."""
         rl, mtp = dict(self.total("rl_norm_squared")), dict(self.total(f"norm_squared_{depth}"))
@@ -115,7 +124,7 @@ class ExactLog:
 
 
 def coefficients(run: RunData) -> dict[float, list[float]]:
-    """Lambda that acted, of each depth, by step."""
+    """Lambda that acted, of each depth, by step: the mean over its mini-batches."""
     found: dict[float, list[float]] = {}
     for depth in run.depths("rl", "lambda/mtp_"):
         for step, value in _finite(run.points("rl", f"lambda/mtp_{depth}")):

@@ -52,8 +52,8 @@ def trunk_verdict(run: RunData) -> Verdict | None:
 
 
 def acted_steps(run: RunData) -> tuple[int, int]:
-    """Steps in which lambda was not 0, and all that logged it."""
-    values = list(coefficients(run).values())
+    """Steps in which lambda was not 0, and all that logged it; of an exact one, measured steps."""
+    values = list((ExactLog(run).acted() or coefficients(run)).values())
     return sum(any(lambdas) for lambdas in values), len(values)
 
 
@@ -98,11 +98,12 @@ def _exact(run: RunData, regime: TrunkRegime) -> Verdict:
         return Verdict("Not measured", "No mini-batch was measured yet.")
     passed = "gate and bounds" if regime.gate else "the bounds"
     reason = _alignment(log)
+    of_steps = _steps(steps, measured=len(coefficients(run)) > steps)
     if not acted:
-        sentence = f"MTP's gradient passed {passed} in none of {_steps(steps)}"
+        sentence = f"MTP's gradient passed {passed} in none of {of_steps}"
         return Verdict("No", f"{sentence}: {_in_all_but_name(regime)}.", reason)
     mean, largest = statistics.fmean(shares) / regime.acts_every, max(shares)
-    sentence = f"MTP's gradient passed {passed} in {acted} of {_steps(steps)}"
+    sentence = f"MTP's gradient passed {passed} in {acted} of {of_steps}"
     if mean < _NOTICEABLE:
         sentence += (
             f" and was at most {share_text(largest)} of RL's part of the trunk's {regime.of_what}, "
@@ -162,5 +163,5 @@ def _all(steps: int) -> str:
     return "the only step" if steps == 1 else f"all {steps:,} steps"
 
 
-def _steps(steps: int) -> str:
-    return f"{steps:,} step{'' if steps == 1 else 's'}"
+def _steps(steps: int, *, measured: bool = False) -> str:
+    return f"{steps:,} {'measured ' if measured else ''}step{'' if steps == 1 else 's'}"

@@ -71,7 +71,7 @@ def _tiles(run: RunData, log: ExactLog, regime: TrunkRegime) -> str:
             f"median {share_text(statistics.median(shares))}, largest {share_text(max(shares))}"
         )
         found.append(tile("MTP's part", share_text(shares[-1]), note))
-    gate = f"gate: {regime.gate:g} standard errors of c" if regime.gate else "no gate set"
+    gate = f"gate: {regime.gate:g} standard errors" if regime.gate else "no gate set"
     found.append(tile("λ not 0", f"{acted:,} of {steps:,} steps", gate))
     signal = mean_of(log.rl_signal_share())
     if signal is not None:
@@ -137,7 +137,8 @@ def _coefficients(run: RunData, log: ExactLog) -> str:
     for depth in log.depths[:_DEPTHS_SHOWN] if not log.per_layer else ():
         raw, errors = log.points(f"lambda_raw_{depth}"), dict(log.points(f"lambda_error_{depth}"))
         band = [(x, y - CLEAR * errors[x], y + CLEAR * errors[x]) for x, y in raw if x in errors]
-        acted = [p for p in run.points("rl", f"lambda/mtp_{depth}") if math.isfinite(p[1])]
+        acted = log.points(f"lambda_{depth}") or run.points("rl", f"lambda/mtp_{depth}")
+        acted = [point for point in acted if math.isfinite(point[1])]
         measured = Series("measured", raw, depth_color(depth), smoothed=False, band=band)
         both = (measured, Series("acted", acted, MAIN_COLOR, smoothed=False))
         series = [one for one in both if one.points]

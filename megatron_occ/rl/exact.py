@@ -17,6 +17,7 @@ from megatron_occ.losses.exact import (
     ExactSettings,
     GradientProducts,
 )
+from megatron_occ.losses.mixture import update_share
 from megatron_occ.rl.interfaces import GradientSpaceLike
 
 
@@ -130,8 +131,9 @@ class ExactTracker:
         """What is added to RL's gradient: the depths' gradients, unless a control replaces them."""
         if self._control != "random":
             return list(depths)
-        first = self._draw() % 2**31
-        return [self._space.random_like(each, first + k) for k, each in enumerate(depths)]
+        # the same signs for all depths keep the norm of their sum
+        seed = self._draw() % 2**31
+        return [self._space.random_like(each, seed) for each in depths]
 
     def _draw(self) -> int:
         """A random number of this update."""
@@ -170,6 +172,11 @@ class ExactTracker:
         found = self._space.products(gradients, gradients, self._metric)
         return found if self._per_layer else found.sum(dim=-1, keepdim=True)
 
+    def _share(self, group: int) -> float:
+        """Of what acts, on the average mini-batch."""
+        same = self._calibrator.same.mean[..., group]
+        return update_share(same, self._used[:, group] / self.depths)
+
     def _describe(self, sample: GradientProducts, answer: ExactCoefficient) -> dict[str, float]:
         metrics = {}
         for group, name in enumerate(self._names):
@@ -180,14 +187,13 @@ class ExactTracker:
                     "norm_squared": sample.same[k, k, group],
                     "lambda_raw": answer.raw[k - 1, group],
                     "lambda_error": answer.error[k - 1, group],
+                    "lambda": self._used[k - 1, group],
                 }
                 if sample.cross is not None:
                     values["c_cross"] = sample.cross[0, k, group]
-                if self._per_layer:
-                    values["lambda"] = self._used[k - 1, group]
                 metrics |= {f"exact/{key}_{k}{suffix}": float(v) for key, v in values.items()}
             metrics[f"exact/rl_norm_squared{suffix}"] = float(sample.same[0, 0, group])
             if sample.cross is not None:
                 metrics[f"exact/rl_signal{suffix}"] = float(sample.cross[0, 0, group])
-            metrics[f"exact/share{suffix}"] = float(answer.share[group])
+            metrics[f"exact/share{suffix}"] = self._share(group)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}

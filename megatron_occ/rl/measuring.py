@@ -56,7 +56,9 @@ class Measuring:
     def measure(self, mini_batch: MiniBatch) -> dict[str, Any]:
         """Figures of a mini-batch with old log-probs; weights and optimizer stay as they are."""
         prepared = PreparedBatch(self._config, self._actor, mini_batch)
-        main, _ = prepared.gradient(self._main, ())
+        # the bonus is part of RL's loss
+        bonus = self._config.rl.loss.entropy_coefficient != 0
+        main, _ = prepared.gradient(self._main, (), entropy=bonus)
         gradients, tails, released, sums = [main], [], [], None
         for loss in self._losses:
             gradient, report = prepared.gradient(loss, ((True, False),))

@@ -81,7 +81,7 @@ class PreparedBatch:
         *,
         head: bool = False,
         part: int | None = None,
-        main_head: bool = True,
+        **wanted: Any,
     ) -> tuple[Any, LossReport]:
         """Trunk gradient of a loss by a pass of its own, and the report over all ranks.
 
@@ -91,10 +91,10 @@ class PreparedBatch:
             passes: of the MTP block, see ``Regime.passes``.
             head: also the gradient of the head's own parameters.
             part: of the mini-batch; None: all of it.
-            main_head: whether the loss reads the main head's outputs.
+            wanted: what else the loss reads, or does not, see ``Actor.micro_batch``.
         """
         return self._actor.get_gradient(
-            self.micro_batches(part, passes=passes, main_head=main_head),
+            self.micro_batches(part, passes=passes, **wanted),
             lambda outputs, targets: loss(outputs, targets, self.normalizers),
             head=head,
         )

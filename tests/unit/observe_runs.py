@@ -38,9 +38,7 @@ def exact_step(
     for group in groups:
         for k in range(1, depths + 1):
             values = {"c_same": 5.0, "c_cross": c_cross, "norm_squared": 25.0}
-            values |= {"lambda_raw": 0.5 * k, "lambda_error": 0.25}
-            if group:
-                values["lambda"] = acted
+            values |= {"lambda_raw": 0.5 * k, "lambda_error": 0.25, "lambda": acted}
             found |= {f"exact/{name}_{k}{group}": value for name, value in values.items()}
         norms = {"rl_norm_squared": 100.0, "rl_signal": rl_signal, "share": share}
         found |= {f"exact/{name}{group}": value for name, value in norms.items()}

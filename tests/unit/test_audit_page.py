@@ -80,5 +80,5 @@ def test_what_is_not_measurable_is_said(summary):
     signals = [{**signal, "mixture": None, "gain_at": None} for signal in adam["signals"]]
     changed["results"]["adam"] = {"rl": {**adam["rl"], "clear": False}, "signals": signals}
     for shown in (audit_text(changed), render_audit(changed)):
-        assert shown.count("not measurable") == 4
+        assert shown.count("not measurable") == 6
         assert shown.count("which is not clear of 0") == 1

@@ -14,11 +14,16 @@ def estimate(value, error):
     return {"value": value, "error": error, "low": low, "high": high}
 
 
+def _gain(value, low, high, low_of_all=None):
+    bottom = low if low_of_all is None else low_of_all
+    return {"value": value, "low": low, "high": high, "low_of_all": bottom}
+
+
 def signal(c, error, gain=None):
     mixture = {
         "weight": estimate(0.3, 0.1),
         "share": estimate(0.12, 0.02),
-        "gain": dict(zip(("value", "low", "high"), gain, strict=True)) if gain else None,
+        "gain": _gain(*gain) if gain else None,
     }
     return {
         "clear": abs(c) > 2 * error,
@@ -65,6 +70,19 @@ def test_the_best_gain_among_the_aligned_is_named():
     assert (found["action"], found["signal"]) == ("mix", 1)
     for part in ("'truncated'", "weight 0.30 ± 0.10", "12% of RL's", "5.0% ", "2.0% to 9.0%"):
         assert part in found["text"]
+
+
+def test_a_signal_that_is_clear_goes_before_a_larger_gain_that_is_not():
+    found = advice(signal(0.5, 0.1, (0.25, 0.0, 1.2)), signal(0.5, 0.1, (0.2, 0.06, 0.45)))
+    assert (found["action"], found["signal"]) == ("mix", 1)
+    assert "the best of 2 signals too" in found["text"]
+
+
+def test_the_best_of_several_has_to_be_clear_for_their_number():
+    # by itself its interval excludes 0
+    found = advice(signal(0.5, 0.1, (0.05, 0.001, 0.1, 0.0)), signal(0.1, 0.1))
+    assert (found["action"], found["signal"]) == ("detach", 0)
+    assert "nothing beyond noise for the best of 2" in found["text"]
 
 
 @pytest.mark.parametrize("gain", [(0.03, 0.0, 0.1), (0.004, 0.002, 0.009)])

@@ -89,9 +89,10 @@ def test_the_gain_of_fixed_weights_is_that_of_the_averaged_products(summary):
             gain = (rl_cross + weight * c_cross) ** 2 / size / (rl_cross**2 / rl) - 1
             found = signal["gain_at"][f"{weight:g}"]
             assert found["value"] == pytest.approx(gain)
+            assert -1 <= found["low"] < found["value"] < found["high"]
             # the truth: E|g|^2 54, c 2, v^2 5.5, |G|^2 4
             truth = (4 + 2 * weight) ** 2 / (54 + 4 * weight + 5.5 * weight**2) / (16 / 54) - 1
-            assert covers(found, truth)
+            assert found["low"] < truth < found["high"]
 
 
 def test_noise_that_both_share_is_no_gain():
@@ -101,7 +102,7 @@ def test_noise_that_both_share_is_no_gain():
     signal = summarize(world.record(samples=60, window=6))["results"]["euclidean"]["signals"][0]
     assert signal["c_same"]["low"] > 30 and not signal["clear"]
     assert signal["mixture"]["weight"]["high"] < 0
-    assert signal["mixture"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert set(signal["mixture"]["gain"].values()) == {0.0}
 
 
 def test_without_a_signal_in_rl_no_weight_is_measurable():

@@ -118,6 +118,21 @@ def test_a_null_is_told_as_one():
     assert len(found) == 2
 
 
+def test_arms_that_did_the_same_or_are_not_far_enough_are_told_apart_from_nulls():
+    results = two_arms(range(8), 0.2, 0.25, 0.2)
+    by_seed = {r["seed"]: r for r in results["runs"] if r["arm"] == "detach"}
+    for run in results["runs"]:
+        if run["arm"] == "occ":
+            run["validation"] = by_seed[run["seed"]]["validation"]
+    found = conclusion(analyse(results))
+    assert "Equal to detach in every seed: occ." in found
+    results["runs"] = [r for r in results["runs"] if r["arm"] != "ce" or r["seed"] < 4]
+    found = conclusion(analyse(results))
+    assert "Not judged, with too few seeds for an interval: ce." in found
+    # nothing that differs has an interval
+    assert "the closest is ce" in found[0]
+
+
 def test_few_seeds_leave_it_open():
     comparison = analyse(two_arms(range(4), 0.2, 0.9))
     assert comparison.difference("final", "ce").interval is None
@@ -221,7 +236,23 @@ def test_the_page_is_written_again_from_results_alone(tmp_path, capsys):
     assert "Better than detach" in printed and str(tmp_path / "some.html") in printed
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 99, "runs": []}', '{"runs": []}'])
+HEAD = {"format": 1, "name": "s", "seeds": [0], "config": "", "reference": "a", "runs": []}
+ARM = {"overrides": [], "differs": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": 99, "runs": []}',
+        '{"runs": []}',
+        '{"format": 1, "runs": []}',
+        json.dumps(HEAD | {"arms": {"b": ARM}}),
+        json.dumps(HEAD | {"arms": {"a": {}}}),
+        json.dumps(HEAD | {"arms": {"a": ARM}, "runs": [{}]}),
+    ],
+)
 def test_something_else_is_no_results(tmp_path, text):
     path = tmp_path / "some.json"
     path.write_text(text)

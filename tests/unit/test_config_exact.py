@@ -60,6 +60,45 @@ def test_what_can_not_act_is_refused_with_key_value_and_remedy(overrides, parts)
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "parts"),
+    [
+        (
+            2,
+            ["rl.prompts_per_step=4", "rl.samples_per_prompt=5", "rl.micro_batch_size=5"],
+            ["exact.parts=2", "10 sequences", "2 data-parallel ranks", "pairs=same"],
+        ),
+        (
+            2,
+            [
+                "rl.prompts_per_step=12",
+                "rl.samples_per_prompt=4",
+                "rl.micro_batch_size=8",
+                "parallel.pipeline=2",
+            ],
+            ["micro_batch_size=8", "12 sequences", "micro_batch_size=6", "pairs=same"],
+        ),
+        (
+            4,
+            [
+                "rl.prompts_per_step=12",
+                "rl.samples_per_prompt=2",
+                "rl.micro_batch_tokens=4096",
+                "parallel.pipeline=2",
+                "parallel.virtual_pipeline=2",
+            ],
+            ["exact.parts=2", "6 sequences", "virtual_pipeline=2", "pairs=same"],
+        ),
+    ],
+)
+def test_parts_that_no_cut_exists_for_are_refused(world_size, overrides, parts):
+    given = ["pretrain.steps=0", "model.num_layers=4", "rl.mini_batches=2", EXACT, *overrides]
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config([], given), command="rl", world_size=world_size)
+    (message,) = caught.value.problems
+    assert all(part in message for part in parts), message
+
+
 def test_a_head_that_shares_the_loss_has_no_layers_coefficient():
     (message,) = problems(
         "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9", "mtp.trunk.exact.per=layer"

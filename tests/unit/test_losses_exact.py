@@ -121,6 +121,31 @@ def test_a_share_holds_for_several_depths_where_one_is_clamped():
     assert answer.share.item() == pytest.approx(0.5)
 
 
+def test_a_depth_that_would_be_clamped_leaves_the_others_their_own_best_weight():
+    same = torch.tensor([[1, 0.03, 0.03], [0.03, 1, 0.95], [0.03, 0.95, 1]], dtype=torch.float64)
+    signal = torch.tensor([0.02, 0.0035, 0.002], dtype=torch.float64)
+    together = best_mixture(same, signal).weights
+    assert together[0] > 0.4 and together[1] < -0.3
+    crossed = torch.zeros(3, 3, dtype=torch.float64)
+    crossed[0], crossed[:, 0] = signal, signal
+    settings = ExactSettings(lambda_plus=None, **OPEN | {"clamp": (0.0, None)})
+    answer = ExactCalibrator(2, 1, settings).update(products(same, crossed))
+    alone = best_mixture(same[:2, :2], signal[:2]).weights
+    # lambda acts as lambda / K
+    assert (answer.values.flatten() / 2).tolist() == pytest.approx([alone.item(), 0.0])
+    assert alone.item() == pytest.approx(0.146, abs=1e-3)
+
+
+def test_there_is_no_weight_where_rls_own_would_not_be_positive():
+    settings = ExactSettings(lambda_plus=None, **OPEN)
+    against = calibrated(settings, [products(cross=cross(-0.4, 0.4))] * 3)
+    assert math.isnan(against.raw.item()) and against.values.item() == 0
+    # MTP's gradient alone would be better than any mixture with RL's
+    same = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    instead = calibrated(settings, [products(same, cross(0.02, 0.04))] * 3)
+    assert math.isnan(instead.raw.item()) and instead.values.item() == 0
+
+
 def test_the_scale_from_rls_signal_needs_that_signal():
     settings = ExactSettings(lambda_plus=None, **OPEN | {"gate": 2.0})
     unclear = [products(cross=cross(s, 0.3)) for s in [1.0, -1.2, 1.1, -0.9] * 5]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_occ.losses.mixture import best_mixture, gram_weights, mixture_gain, update_share
+from megatron_occ.losses.mixture import best_mixture, gram_weights, mixture_slope, update_share
 
 # E|g_0|^2 = 1.33, v^2 = 0.59, common noise 0.066; signals 0.01 and 0.0016
 SAME = torch.tensor([[1.33, 0.066], [0.066, 0.59]], dtype=torch.float64)
@@ -45,15 +45,16 @@ def test_no_other_mixture_gains_more_and_the_gain_is_that_of_a_search():
         assert max(step_gain(other, same, signal, s) for s in steps) <= reached * (1 + 1e-4)
 
 
-def test_the_gain_of_given_weights_by_hand():
-    # (h0 + w h1)^2 / (S00 + 2 w S01 + w^2 S11) over h0^2 / S00, w = 1
-    expected = (0.0116**2 / (1.33 + 2 * 0.066 + 0.59)) / (0.01**2 / 1.33) - 1
-    assert mixture_gain(SAME, SIGNAL, torch.ones(1)) == pytest.approx(expected, rel=1e-6)
+def test_the_slope_of_given_weights_by_hand():
+    # (h0 + w h1) / sqrt(S00 + 2 w S01 + w^2 S11) over h0 / sqrt(S00), w = 1
+    expected = (0.0116 / math.sqrt(1.33 + 2 * 0.066 + 0.59)) / (0.01 / math.sqrt(1.33))
+    assert mixture_slope(SAME, SIGNAL, torch.ones(1)) == pytest.approx(expected, rel=1e-6)
     best = best_mixture(SAME, SIGNAL)
-    assert mixture_gain(SAME, SIGNAL, best.weights) == pytest.approx(best.gain, rel=1e-9)
-    assert mixture_gain(SAME, SIGNAL, torch.zeros(1)) == 0
+    slope = mixture_slope(SAME, SIGNAL, best.weights)
+    assert slope**2 - 1 == pytest.approx(best.gain, rel=1e-9)
+    assert mixture_slope(SAME, SIGNAL, torch.zeros(1)) == 1
     # against RL's direction no step gains
-    assert mixture_gain(SAME, torch.tensor([0.01, -0.02]), torch.ones(1)) == -1
+    assert mixture_slope(SAME, torch.tensor([0.01, -0.02]), torch.ones(1)) < 0
 
 
 def test_an_mtp_gradient_that_is_rls_own_direction_adds_nothing():

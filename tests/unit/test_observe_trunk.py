@@ -69,7 +69,11 @@ def test_between_measurements_a_head_of_its_own_adds_nothing(tmp_path):
     # 20% in one mini-batch of four
     assert verdict.answer == "A little"
     text = "was 5.0% of RL's on average (over all mini-batches; it acts in one of 4), at most 20"
-    assert text in verdict.sentence
+    assert text in verdict.sentence and "in 2 of 2 steps" in verdict.sentence
+    # every second step has a measured mini-batch
+    sparse = [exact_step(acted=0.1, share=0.2), {"lambda/mtp_1": 0.0}] * 3
+    verdict = verdict_of(tmp_path / "sparse", config(trunk), sparse)
+    assert "gate and bounds in 3 of 3 measured steps" in verdict.sentence
     shared = verdict_of(tmp_path / "shared", config(trunk, head="same_as_trunk"), steps)
     assert shared.answer == "Yes" and "acts in one of" not in shared.sentence
 

@@ -1,0 +1,26 @@
+"""What the command `audit` refuses before anything is measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_occ.cli import main
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["--rounds", "1"], ["--rounds 1", "4 mini-batches", "--rounds 2"]),
+        (["--rounds", "2", "rl.mini_batches=1"], ["2 mini-batches", "--rounds 4"]),
+        (["--rounds", "2", "--window", "1"], ["--window 1", "--rounds 3", "--window 2"]),
+        (["mtp.trunk.weighting=truncated"], ["mtp.trunk.weighting=truncated", "Leave it out"]),
+        (["mtp.preset=occ_exact"], ["mtp.preset=occ_exact", "Leave it out"]),
+    ],
+)
+def test_an_audit_that_would_measure_nothing_is_refused(given, parts, tmp_path, capsys):
+    folder = tmp_path / "step_000001"
+    folder.mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["audit", "--checkpoint", str(folder), f"run_dir={tmp_path / 'run'}", *given])
+    text = f"{caught.value} {capsys.readouterr().err}"
+    assert all(part in text for part in parts), text
