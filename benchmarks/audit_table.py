@@ -82,8 +82,9 @@ def _gains(audits: dict[str, dict]) -> list[str]:
     return lines
 
 
-def _percent(estimate: dict[str, float]) -> str:
-    return f"{100 * estimate['value']:+.0f} ± {100 * estimate['error']:.0f} %"
+def _percent(gain: dict[str, float]) -> str:
+    value, low, high = (f"{100 * gain[key]:+.0f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def _proxies(audits: dict[str, dict]) -> list[str]:

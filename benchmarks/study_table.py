@@ -73,7 +73,7 @@ def _expected(audit: dict, arm: str) -> str:
     name, weight = SIGNALS[arm]
     signals = audit["results"][audit["judged_in"]]["signals"]
     gain = dict(zip(audit["signals"], signals, strict=True))[name]["gain_at"][weight]
-    return f"{100 * gain['value']:+.0f} ± {100 * gain['error']:.0f} %"
+    return f"{100 * gain['value']:+.0f} %"
 
 
 if __name__ == "__main__":
