@@ -31,8 +31,8 @@ from megatron_occ.rl.update import PolicyUpdater
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "demo.yaml"
 VOCABULARY = 17
 ACTS = "mtp.trunk.clamp=[0.01,null]"
-EXACT = (ACTS, "mtp.trunk.exact.gate=0", "mtp.trunk.lambda_plus=1")
-COUPLED = ("mtp.head.signal=same_as_trunk", "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9")
+EXACT = (ACTS, "mtp.trunk.exact.every=1", "mtp.trunk.exact.gate=0", "mtp.trunk.lambda_plus=1")
+COUPLED = ("mtp.preset=occ", "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9")
 REGIMES = {
     "none": ("mtp.preset=none",),
     "detach": ("mtp.preset=detach",),
@@ -43,8 +43,8 @@ REGIMES = {
     "occ_decoupled": ("mtp.preset=occ_decoupled", ACTS),
     "exact, every": ("mtp.preset=occ_exact", *EXACT),
     "exact, 8th": ("mtp.preset=occ_exact", *EXACT, "mtp.trunk.exact.every=8"),
-    "exact, every, coupled": ("mtp.preset=null", *COUPLED, *EXACT),
-    "exact, 8th, coupled": ("mtp.preset=null", *COUPLED, *EXACT, "mtp.trunk.exact.every=8"),
+    "exact, every, coupled": (*COUPLED, *EXACT),
+    "exact, 8th, coupled": (*COUPLED, *EXACT, "mtp.trunk.exact.every=8"),
 }
 # updates that are timed together: a rhythm of measurements
 GROUP = 8

@@ -98,7 +98,7 @@ class ExactConfig:
 @dataclass
 class TrunkConfig:
     signal: str = option(
-        "policy", "MTP loss whose gradient enters the trunk", choices=("none", "ce", "policy")
+        "none", "MTP loss whose gradient enters the trunk", choices=("none", "ce", "policy")
     )
     weighting: str = option(
         "ppo",
@@ -110,7 +110,7 @@ class TrunkConfig:
         10.0, "bound of weighting=ppo for negative advantages (null: off, heavy tails)", above=1
     )
     ratio_cap: float = option(1.0, "largest weight of weighting=truncated", above=0)
-    coefficient: str = option("occ", "how its weight is chosen", choices=("fixed", "occ"))
+    coefficient: str = option("fixed", "how its weight is chosen", choices=("fixed", "occ"))
     weight: float = option(0.1, "the weight, with coefficient=fixed", minimum=0)
     estimator: str = option(
         "logprob",
@@ -138,7 +138,7 @@ class TrunkConfig:
 @dataclass
 class HeadConfig:
     signal: str = option(
-        "same_as_trunk",
+        "ce",
         "what trains the MTP head: the trunk's own loss, or a loss cut off from the trunk",
         choices=("same_as_trunk", "none", "ce", "soft_ce", "tv", "policy"),
     )

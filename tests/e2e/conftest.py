@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "conf" / "rl" / "tiny.yaml"
 
 
+def with_regime(arguments):
+    """OCC, the regime with most parts, where the arguments name none."""
+    named = any(word.startswith(("mtp.preset", "mtp.trunk", "mtp.head")) for word in arguments)
+    return () if named else ("mtp.preset=occ",)
+
+
 class Runner:
     """Runs commands into folders below a temporary one."""
 
@@ -25,7 +31,8 @@ class Runner:
 
     def __call__(self, command: str, name: str, *arguments: str, config: Path = TINY) -> Path:
         target = self.folder / name
-        main([command, "--config", str(config), f"run_dir={target}", *arguments])
+        regime = () if command == "audit" else with_regime(arguments)
+        main([command, "--config", str(config), f"run_dir={target}", *regime, *arguments])
         return target
 
 
@@ -84,7 +91,7 @@ def torchrun(folder, ranks, *arguments, config=TINY):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(config)]
-    command += [f"run_dir={folder}", *arguments]
+    command += [f"run_dir={folder}", *with_regime(arguments), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

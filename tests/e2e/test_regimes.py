@@ -37,7 +37,12 @@ def test_every_preset_runs_at_one_and_two_depths(run, pretrained, preset, depths
     assert len(metrics(folder, "validation")) == 2
 
 
-EXACT = ("mtp.preset=occ_exact", "mtp.trunk.exact.gate=0", "mtp.trunk.clamp=[null,null]")
+EXACT = (
+    "mtp.preset=occ_exact",
+    "mtp.trunk.exact.every=1",
+    "mtp.trunk.exact.gate=0",
+    "mtp.trunk.clamp=[null,null]",
+)
 
 
 @pytest.mark.parametrize("depths", [1, 2])

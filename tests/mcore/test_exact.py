@@ -25,6 +25,7 @@ from tests.mcore.distributed import run_ranks
 
 EXACT = (
     "mtp.preset=occ_exact",
+    "mtp.trunk.exact.every=1",
     "mtp.trunk.exact.gate=0",
     "mtp.trunk.exact.share_cap=null",
     "mtp.trunk.lambda_plus=0.5",
@@ -32,8 +33,7 @@ EXACT = (
 )
 EUCLIDEAN = "mtp.trunk.exact.metric=euclidean"
 LAYERS = "mtp.trunk.exact.per=layer"
-COUPLED = ("mtp.head.signal=same_as_trunk", "mtp.preset=null", "mtp.trunk.estimator=exact",
-           "mtp.trunk.ema=0.9")  # fmt: skip
+COUPLED = ("mtp.preset=occ", "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9")
 MODELS = {
     "dense": (*EXACT, "mtp.num_layers=1", EUCLIDEAN),
     "adam": (*EXACT, "mtp.num_layers=1"),

@@ -8,6 +8,7 @@ from megatron_occ.config import ConfigError, load_config, validate
 from megatron_occ.config.warnings import regime_warnings
 
 EXACT = "mtp.preset=occ_exact"
+EXACT_BY_KEYS = "mtp.trunk={signal: policy, coefficient: occ, estimator: exact, ema: 0.9}"
 
 
 def problems(*overrides, command="rl"):
@@ -21,7 +22,8 @@ def problems(*overrides, command="rl"):
 def test_the_preset_is_accepted_also_without_several_mini_batches_and_for_cross_entropy():
     assert problems(EXACT) == []
     assert problems(EXACT, "rl.mini_batches=1") == []
-    assert problems("mtp.trunk.signal=ce", "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9") == []
+    assert problems(EXACT_BY_KEYS, "mtp.head.signal=same_as_trunk") == []
+    assert problems(EXACT_BY_KEYS.replace("policy", "ce")) == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_parts_that_no_cut_exists_for_are_refused(world_size, overrides, parts):
 
 def test_a_head_that_shares_the_loss_has_no_layers_coefficient():
     (message,) = problems(
-        "mtp.trunk.estimator=exact", "mtp.trunk.ema=0.9", "mtp.trunk.exact.per=layer"
+        EXACT_BY_KEYS, "mtp.head.signal=same_as_trunk", "mtp.trunk.exact.per=layer"
     )
     assert "mtp.head.signal=same_as_trunk" in message and "mtp.head.signal=ce" in message
 

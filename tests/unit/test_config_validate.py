@@ -49,21 +49,20 @@ REFUSED = [
     ("mtp.num_layers=0 mtp.preset=detach", "mtp.num_layers=0", "mtp.preset=none"),
     ("mtp.preset=ce mtp.trunk.weight=0", "mtp.trunk.weight=0", "above 0"),
     ("mtp.preset=detach mtp.head.weight=0", "mtp.head.weight=0", "above 0"),
-    ("mtp.trunk.signal=ce", "mtp.trunk.coefficient=occ", "mtp.trunk.coefficient=fixed"),
+    ("mtp.trunk={signal: ce, coefficient: occ}", "mtp.trunk.coefficient=occ", "=fixed"),
     (
-        "mtp.trunk.signal=none mtp.trunk.coefficient=fixed",
+        "mtp.head.signal=same_as_trunk",
         "mtp.head.signal=same_as_trunk",
         "mtp.head.signal=ce",
     ),
     (
-        "mtp.trunk.coefficient=fixed mtp.head.signal=tv rl.train_trunk=false",
+        "mtp.trunk.signal=policy mtp.head.signal=tv rl.train_trunk=false",
         "mtp.trunk.signal=policy: rl.train_trunk=false leaves the trunk",
         "mtp.preset=head_only",
     ),
     *(
         (
-            "mtp.trunk.signal=none mtp.trunk.coefficient=fixed rl.train_trunk=false "
-            f"mtp.head.signal={signal}",
+            f"rl.train_trunk=false mtp.head.signal={signal}",
             f"mtp.head.signal={signal}: with rl.train_trunk=false",
             "mtp.head.signal=soft_ce (mtp.preset=head_only) or tv",
         )
@@ -79,16 +78,32 @@ REFUSED = [
         "mtp.head.states=rollout: mtp.head.signal=policy is about",
         "mtp.head.states=training",
     ),
-    ("rl.mini_batches=1", "rl.mini_batches=1: with mtp.trunk.coefficient=occ", "rl.mini_batches=2"),
     (
-        "mtp.trunk.estimator=released mtp.trunk.statistics=current",
+        "mtp.preset=occ rl.mini_batches=1",
+        "rl.mini_batches=1: with mtp.trunk.coefficient=occ",
+        "rl.mini_batches=2",
+    ),
+    (
+        "mtp.preset=occ mtp.trunk.estimator=released mtp.trunk.statistics=current",
         "mtp.trunk.statistics=current",
         "mtp.trunk.estimator=logprob",
     ),
-    ("mtp.trunk.estimator=released mtp.trunk.ema=0.9", "mtp.trunk.ema=0.9", "mtp.trunk.ema=0"),
-    ("mtp.trunk.clamp=[0.0]", "mtp.trunk.clamp=[0.0]: needs two entries", "[0.0, null]"),
-    ("mtp.trunk.clamp=[2,1]", "mtp.trunk.clamp=[2.0, 1.0]", "Swap"),
-    ("mtp.trunk.clamp=[null,0]", "mtp.trunk.clamp=[null, 0.0]", "upper bound above 0"),
+    (
+        "mtp.preset=occ mtp.trunk.estimator=released mtp.trunk.ema=0.9",
+        "mtp.trunk.ema=0.9",
+        "mtp.trunk.ema=0",
+    ),
+    (
+        "mtp.preset=occ mtp.trunk.clamp=[0.0]",
+        "mtp.trunk.clamp=[0.0]: needs two entries",
+        "[0.0, null]",
+    ),
+    ("mtp.preset=occ mtp.trunk.clamp=[2,1]", "mtp.trunk.clamp=[2.0, 1.0]", "Swap"),
+    (
+        "mtp.preset=occ mtp.trunk.clamp=[null,0]",
+        "mtp.trunk.clamp=[null, 0.0]",
+        "upper bound above 0",
+    ),
     # the model
     ("model.hidden_size=34", "model.num_attention_heads=4", "model.kv_channels"),
     ("model.kv_channels=7", "model.kv_channels=7: a head is 7 wide", "even"),
@@ -205,11 +220,11 @@ def test_no_mtp_layer_is_accepted_with_the_preset_none_and_frozen_layers_too():
         "rl.dynamic_sampling={enabled: true, max_rounds: 2}",
         "rl.optimizer={schedule: linear, min_lr: 3e-4}",  # the learning rate itself
         "rl.optimizer.warmup_steps=4",
-        "mtp.trunk.clamp=[1,1]",
-        "mtp.trunk={statistics: current, ema: 0.9}",
-        "mtp.trunk.estimator=released",
+        "mtp={preset: occ, trunk: {clamp: [1, 1]}}",
+        "mtp={preset: occ, trunk: {statistics: current, ema: 0.9}}",
+        "mtp={preset: occ, trunk: {estimator: released}}",
         "mtp.trunk={signal: ce, coefficient: fixed, weight: 0.3}",
-        "mtp.trunk.lambda_plus=0.1",
+        "mtp={preset: occ, trunk: {lambda_plus: 0.1}}",
         "mtp.head={signal: tv, weight: 0.5}",
         "rl.loss={kl_coefficient: 0.1, kl_kind: k2}",
         "rl.overlong={buffer: 4, penalty: 0.5}",
@@ -235,7 +250,9 @@ def test_a_batch_that_does_not_divide_is_reported_once():
 
 
 def test_all_problems_are_reported_together():
-    config = load_config([TINY], ["rl.mini_batches=1", "pretrain.sequence_length=99"])
+    config = load_config(
+        [TINY], ["mtp.preset=occ", "rl.mini_batches=1", "pretrain.sequence_length=99"]
+    )
     with pytest.raises(ConfigError) as caught:
         validate(config, command="rl")
     assert len(caught.value.problems) == 2
@@ -253,8 +270,8 @@ def test_a_configuration_changed_in_python_is_checked_like_a_loaded_one():
         "rl.steps = '12'",
     ]
     config = Config()
-    config.mtp.preset = "detach"  # not expanded: only load_config does that
-    with pytest.raises(ConfigError, match=r"contradicts mtp\.preset = detach"):
+    config.mtp.preset = "occ"  # not expanded: only load_config does that
+    with pytest.raises(ConfigError, match=r"contradicts mtp\.preset = occ"):
         validate(config, command="rl")
     with pytest.raises(ValueError, match="command='train'"):
         validate(Config(), command="train")

@@ -122,17 +122,17 @@ WRONG_CONFIGURATIONS = [
     Wrong(
         "calibration of a cross-entropy",
         ["mtp.trunk.coefficient=occ", "mtp.trunk.signal=ce", "Set mtp.trunk.coefficient=fixed"],
-        overrides=["mtp.trunk.signal=ce"],
+        overrides=["mtp.trunk={signal: ce, coefficient: occ}"],
     ),
     Wrong(
         "regime that cannot act",
         ["mtp.head.signal=same_as_trunk: mtp.trunk.signal=none", "Set mtp.head.signal=ce"],
-        yaml="mtp: {trunk: {signal: none, coefficient: fixed}}\n",
+        yaml="mtp: {head: {signal: same_as_trunk}}\n",
     ),
     Wrong(
         "calibration with one mini-batch",
         ["rl.mini_batches=1: with mtp.trunk.coefficient=occ lambda would stay 0", "Give rl.mini_b"],
-        overrides=["rl.mini_batches=1"],
+        overrides=["mtp.preset=occ", "rl.mini_batches=1"],
     ),
     Wrong(
         "key that contradicts a preset",

@@ -14,6 +14,7 @@ from tests.unit.rl_setup import four_updates, mini_batches, run_updates, weights
 
 EXACT = (
     "mtp.preset=occ_exact",
+    "mtp.trunk.exact.every=1",
     "mtp.trunk.exact.metric=euclidean",
     "mtp.trunk.exact.gate=0",
     "mtp.trunk.exact.share_cap=null",
@@ -21,7 +22,7 @@ EXACT = (
     "mtp.trunk.lambda_plus=0.5",
     "mtp.trunk.ema=0.9",
 )
-COUPLED = ("mtp.preset=null", "mtp.trunk.weighting=unit", "mtp.trunk.estimator=exact", *EXACT[1:])
+COUPLED = ("mtp.preset=occ", "mtp.trunk.weighting=unit", "mtp.trunk.estimator=exact", *EXACT[1:])
 TRUNK = ("embedding", "trunk", "output")
 # of 4 samples in each of 4 mini-batches
 TWO_PROMPTS = ("rl.prompts_per_step=8",)
@@ -174,7 +175,9 @@ def test_between_measurements_a_shared_loss_has_the_last_lambda():
 
 
 def test_adams_metric_waits_for_an_update():
-    trainer, _ = four_updates("mtp.preset=occ_exact", *TWO_PROMPTS, micro=4)
+    trainer, _ = four_updates(
+        "mtp.preset=occ_exact", "mtp.trunk.exact.every=1", *TWO_PROMPTS, micro=4
+    )
     first, second, *_ = run_updates(trainer)
     assert "exact/c_same_1" not in first and first["lambda/mtp_1"] == 0
     assert "exact/c_same_1" in second
@@ -261,7 +264,8 @@ def test_a_gradient_that_is_not_finite_is_not_added_and_lambda_is_0_then():
 
 def test_lambda_by_log_probs_begins_also_where_rollouts_train_the_head():
     def idle(*given):
-        trainer, _ = four_updates("mtp.preset=null", "mtp.head.signal=soft_ce", *given, micro=4)
+        regime = "mtp={trunk: {signal: policy, coefficient: occ}, head: {signal: soft_ce}}"
+        trainer, _ = four_updates("mtp.preset=null", regime, *given, micro=4)
         return trainer.updater._is_idle(torch.zeros(2))
 
     assert idle("mtp.head.states=training")
