@@ -277,5 +277,5 @@ def test_shipped_files_load(path):
 def test_the_demo_is_what_it_is_documented_to_be():
     demo = load_config([CONF / "demo.yaml"])
     assert (demo.rl.loss.clip_low, demo.rl.loss.clip_high) == (0.2, 0.28)
-    assert demo.mtp.preset == "occ_decoupled" and demo.rl.optimizer.lr == 7e-5
+    assert demo.mtp.preset == "occ_exact" and demo.rl.optimizer.lr == 7e-5
     assert demo.data.task.params == {"digits_a": 3, "digits_b": 2}
