@@ -27,6 +27,7 @@ _TITLES = {
     "grad_norm/trunk": "Gradient norm of the trunk",
 }
 _PERCENT = ("agreement/mtp_1",)
+_LEAST = 0.01
 
 
 def forest_card(comparison: Comparison, outcome: Outcome) -> str:
@@ -154,6 +155,8 @@ def _curve_card(
             x_label="RL step",
             height=120,
             include_zero=True,
+            # two arms that did the same have a range of nothing
+            y_range=None if any(low or high for _, low, high in gap) else (-_LEAST, _LEAST),
             **options,
         )
     return (
