@@ -33,13 +33,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("audits", nargs="+", metavar="LABEL=FILE")
     options = parser.parse_args()
-    audits = {}
-    for word in options.audits:
-        label, _, path = word.partition("=")
-        audits[label] = json.loads(Path(path).read_text())
+    audits = labelled(options.audits)
     print("\n".join([*_signals(audits), "", *_gains(audits), "", *_proxies(audits)]))
     if options.plot:
         options.plot.write_text(_figure(audits) + "\n")
+
+
+def labelled(words: list[str]) -> dict[str, dict[str, Any]]:
+    """Summaries of audits by label, from ``LABEL=FILE``."""
+    pairs = [word.partition("=") for word in words]
+    return {label: json.loads(Path(path).read_text()) for label, _, path in pairs}
 
 
 def _of(audit: dict[str, Any], metric: str = "euclidean") -> list[tuple[str, dict[str, Any]]]:

@@ -6,8 +6,9 @@ python benchmarks/study_table.py docs/studies/NAME.json [LABEL=docs/audits/NAME.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from audit_table import labelled
 
 from megatron_occ.compare.analysis import MAIN, Comparison, analyse
 from megatron_occ.compare.results import read_results
@@ -34,10 +35,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("audits", nargs="*", metavar="LABEL=FILE")
     options = parser.parse_args()
-    audits = {}
-    for word in options.audits:
-        label, _, path = word.partition("=")
-        audits[label] = json.loads(Path(path).read_text())
+    audits = labelled(options.audits)
     found = analyse(read_results(options.results))
     heads = ["arm", "final pass@1", "- detach (95 %)", "p of all", "acceptance length", "entropy"]
     heads += [f"expected, {label}" for label in audits]
