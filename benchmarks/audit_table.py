@@ -16,15 +16,18 @@ from megatron_occ.observe.text import format_number
 
 SHOWN = ("policy, dual clip 10", "policy, ratio at most 1", "policy, no ratio", "cross-entropy")
 
-# as in conf/compare/base/regimes.yaml: signal and weight
-REGIMES = (
-    *(("policy, dual clip 10", weight) for weight in ("0.1", "0.2", "0.5", "1")),
-    ("policy, no dual clip", "1"),
-    ("policy, ratio at most 1", "1"),
-    ("policy, no ratio", "1"),
-    ("cross-entropy", "0.1"),
-    ("cross-entropy", "1"),
-)
+# arm of conf/compare/base/regimes.yaml: the audit's signal, and its weight
+REGIMES = {
+    **{
+        f"policy_{weight}": ("policy, dual clip 10", weight)
+        for weight in ("0.1", "0.2", "0.5", "1")
+    },
+    "policy_1_unbounded": ("policy, no dual clip", "1"),
+    "policy_1_truncated": ("policy, ratio at most 1", "1"),
+    "policy_1_unit": ("policy, no ratio", "1"),
+    "ce_0.1": ("cross-entropy", "0.1"),
+    "ce_1": ("cross-entropy", "1"),
+}
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def _signals(audits: dict[str, dict]) -> list[str]:
 def _gains(audits: dict[str, dict]) -> list[str]:
     """Gain of regimes with fixed weights, in the metric of the optimizer."""
     lines = [f"| regime | {' | '.join(audits)} |", "|---" * (1 + len(audits)) + "|"]
-    for name, weight in REGIMES:
+    for name, weight in REGIMES.values():
         found = [dict(_of(audit, "adam"))[name]["gain_at"] for audit in audits.values()]
         cells = [_percent(gains[weight]) if gains else "not measurable" for gains in found]
         lines.append(f"| {name}, weight {weight} | {' | '.join(cells)} |")

@@ -1,6 +1,6 @@
 """Tables of docs/results.md from the results of a study, beside what audits expected of each arm.
 
-python benchmarks/study_table.py docs/studies/NAME.json [LABEL=docs/audits/NAME.json ...]
+python benchmarks/study_table.py FOLDER/results.json [LABEL=docs/audits/NAME.json ...]
 """
 
 from __future__ import annotations
@@ -8,24 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from audit_table import labelled
+from audit_table import REGIMES, labelled
 
 from megatron_occ.compare.analysis import MAIN, Comparison, analyse
 from megatron_occ.compare.results import read_results
 from megatron_occ.observe.text import format_number
 
-# arm of conf/compare/base/regimes.yaml: the audit's signal, and its weight
-SIGNALS = {
-    "ce_0.1": ("cross-entropy", "0.1"),
-    "ce_1": ("cross-entropy", "1"),
-    **{
-        f"policy_{weight}": ("policy, dual clip 10", weight)
-        for weight in ("0.1", "0.2", "0.5", "1")
-    },
-    "policy_1_unbounded": ("policy, no dual clip", "1"),
-    "policy_1_truncated": ("policy, ratio at most 1", "1"),
-    "policy_1_unit": ("policy, no ratio", "1"),
-}
 LENGTH = "draft/acceptance_length"
 
 
@@ -66,12 +54,12 @@ def _measured(found: Comparison, arm: str) -> list[str]:
 
 def _expected(audit: dict, arm: str) -> str:
     """Gain of the arm's best step over RL alone, in the optimizer's metric."""
-    if arm not in SIGNALS:
+    if arm not in REGIMES:
         return ""
-    name, weight = SIGNALS[arm]
+    name, weight = REGIMES[arm]
     signals = audit["results"][audit["judged_in"]]["signals"]
-    gain = dict(zip(audit["signals"], signals, strict=True))[name]["gain_at"][weight]
-    return f"{100 * gain['value']:+.0f} %"
+    gains = dict(zip(audit["signals"], signals, strict=True))[name]["gain_at"]
+    return f"{100 * gains[weight]['value']:+.0f} %" if gains else "not measurable"
 
 
 if __name__ == "__main__":

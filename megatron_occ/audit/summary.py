@@ -179,9 +179,8 @@ def _mixture(means: Means, looks: int) -> dict[str, Any] | None:
 
 def _best(means: np.ndarray) -> np.ndarray:
     """Weight, share and signed root of the gain of the best mixture."""
-    rl, c, v2, rl_cross, c_cross, _ = means
-    same = torch.tensor([[rl, c], [c, v2]], dtype=torch.float64)
-    mixture = best_mixture(same, torch.tensor([rl_cross, c_cross], dtype=torch.float64))
+    same, signal = _matrices(means)
+    mixture = best_mixture(same, signal)
     sign = math.copysign(1.0, float(mixture.weights))
     share = update_share(same, mixture.weights)
     return np.array(
@@ -203,11 +202,16 @@ def _gains_at(means: Means) -> dict[str, Any] | None:
 
 def _slopes(means: np.ndarray) -> np.ndarray:
     """Of the mixture with each of the fixed weights."""
-    rl, c, v2, rl_cross, c_cross, _ = means
-    same = torch.tensor([[rl, c], [c, v2]], dtype=torch.float64)
-    signal = torch.tensor([rl_cross, c_cross], dtype=torch.float64)
+    same, signal = _matrices(means)
     weights = [torch.tensor([float(text)]) for text in FIXED_WEIGHTS]
     return np.array([mixture_slope(same, signal, weight) for weight in weights])
+
+
+def _matrices(means: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """S and h of :mod:`megatron_occ.losses.mixture` for RL and one signal."""
+    rl, c, v2, rl_cross, c_cross, _ = means
+    same = torch.tensor([[rl, c], [c, v2]], dtype=torch.float64)
+    return same, torch.tensor([rl_cross, c_cross], dtype=torch.float64)
 
 
 def _tail(record: dict[str, Any], signal: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ _TITLES = {
     "grad_norm/trunk": "Gradient norm of the trunk",
 }
 _PERCENT = ("agreement/mtp_1",)
-_LEAST = 0.01
+_FLAT_RANGE = (-0.01, 0.01)
 
 
 def forest_card(comparison: Comparison, outcome: Outcome) -> str:
@@ -156,7 +156,7 @@ def _curve_card(
             height=120,
             include_zero=True,
             # two arms that did the same have a range of nothing
-            y_range=None if any(low or high for _, low, high in gap) else (-_LEAST, _LEAST),
+            y_range=None if any(low or high for _, low, high in gap) else _FLAT_RANGE,
             **options,
         )
     return (

@@ -176,16 +176,13 @@ def _parts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
             "rl.samples_per_prompt or rl.prompts_per_step, or set mtp.trunk.exact.pairs=same"
         )
         return
-    share, step = sequences // (exact.parts * ranks), ranks * stages
+    share = sequences // (exact.parts * ranks)
     if rl.micro_batch_tokens is not None:
-        if config.parallel.virtual_pipeline > 1 and sequences // exact.parts % step:
-            yield (
-                f"mtp.trunk.exact.parts={exact.parts}: a part of a mini-batch has "
-                f"{sequences // exact.parts} sequences, which can't always be packed into a "
-                f"multiple of {step} micro-batches, as parallel.virtual_pipeline="
-                f"{config.parallel.virtual_pipeline} needs. Make them a multiple of it, or set "
-                "mtp.trunk.exact.pairs=same"
-            )
+        who = (
+            f"a part of an update (mtp.trunk.exact.parts={exact.parts}; "
+            "mtp.trunk.exact.pairs=same has none)"
+        )
+        yield from _packed_counts(config, share * ranks, ranks, who)
     elif stages > 1 and share > rl.micro_batch_size and share % rl.micro_batch_size:
         best = max(size for size in range(1, rl.micro_batch_size) if share % size == 0)
         yield (
@@ -206,12 +203,14 @@ def _token_budget(config: Config, budget: int) -> Iterator[str]:
         )
 
 
-def _packed_counts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
+def _packed_counts(
+    config: Config, sequences: int, ranks: int, who: str = "an update"
+) -> Iterator[str]:
     parallel = config.parallel
     step = ranks * parallel.pipeline
     if parallel.virtual_pipeline > 1 and sequences % step:
         yield (
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: an update has {sequences} "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: {who} has {sequences} "
             f"sequences, which can't always be packed into a multiple of {step} micro-batches "
             f"({ranks} data-parallel ranks, parallel.pipeline={parallel.pipeline}). Make them a "
             "multiple of it (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or "

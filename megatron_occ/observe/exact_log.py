@@ -100,13 +100,16 @@ class ExactLog:
         return found
 
     def acted(self) -> dict[float, list[float]]:
-        """Lambda that acted in the measured mini-batches, of all depths and groups, by step."""
+        """Lambda that acted in the measured mini-batches, of all depths and groups, by step.
+
+        Of a log without it, in all mini-batches.
+        """
         found: dict[float, list[float]] = {}
         for depth in self.depths:
             for group in self.groups:
                 for step, value in self.points(f"lambda_{depth}{group}"):
                     found.setdefault(step, []).append(value)
-        return found
+        return found or coefficients(self._run)
 
     def cosines(self, depth: int, pairs: str) -> list[Point]:
         """c over the root mean squares of both gradients, by step; `pairs` is `same` or `cross`."""

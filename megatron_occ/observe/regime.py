@@ -51,17 +51,21 @@ def trunk_regime(config: str) -> TrunkRegime | None:
     calibrated = trunk.get("coefficient") == "occ"
     exact = _section(trunk, "exact")
     kind = str(trunk.get("estimator", "logprob")) if calibrated else "fixed"
-    own_loss = _section(mtp, "head").get("signal") not in ("same_as_trunk", None)
+    head = _section(mtp, "head").get("signal")
     return TrunkRegime(
         kind=kind,
         signal=_SIGNALS.get(str(trunk.get("signal")), "loss"),
         weight=_number(trunk, "weight"),
-        own_head_loss=_section(mtp, "head").get("signal") not in ("same_as_trunk", "none", None),
+        own_head_loss=head not in ("same_as_trunk", "none", None),
         metric=str(exact.get("metric", "adam")),
         gate=_number(exact, "gate"),
         # a shared loss has the last lambda between measurements
-        acts_every=int(_number(exact, "every")) or 1 if kind == "exact" and own_loss else 1,
+        acts_every=_acts_every(exact) if kind == "exact" and head != "same_as_trunk" else 1,
     )
+
+
+def _acts_every(exact: dict[str, Any]) -> int:
+    return max(1, int(_number(exact, "every")))
 
 
 def _nothing(document: Any, mtp: dict[str, Any], trunk: dict[str, Any]) -> str:

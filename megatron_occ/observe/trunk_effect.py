@@ -51,10 +51,9 @@ def trunk_verdict(run: RunData) -> Verdict | None:
     return _exact(run, regime) if regime.kind == "exact" else _proxy(run, regime)
 
 
-def acted_steps(run: RunData) -> tuple[int, int]:
-    """Steps in which lambda was not 0, and all that logged it; of an exact one, measured steps."""
-    values = list((ExactLog(run).acted() or coefficients(run)).values())
-    return sum(any(lambdas) for lambdas in values), len(values)
+def acted_steps(lambdas: dict[float, list[float]]) -> tuple[int, int]:
+    """Steps in which lambda, of each depth by step, was not 0, and all that logged it."""
+    return sum(any(values) for values in lambdas.values()), len(lambdas)
 
 
 def with_error(estimate: Estimate | None) -> str:
@@ -74,10 +73,11 @@ def share_text(value: float) -> str:
 
 
 def _proxy(run: RunData, regime: TrunkRegime) -> Verdict:
-    acted, steps = acted_steps(run)
+    found = coefficients(run)
+    acted, steps = acted_steps(found)
     if not acted:
         return Verdict("No", f"λ was 0 in {_all(steps)}: {_in_all_but_name(regime)}.")
-    values = list(coefficients(run).values())
+    values = list(found.values())
     mean = statistics.fmean(statistics.fmean(lambdas) for lambdas in values)
     largest = max((value for lambdas in values for value in lambdas), key=abs)
     return Verdict(
@@ -91,8 +91,8 @@ def _proxy(run: RunData, regime: TrunkRegime) -> Verdict:
 
 
 def _exact(run: RunData, regime: TrunkRegime) -> Verdict:
-    acted, steps = acted_steps(run)
     log = ExactLog(run)
+    acted, steps = acted_steps(log.acted())
     shares = [share for _, share in log.share()]
     if not shares:
         return Verdict("Not measured", "No mini-batch was measured yet.")

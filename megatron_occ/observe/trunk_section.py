@@ -62,7 +62,7 @@ def _coefficient_cards(run: RunData, regime: TrunkRegime | None) -> list[str]:
 
 
 def _tiles(run: RunData, log: ExactLog, regime: TrunkRegime) -> str:
-    acted, steps = acted_steps(run)
+    acted, steps = acted_steps(log.acted())
     shares = [share for _, share in log.share()]
     found = []
     if shares:

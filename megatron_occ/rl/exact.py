@@ -69,7 +69,7 @@ class ExactTracker:
         self._parts, self._sums, self._within = 0, [], torch.zeros(())
         # of a shuffled lambda: what has been measured, each [K, G]
         self._history: list[Tensor] = []
-        self._updates, self._mixed = 0, False
+        self._updates = 0
         self._used = self._calibrator.current
         self.events: list[str] = []
         self.metrics: dict[str, float] = {}
@@ -99,7 +99,6 @@ class ExactTracker:
         Args:
             depths: of the last part.
         """
-        self._mixed = True
         space, parts, within = self._space, self._parts + 1, self._within
         depths = list(depths)
         if self._parts:
@@ -143,8 +142,8 @@ class ExactTracker:
         """Lambda that was used and, of a mini-batch that was measured, what was found."""
         self._updates += 1
         found, self.metrics = self.metrics, {}
-        values = self._used.mean(dim=1) if self._mixed else self.current
-        self._mixed = False
+        # nothing is found in a mini-batch that is not measured, or has a gradient that is not finite
+        values = self._used.mean(dim=1) if found else self.current
         return {f"lambda/mtp_{k}": float(v) for k, v in enumerate(values, start=1)} | found
 
     def pop_events(self) -> list[str]:
