@@ -142,7 +142,7 @@ class ExactTracker:
         """Lambda that was used and, of a mini-batch that was measured, what was found."""
         self._updates += 1
         found, self.metrics = self.metrics, {}
-        # nothing is found in a mini-batch that is not measured, or has a gradient that is not finite
+        # a mini-batch that is not measured, or whose gradient is not finite, found nothing
         values = self._used.mean(dim=1) if found else self.current
         return {f"lambda/mtp_{k}": float(v) for k, v in enumerate(values, start=1)} | found
 
