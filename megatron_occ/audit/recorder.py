@@ -66,7 +66,7 @@ class AuditRecorder:
         groups: Mapping[str, Sequence[Tensor]],
         *,
         optimizer: Optimizer | None = None,
-        window: int = 8,
+        window: int,
     ) -> None:
         self._names, self._optimizer, self._window = list(groups), optimizer, window
         self._parameters = [p for part in groups.values() for p in part]

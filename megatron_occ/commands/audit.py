@@ -12,6 +12,7 @@ from megatron_occ.commands.configuration import add_config_options, checked_conf
 from megatron_occ.commands.running import running
 from megatron_occ.config import Config, ConfigError, help_text
 from megatron_occ.config.schema import HeadConfig, TrunkConfig
+from megatron_occ.config.sources import read_override
 
 HELP = "measure how MTP's gradient lies to RL's on a checkpoint"
 RECORD_FILE, SUMMARY_FILE, PAGE_FILE = "record.json", "audit.json", "audit.html"
@@ -30,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=16,
         metavar="N",
         help="RL steps' worth of fresh responses, rl.mini_batches measured mini-batches each "
-        "(default: 16)",
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--window",
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="mini-batches of earlier rounds that each is paired with, whose gradients are kept "
-        "(default: 8)",
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -94,7 +95,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         ConfigError: see above.
     """
     for word in overrides:
-        if word.startswith(("mtp.trunk", "mtp.preset")):
+        keys = [given.key for given in read_override(word)]
+        if any(key.startswith("mtp.trunk.") or key == "mtp.preset" for key in keys):
             raise ConfigError(
                 f"{word}: an audit measures its own signals one by one, whatever MTP sends into "
                 "the trunk. Leave it out"

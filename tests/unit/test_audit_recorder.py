@@ -127,7 +127,7 @@ def test_table_and_page_of_a_record_with_the_optimizers_metric():
 
 def test_what_can_not_be_measured_is_refused():
     model = Heads()
-    recorder = AuditRecorder(model.groups())
+    recorder = AuditRecorder(model.groups(), window=1)
     rl, signals = losses(model, batches()[0])
     recorder.measure(rl, signals, MASK)
     with pytest.raises(ValueError, match="give the same each time"):

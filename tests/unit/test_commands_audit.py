@@ -14,6 +14,9 @@ from megatron_occ.cli import main
         (["--rounds", "2", "rl.mini_batches=1"], ["2 mini-batches", "--rounds 4"]),
         (["--rounds", "2", "--window", "1"], ["--window 1", "--rounds 3", "--window 2"]),
         (["mtp.trunk.weighting=truncated"], ["mtp.trunk.weighting=truncated", "Leave it out"]),
+        (["mtp.trunk={weighting: truncated}"], ["weighting: truncated", "Leave it out"]),
+        (["mtp={trunk: {weighting: truncated}}"], ["weighting: truncated", "Leave it out"]),
+        (["mtp={preset: occ}"], ["preset: occ", "Leave it out"]),
         (["mtp.preset=occ_exact"], ["mtp.preset=occ_exact", "Leave it out"]),
     ],
 )
