@@ -35,6 +35,9 @@ class DataConfig:
         {}, "verifiers of your own by task_name, e.g. {echo: 'my_module:echo_verifier'}"
     )
     verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
+    verifier_workers: int | None = option(
+        None, "verifier processes of a rank (null: its share of the node's cores)", minimum=1
+    )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult
+from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult, cores_of_rank
 from megatron_occ.rl.rewards.registry import (
     FULL_SCORE,
     Verifier,
@@ -16,6 +16,7 @@ __all__ = [
     "Verifier",
     "VerifierPool",
     "VerifierResult",
+    "cores_of_rank",
     "get_verifier",
     "register_verifier",
     "register_verifiers",

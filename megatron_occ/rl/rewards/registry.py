@@ -81,7 +81,9 @@ _ARITHMETIC = RegisteredVerifier(import_path(arithmetic_verifier), inline=arithm
 _VERIFIERS: dict[str, RegisteredVerifier] = {
     "exact": _EXACT,
     "arithmetic": _ARITHMETIC,
-    "math": RegisteredVerifier("megatron_occ.rl.rewards.math_answer:math_verifier"),
+    "math": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_verifier"),
+    # the `data_source` of DAPO's prompts
+    "math_dapo": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_dapo_verifier"),
     # The generated tasks: `task_name` in the data picks the verifier.
     "reversed_multiplication": _ARITHMETIC,
     "reversed_addition": _ARITHMETIC,
