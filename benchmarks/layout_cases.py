@@ -32,7 +32,12 @@ CURRENT = "mtp.trunk.statistics=current"
 DENSE = ("mtp.preset=occ_decoupled", CURRENT)
 HEAD = ("mtp.preset=head_only",)
 COUPLED = ("mtp.preset=occ", CURRENT)
-SOFT_CE = ("mtp.head.signal=soft_ce", CURRENT)
+SOFT_CE = (
+    "mtp.trunk.signal=policy",
+    "mtp.trunk.coefficient=occ",
+    "mtp.head.signal=soft_ce",
+    CURRENT,
+)
 MOE = (
     *DENSE,
     "model.moe.num_experts=4",

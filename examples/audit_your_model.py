@@ -66,7 +66,7 @@ def main(updates: int = 30, mini_batches: int = 40) -> None:
         optimizer.step()
 
     groups = {"embedding": [model.embedding.weight], "layer 1": list(model.gru.parameters())}
-    recorder = AuditRecorder(groups, optimizer=optimizer)
+    recorder = AuditRecorder(groups, optimizer=optimizer, window=8)
     for _ in range(mini_batches):
         ids, advantages, reward = rollout(model)
         hidden = model.trunk(ids)
