@@ -9,6 +9,7 @@ from megatron_occ.rl.rewards.registry import (
     get_verifier,
     register_verifier,
     register_verifiers,
+    verifier_names,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "get_verifier",
     "register_verifier",
     "register_verifiers",
+    "verifier_names",
 ]

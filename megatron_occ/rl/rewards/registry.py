@@ -133,6 +133,11 @@ def lookup(name: str) -> RegisteredVerifier:
     raise ValueError(f"unknown verifier {name!r}{hint} known: {', '.join(sorted(_VERIFIERS))}")
 
 
+def verifier_names() -> frozenset[str]:
+    """Names that are known."""
+    return frozenset(_VERIFIERS)
+
+
 def get_verifier(name: str) -> Verifier:
     """The verifier function itself, ``(response, answer) -> float``.
 

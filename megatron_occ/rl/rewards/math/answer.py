@@ -10,7 +10,7 @@ from megatron_occ.rl.rewards.math.expression import FUNCTIONS, NotAnExpression, 
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf, Relation
 from megatron_occ.rl.rewards.math.normalize import normalize
 from megatron_occ.rl.rewards.math.number import parse_plain
-from megatron_occ.rl.rewards.math.units import split_unit
+from megatron_occ.rl.rewards.math.units import split_magnitude, split_unit
 
 # Entries of a list: more is a runaway generation.
 MAX_PARTS = 100
@@ -34,11 +34,24 @@ _LEADING = re.compile(
     r"therefore|thus|hence)\b[:,]?\s*",
     re.IGNORECASE,
 )
-# The name of what is computed: "x", "f(x)", "x_1", "AB", "\angle ABC", "Area", "P(A)"
+# The name of what is computed: "x", "f(-1)", "f^{-1}(3)", "S_{n+1}", "AB", "\angle ABC", "|z|",
+# "[ABC]", "\overline{AB}", "\mathbf{v}", "P(X > 2)", "(x, y)", "Area", "A^{-1}"
+_INDEX = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?"
 _NAME = re.compile(
-    r"(?:\\angle\s*)?(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})\s*(?:_\{?\w+\}?)?'*\s*(?:\([\w\s,]+\))?"
+    rf"m?\s*\\angle\s*\w+|\|[^|]{{1,20}}\||\[[A-Z]{{3,}}\]|\\overline\s*\{{\w+\}}|\{{[a-zA-Z]\}}{_INDEX}"
+    rf"|\(\s*[a-zA-Z]{_INDEX}(?:\s*,\s*[a-zA-Z]{_INDEX})+\s*\)"
+    rf"|(?:\\?[a-zA-Z]+|\\text\s*\{{[^{{}}]*\}}){_INDEX}\s*'*(?:\s*\^\s*\{{-1\}})?(?:\s*\([^()]{{0,40}}\))?"
 )
-_WORD = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{3,}")
+_WORD = re.compile(r"(?<![a-zA-Z\\])(?:[a-zA-Z]{3,}|[nN]o|NO)(?![a-zA-Z])")
+_OPERATOR = re.compile(r"[+*/^=<>|!_]|\\(?!text)[a-zA-Z]")
+# "100,200,300": a number, or three
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
+# "34 apples are left": no second number in what follows
+_COUNTED = re.compile(
+    r"([-+]?\\?\$?\d[\d,.]*)\s+(?!(?:is|or|not|to|than|times|and|out|of|in)\b)[a-zA-Z][^\d+*/=^\\]*$"
+)
+# "5 (five)"
+_PARENTHESIS = re.compile(r"\s+\((?=[a-zA-Z\s]{3,}\)$)(?!or\b|mod\b)")
 _KNOWN_WORDS = frozenset((*FUNCTIONS, "infty", "binom", "frac"))
 _CLAUSE = re.compile(
     r"\s*[,;(]?\s*(?<![a-zA-Z])(?:since|because|as|so|which|where|when|given|if|that|with|but|for)"
@@ -47,24 +60,28 @@ _CLAUSE = re.compile(
 )
 
 
-def read_answers(texts: tuple[str, ...]) -> Iterator[Answer]:
-    """Readings of one answer, or of those of joined boxes, as they stand and without what follows.
+def read_answers(texts: tuple[str, ...], *, in_words: bool = False) -> Iterator[Answer]:
+    """Readings of one answer, or of those of joined boxes.
 
-    "73, since 70 + 3 is 73" is read as a list first and as 73 then.
+    Args:
+        texts: as they stand.
+        in_words: the answer is part of a sentence: "73, since 70 + 3 is 73" is read as a list first
+            and as 73 then, "34 apples are left" as 34.
     """
     if len(texts) > 1:
         yield Group("list", tuple(_read(normalize(text)) for text in texts[:MAX_PARTS]))
         return
-    (text,) = texts
-    whole = (
-        _LEADING.sub("", normalize(text), count=1)
-        if _LEADING.match(text.strip())
-        else normalize(text)
-    )
+    whole = _untexted(normalize(texts[0]))
+    whole = _LEADING.sub("", whole, count=1) if _LEADING.match(whole) else whole
     yield _read(whole)
-    clause = _CLAUSE.search(whole)
+    if _GROUPED.fullmatch(whole):
+        yield _flat("list", [_read(part) for part in whole.split(",")])
+    clause = _CLAUSE.search(whole) if in_words else _PARENTHESIS.search(whole)
     if clause and clause.start():
         yield _read(whole[: clause.start()].strip(" ,;."))
+    counted = _COUNTED.match(whole) if in_words else None
+    if counted:
+        yield _read(counted[1])
 
 
 def _read(text: str, nesting: int = 0) -> Answer:
@@ -243,10 +260,12 @@ def _leaf(text: str) -> Leaf:
     number, unit = split_unit(text)
     plain = parse_plain(number)
     if plain is not None:
-        return Leaf(number, plain, ("num", plain.value), unit)
-    unwrapped = _TEXT.sub(r" \1 ", number).strip()
+        factor, unit = split_magnitude(unit)
+        plain = replace(plain, value=plain.value * factor)
+        return Leaf(number if factor == 1 else "", plain, ("num", plain.value), unit)
+    unwrapped = _TEXT.sub(r" \1 ", text).strip()
     if _is_words(unwrapped):
-        return Leaf(unwrapped if not unit else text)
+        return Leaf(unwrapped)
     try:
         return Leaf(number, None, parse_expression(number), unit)
     except (NotAnExpression, RecursionError):
@@ -254,7 +273,9 @@ def _leaf(text: str) -> Leaf:
 
 
 def _is_words(text: str) -> bool:
-    """Whether a word stands in it, set off by itself: not "3xyz", not "sin x"."""
+    """Whether a word stands in it, set off by itself: not "3xyz", "sin x", "abc/(4R)"."""
+    if _OPERATOR.search(text):
+        return False
     return any(
         match.group().lower() not in _KNOWN_WORDS and not re.match(r"[\d^_({]", text[match.end() :])
         and not re.search(r"[\d)}]$", text[: match.start()])

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import mpmath
 
+from megatron_occ.rl.rewards.math.evaluate import names
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf, Relation
 from megatron_occ.rl.rewards.math.units import same_unit
 from megatron_occ.rl.rewards.math.values import (
+    is_as_worked_out,
     is_worked_out_as,
     known_value,
     proportional,
     trees_equal,
 )
 
-_CHOICE = re.compile(r"\(?([a-jA-J])\)?(?:[.:)]\s*.*)?")
+_CHOICE = re.compile(r"\(?([a-jA-J])\)?(?:[.:)\s]((?!\b[A-J]\b).)*)?")
 _UNORDERED = ("list", "set", "union", "chain")
 
 
 def equal(gold: Answer, found: Answer) -> bool:
     """Whether ``found`` says what ``gold`` says. Not symmetric: the reference sets the form."""
+    if not isinstance(gold, Relation) and _comes_to_a_number(found):
+        return equal(gold, found.right)
     if isinstance(gold, Group) or isinstance(found, Group):
         return _groups_equal(gold, found)
     if isinstance(gold, Relation) or isinstance(found, Relation):
         return _relations_equal(gold, found)
-    if gold.name and found.name and gold.name != found.name and _is_symbol(gold, found):
+    if _differ(gold.name, found.name):
         return False
     if gold.is_text or found.is_text:
         return _texts_equal(gold.text, found.text)
     return same_unit(gold.unit, found.unit) and _leaves_equal(gold, found)
 
 
-def _is_symbol(*leaves: Leaf) -> bool:
-    return all(len(leaf.name.rstrip("'")) == 1 for leaf in leaves)
+def _comes_to_a_number(found: Answer) -> bool:
+    """Whether it is an equation such as "m + n = 73"."""
+    is_equation = isinstance(found, Relation) and found.operation == "="
+    return is_equation and found.right.tree is not None and not names(found.right.tree)
+
+
+def _differ(gold: str, found: str) -> bool:
+    """Whether two names are of different things: x and y, f and f'; not "Area" and "A"."""
+    if not gold or not found or gold == found:
+        return False
+    return gold[0] == found[0] or (len(gold) == 1 and len(found) == 1)
 
 
 def is_choice(text: str) -> bool:
@@ -53,11 +67,11 @@ def _texts_equal(gold: str, found: str) -> bool:
 def _canonical_text(text: str) -> str:
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.casefold().strip())
-    return re.sub(r"[\s$\"'.]+", "", text)
+    return re.sub(r"[\s$\"']+|\.(?!\d)", "", text)
 
 
 def _leaves_equal(gold: Leaf, found: Leaf) -> bool:
-    if gold.text and gold.text.replace(" ", "") == found.text.replace(" ", ""):
+    if gold.text and _packed(gold.text) == _packed(found.text):
         return True
     if gold.plain and found.plain:
         return _plain_equal(gold, found)
@@ -68,7 +82,14 @@ def _leaves_equal(gold: Leaf, found: Leaf) -> bool:
         if exact is not None:
             return found.plain.value == exact or found.plain.stands_for(exact)
         return is_worked_out_as(gold.tree, found.plain)
+    if not names(found.tree) and not is_as_worked_out(found.tree, gold.tree):
+        return False
     return trees_equal(gold.tree, found.tree)
+
+
+def _packed(text: str) -> str:
+    """Without spaces but those between digits: "3 1/2" is not "31/2"."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def _plain_equal(gold: Leaf, found: Leaf) -> bool:
@@ -91,8 +112,11 @@ def _groups_equal(gold: Answer, found: Answer) -> bool:
         return False
     if not _same_kind(gold, found):
         return False
-    ordered = [kind for kind in (gold.kind, found.kind) if kind not in _UNORDERED]
-    if ordered and not (gold.kind == "list" and _has_names(gold)):
+    if _has_names(gold) and _has_names(found):
+        return _matched(gold.items, found.items)
+    found = _by_name(found)
+    is_ordered = not {gold.kind, found.kind} <= set(_UNORDERED)
+    if is_ordered or (_has_names(gold) and gold.kind == "list"):
         return all(equal(g, f) for g, f in zip(gold.items, found.items, strict=True))
     return _matched(gold.items, found.items)
 
@@ -115,11 +139,21 @@ def _same_kind(gold: Group, found: Group) -> bool:
         return gold.brackets == found.brackets
     if kinds == {"matrix"}:
         return gold.shape == found.shape
-    return len(kinds) == 1 or kinds in ({"list", "set"}, {"list", "tuple"}, {"list", "union"})
+    if kinds == {"list", "tuple"}:
+        # of an interval the brackets are part of the answer
+        return "()" in (gold.brackets, found.brackets)
+    return len(kinds) == 1 or kinds in ({"list", "set"}, {"list", "union"})
 
 
 def _has_names(group: Group) -> bool:
     return all(isinstance(item, Leaf) and item.name for item in group.items)
+
+
+def _by_name(group: Group) -> Group:
+    """ "y = 5, x = 3" for a pair: in the order of the names."""
+    if not _has_names(group):
+        return group
+    return replace(group, items=tuple(sorted(group.items, key=lambda item: item.name)))
 
 
 def _matched(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:

@@ -11,7 +11,7 @@ import mpmath
 from megatron_occ.rl.rewards.math.expression import Tree
 
 # Bits of the exact numbers worked with, and digits to the left or right of the point.
-MAX_BITS = 20_000
+MAX_BITS = 4_000
 MAX_MAGNITUDE = 10_000
 DIGITS = 60
 
@@ -117,11 +117,21 @@ def _exact_root(value: Fraction, degree: int) -> Fraction | None:
 def _integer_root(value: int, degree: int) -> int | None:
     if value < 2:
         return value
-    low, high = 1, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    return low if low**degree == value else None
+    if degree == 2:
+        root = math.isqrt(value)
+    else:
+        root = _newton_root(value, degree)
+    return root if root**degree == value else None
+
+
+def _newton_root(value: int, degree: int) -> int:
+    """Floor of a root, from above."""
+    root = 1 << (value.bit_length() // degree + 1)
+    while True:
+        following = ((degree - 1) * root + value // root ** (degree - 1)) // degree
+        if following >= root:
+            return root
+        root = following
 
 
 def numeric_value(

@@ -21,9 +21,9 @@ _GREEK = (
     *("phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi"),
     *("Sigma", "Phi", "Psi", "Omega", "ell"),
 )
-_TRIGONOMETRIC = ["sin", "cos", "tan", "cot", "sec", "csc"]
+TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
 FUNCTIONS = (
-    *_TRIGONOMETRIC,
+    *TRIGONOMETRIC,
     *(f"arc{name}" for name in ("sin", "cos", "tan")),
     *("sinh", "cosh", "tanh", "log", "ln", "lg", "exp", "sqrt"),
 )
@@ -272,7 +272,7 @@ class _Reader:
         tree = self._applied(name, base, self._function_argument())
         if exponent is None:
             return tree
-        if exponent == ("neg", _number(1)) and name in _TRIGONOMETRIC:
+        if exponent == ("neg", _number(1)) and name in TRIGONOMETRIC:
             return (f"arc{name}", *tree[1:])
         return ("pow", tree, exponent)
 

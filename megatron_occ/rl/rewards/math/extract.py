@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 BOX, HASH, PHRASE, LINE = "box", "hash", "phrase", "line"
 # What each order looks for, first to last. "line" is an ``Answer:`` of its own.
@@ -28,14 +29,24 @@ _HEADING = r"^[#>*_ \t]*(?:the\s+)?(?:final\s+|my\s+)?answer[*_ \t]*$"
 _PHRASES = tuple(re.compile(each, re.IGNORECASE | re.MULTILINE) for each in (_COLON, _IS, _HEADING))
 _LINES = (re.compile(r"^[#>*_ \t]*(?:final\s+)?answer[*_ \t]*[:：]", re.IGNORECASE | re.MULTILINE),)
 _MARKUP = re.compile(r"[\s*_`\"'“”>#]*")
+# of a list, on a line of its own; a tag such as </answer> or <|im_end|> ends an answer
+_BULLET = re.compile(r"(?:[-•]\s+|\d+\.\s+(?=\S))?")
+_TAG = re.compile(r"<[/|][^<>\n]{0,40}>")
 _DISPLAY = (("$$", "$$"), ("\\[", "\\]"))
 _ENVIRONMENT = re.compile(r"\$*\\begin\{(\w+\*?)\}")
 # The full stop of a sentence: not a decimal point, not that of "\right.".
 _SENTENCE_END = re.compile(r"(?<!\\right)(?<!\\left)[.!?](?=[\s*_`\"'”)]|$)")
 
 
-def candidates(text: str, order: str = "math") -> Iterator[tuple[str, ...]]:
-    r"""Final answers of a text, the likeliest first; each is one text, or those of joined boxes.
+class Candidate(NamedTuple):
+    """A final answer: one text, or those of joined boxes; and whether words go on behind it."""
+
+    texts: tuple[str, ...]
+    in_words: bool
+
+
+def candidates(text: str, order: str = "math") -> Iterator[Candidate]:
+    r"""Final answers of a text, the likeliest first.
 
     Where a box is opened and no answer stands in it (nothing, or it is never closed) the text
     commits to none, and nothing further is looked for.
@@ -47,19 +58,32 @@ def candidates(text: str, order: str = "math") -> Iterator[tuple[str, ...]]:
     for where in ORDERS[order]:
         if where == BOX and _BOX.search(text):
             boxed = _last_boxes(text)
+            if len(boxed) > 1:
+                yield Candidate(boxed[-1:], False)
             if boxed:
-                yield boxed
+                yield Candidate(boxed, False)
             return
         if where == HASH:
-            yield from _hash_lines(text)
-        elif where in (PHRASE, LINE):
-            yield from _phrases(text[-_WINDOW_CHARS:], _LINES if where == LINE else _PHRASES)
+            found = _hash_lines(text)
+        elif where == PHRASE:
+            found = _phrases(text[-_WINDOW_CHARS:], _PHRASES)
+        elif where == LINE:
+            found = _phrases(text[-_WINDOW_CHARS:], _LINES)
+        else:
+            continue
+        yield from (Candidate((each,), True) for each in found)
 
 
 def is_empty_box(text: str) -> bool:
     """Whether a text is a box that holds nothing."""
     match = _BOX.match(text.strip("$ "))
     return match is not None and not text.strip("$ ")[match.end() :].strip("{} ")
+
+
+def final_box(text: str) -> str | None:
+    """What the last box of a text holds, joined ones with commas; None without an answer in one."""
+    boxed = _last_boxes(text) if _BOX.search(text) else ()
+    return ", ".join(boxed) or None
 
 
 def _last_boxes(text: str) -> tuple[str, ...]:
@@ -120,24 +144,26 @@ def balanced(text: str, start: int) -> str | None:
     return None
 
 
-def _hash_lines(text: str) -> Iterator[tuple[str, ...]]:
+def _hash_lines(text: str) -> Iterator[str]:
     for match in list(_HASH.finditer(text))[: -_MAX_PLACES - 1 : -1]:
         found = _value(text, match.end(), whole_line=True)
         if found:
-            yield (found,)
+            yield found
 
 
-def _phrases(text: str, patterns: tuple[re.Pattern[str], ...]) -> Iterator[tuple[str, ...]]:
+def _phrases(text: str, patterns: tuple[re.Pattern[str], ...]) -> Iterator[str]:
     ends = {match.end() for pattern in patterns for match in pattern.finditer(text)}
     for end in sorted(ends, reverse=True)[:_MAX_PLACES]:
         found = _value(text, end)
         if found:
-            yield (found,)
+            yield found
 
 
 def _value(text: str, position: int, whole_line: bool = False) -> str:
     """The answer that begins at ``position`` or on the next line that is not empty."""
-    position = _MARKUP.match(text, position).end()
+    begin, position = position, _MARKUP.match(text, position).end()
+    if "\n" in text[begin:position]:
+        position = _BULLET.match(text, position).end()
     for opening, closing in _DISPLAY:
         if text.startswith(opening, position):
             inside = text[position + len(opening) :].partition(closing)[0]
@@ -147,6 +173,6 @@ def _value(text: str, position: int, whole_line: bool = False) -> str:
         closing = f"\\end{{{environment.group(1)}}}"
         inside, closed, _ = text[position:].partition(closing)
         return (inside + closed).strip()
-    line = text[position:].split("\n", 1)[0]
+    line = _TAG.split(text[position:].split("\n", 1)[0], maxsplit=1)[0]
     end = None if whole_line else _SENTENCE_END.search(line)
     return (line[: end.start()] if end else line).strip()

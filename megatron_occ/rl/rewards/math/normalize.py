@@ -8,6 +8,10 @@ import unicodedata
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺"
 _SUPERSCRIPT = re.compile(f"[{_SUPERSCRIPTS}]+")
 _TO_DIGITS = str.maketrans(_SUPERSCRIPTS, "0123456789-+")
+_VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+_SUBSCRIPT = re.compile("[₀-₉]+")
+_FROM_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_ROOT_SIGN = re.compile(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\)|\{[^{}]*\})")
 _SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*",
     "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
@@ -28,6 +32,8 @@ def _base(match: re.Match[str]) -> str:
     return f"_{{{match[1] or match[2]}}}"
 
 
+# of a group in braces, with groups in it
+_INNER = r"((?:[^{}]|\{[^{}]*\})*)"
 _SAME = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
@@ -40,7 +46,14 @@ _SAME = (
         re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"),
         lambda m: r"\{" if m.group()[2] == "b" else r"\}",
     ),
-    (re.compile(r"\\(?:mathbf|boldsymbol|mathit|bm|operatorname)\s*\{([^{}]*)\}"), r"{\1}"),
+    (re.compile(r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}"), r"\\\1 "),
+    (re.compile(r"\\(?:mathrm|text|rm)\s*\{\s*([ei])\s*\}"), r"\1 "),
+    (re.compile(rf"\\(?:mathbf|boldsymbol|mathit|bm|underline)\s*\{{{_INNER}\}}"), r"{\1}"),
+    (re.compile(rf"\\(?:textcolor|color)\s*\{{\w+\}}\s*\{{{_INNER}\}}"), r"{\1}"),
+    (re.compile(r"\\\\\s*\[[\d.]+\s*\w+\]"), r"\\\\"),
+    (re.compile(r"\{:\}"), ":"),
+    (re.compile(r"\\text\s*\{\s*\\?\$\s*\}|\bUS\s*\\?\$"), r"\\$"),
+    (re.compile(r"(?<=\d)\s*\^?\s*\{?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), ""),
     (
         re.compile(r"\\(?:textbf|textit|textrm|textnormal|mbox|mathrm|mathsf|rm)(?![a-zA-Z])"),
         r"\\text",
@@ -49,6 +62,8 @@ _SAME = (
     (re.compile(r"\\(?:ldots|dots|cdots)(?![a-zA-Z])"), "..."),
     (re.compile(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)"), ","),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])"), r"\\degree "),
+    (re.compile(r"\\degree\s*\\text\s*\{\s*([CF])\s*\}"), r"\\degree \1"),
+    (re.compile(r"_\s*\{\s*\\text\s*\{\s*([a-zA-Z]+)\s*\}\s*\}"), r"_{\1}"),
     (re.compile(r"\\text\s*\{\s*\(?base\s+(\w+)\)?\s*\}|\(?\bbase\s+(\w+)\)?"), _base),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"<="), r"\\le "),
@@ -57,7 +72,7 @@ _SAME = (
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
 _ENDS = re.compile(r"^[\s*_`,;:\"]+|[\s*_`,;\"]+$")
-_BOLD = re.compile(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?!\S)")
+_BOLD = re.compile(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![^\s.,;:!?)])")
 _FULL_STOP = re.compile(r"\s*(?<!\\right)(?<!\.)\.$")
 
 
@@ -67,6 +82,7 @@ def normalize(text: str) -> str:
     Commands of one meaning become one; text in other scripts' digits and full-width signs become
     ASCII. Units, currency and braces stay.
     """
+    text = _unicode_forms(text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match.group().translate(_TO_DIGITS)}}}", text)
     text = unicodedata.normalize("NFKC", _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], text))
     text = _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], text)
@@ -76,6 +92,14 @@ def normalize(text: str) -> str:
     for pattern, replacement in _SAME:
         text = pattern.sub(replacement, text)
     return " ".join(text.split())
+
+
+def _unicode_forms(text: str) -> str:
+    """Characters that would lose their meaning as their look-alikes: ½, ₂, √ with what it spans."""
+    for char, fraction in _VULGAR.items():
+        text = text.replace(char, f" {fraction} ")
+    text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group().translate(_FROM_SUBSCRIPTS)}}}", text)
+    return _ROOT_SIGN.sub(lambda m: f"\\sqrt{{{m[1].strip('(){}')}}}", text)
 
 
 def _undecorated(text: str) -> str:

@@ -53,8 +53,8 @@ class Plain:
     base: int | None = None
 
     def stands_for(self, value: Fraction) -> bool:
-        """Whether this decimal is ``value`` rounded to its digits, and has enough of them."""
-        if self.digits is None or self.digits < ROUNDED_DIGITS or value == 0:
+        """Whether this decimal is a fraction rounded to its digits, and has enough of them."""
+        if self.digits is None or self.digits < ROUNDED_DIGITS or value.denominator == 1:
             return False
         return self.value == rounded(value, self.digits)
 
@@ -68,7 +68,8 @@ def rounded(value: Fraction, digits: int) -> Fraction:
 
 def _magnitude(value: Fraction) -> int:
     """Floor of the logarithm to base ten of a positive number."""
-    guess = len(str(value.numerator)) - len(str(value.denominator))
+    bits = value.numerator.bit_length() - value.denominator.bit_length()
+    guess = int(bits * 0.30103)
     while Fraction(10) ** guess > value:
         guess -= 1
     while Fraction(10) ** (guess + 1) <= value:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from megatron_occ.rl.rewards.math.answer import read_answers
 from megatron_occ.rl.rewards.math.compare import equal, is_choice
-from megatron_occ.rl.rewards.math.extract import candidates, is_empty_box
+from megatron_occ.rl.rewards.math.extract import Candidate, candidates, is_empty_box
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf
 from megatron_occ.rl.rewards.math.normalize import normalize
 
@@ -42,9 +42,7 @@ def math_dapo_verifier(response: str, answer: str) -> float:
 
 
 def _score(response: str, answer: str, order: str) -> float:
-    gold = reference(answer)
-    found = _final_answer(response, gold, order)
-    return float(found is not None and any(equal(gold, each) for each in found))
+    return float(_is_right(response, reference(answer), order))
 
 
 @lru_cache(4096)
@@ -54,23 +52,33 @@ def reference(answer: str) -> Answer:
     Raises:
         ValueError: it is empty.
     """
-    given = (texts for texts in (*candidates(answer), (answer,)) if any(map(normalize, texts)))
-    texts = next(given, None)
+    given = (*candidates(answer), Candidate((answer,), False))
+    # the boxes of a reference belong together
+    texts = max((c.texts for c in given[:-1] if not c.in_words), key=len, default=None)
+    if texts is None:
+        texts = next((c.texts for c in given if any(map(normalize, c.texts))), None)
     if texts is None or is_empty_box(texts[0]):
         raise ValueError(f"reference answer {answer!r:.80} is empty: no response could be right")
-    found = next(read_answers(texts))
+    readings = list(read_answers(texts))
+    found = next((each for each in readings if not each.is_text), readings[0])
     # the letter of a choice: "(B) 12 cm" is one too
     return Leaf(found.text) if isinstance(found, Leaf) and is_choice(found.text) else found
 
 
-def _final_answer(response: str, gold: Answer, order: str) -> list[Answer] | None:
-    for texts in candidates(response, order):
-        if len(texts) > 1 and not isinstance(gold, Group):
-            texts = texts[-1:]
+def _is_right(response: str, gold: Answer, order: str) -> bool:
+    """Whether the first candidate that is of the reference's kind says what it says."""
+    for texts, in_words in candidates(response, order):
         if sum(map(len, texts)) > MAX_ANSWER_CHARS:
-            return None
-        readings = list(read_answers(texts))
-        for reading in readings:
-            if gold.is_text or not reading.is_text:
-                return readings if gold.is_text else [reading]
-    return None
+            return False
+        readings = [
+            each
+            for each in read_answers(texts, in_words=in_words)
+            if gold.is_text or not each.is_text
+        ]
+        if any(equal(gold, each) for each in readings):
+            return True
+        # a box commits, and so does whatever is of the right kind
+        is_last = not isinstance(gold, Group) or len(texts) > 1 or in_words
+        if readings and is_last:
+            return False
+    return False
