@@ -17,6 +17,8 @@ setup(
         "omegaconf>=2.3",
         "transformers>=4.50",
         "mpmath>=1.3",
+        # files of prompts in Parquet
+        "pyarrow>=15",
         "tensorboard",
         "tqdm",
         # imported by megatron-core's checkpoints, not declared by it

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 from megatron_occ.config.schema import DataConfig
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.phases.engines import build_engine
 from megatron_occ.phases.inputs import prompt_room

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_occ.cli import main
 from megatron_occ.data import build_tokenizer
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.corpus import write_corpus
 from megatron_occ.phases import sampling, start
