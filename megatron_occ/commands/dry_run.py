@@ -37,7 +37,7 @@ def dry_run(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_occ.mcore.estimate.ranks import estimate, last_stage_rank
     from megatron_occ.mcore.estimate.text import grid_text, ranks_text
-    from megatron_occ.phases.inputs import check_first_records
+    from megatron_occ.phases.prompt_files import check_first_records
 
     check_first_records(config)
     vocabulary = _vocabulary(config)

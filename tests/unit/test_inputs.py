@@ -14,7 +14,8 @@ from megatron_occ.data.prompt_checks import check_prompts
 from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.tokenizers import CharTokenizer
 from megatron_occ.phases.fingerprints import check_same_files, keep_fingerprints
-from megatron_occ.phases.inputs import check_first_records, check_lengths, prompt_room, read_inputs
+from megatron_occ.phases.inputs import check_lengths, prompt_room, read_inputs
+from megatron_occ.phases.prompt_files import check_first_records
 from tests.unit.fakes import ALPHABET, TOKENIZER
 from tests.unit.rl_setup import file_config, rl_config
 
@@ -197,7 +198,7 @@ def test_a_dry_run_reads_the_first_records(tmp_path):
     check_first_records(file_config(path, path))
     check_first_records(file_config(tmp_path / "gone", path))
     with pytest.raises(ValueError, match="no_such_module"):
-        check_first_records(file_config(path, path, "data.verifiers={mine: 'no_such_module:f'}"))
+        check_first_records(file_config(path, path, "data.verifiers={not_there: 'no_such_module:f'}"))
 
 
 def test_a_file_that_changes_between_resumed_runs_is_refused(tmp_path):
