@@ -16,7 +16,9 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "omegaconf>=2.3",
         "transformers>=4.50",
-        "math-verify>=0.8",
+        "mpmath>=1.3",
+        # files of prompts in Parquet
+        "pyarrow>=15",
         "tensorboard",
         "tqdm",
         # imported by megatron-core's checkpoints, not declared by it

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_occ.config import load_config
 from megatron_occ.config.schema import Config
 from megatron_occ.data.from_config import read_task, read_tokenizer
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor

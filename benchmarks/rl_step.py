@@ -39,7 +39,7 @@ import torch
 from benchmarks.demo_model import DemoModel, build_model, demo_model
 from benchmarks.peer_trl import TRLSettings, TRLStep, run_grpo
 from benchmarks.peer_weights import export_peer
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import ARITHMETIC_ALPHABET
 from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.startup import shutdown

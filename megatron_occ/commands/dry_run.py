@@ -28,6 +28,7 @@ def dry_run(
 
     Raises:
         ConfigError: the configuration is refused, or there is no such rank.
+        ValueError: a file of prompts that can't be read, or a verifier that can't be imported.
     """
     validate(config, command=command, world_size=world_size)
     if not 0 <= rank < world_size:
@@ -36,7 +37,9 @@ def dry_run(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_occ.mcore.estimate.ranks import estimate, last_stage_rank
     from megatron_occ.mcore.estimate.text import grid_text, ranks_text
+    from megatron_occ.phases.prompt_files import check_first_records
 
+    check_first_records(config)
     vocabulary = _vocabulary(config)
     ranks = dict.fromkeys((rank, last_stage_rank(config, world_size, rank)))
     kept = {"command": command} | ({} if window is None else {"window": window})
@@ -69,7 +72,7 @@ def _vocabulary(config: Config) -> int:
 def _unchecked(config: Config) -> str:
     """What a run may still stumble over."""
     missing = "".join(f"not found          {text}\n" for text in files_not_found(config))
-    return f"{missing}not checked        contents of files, verifiers, servers"
+    return f"{missing}not checked        prompts after the first 100, weights, servers"
 
 
 def _plan(config: Config, command: str, world_size: int) -> str:

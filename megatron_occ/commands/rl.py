@@ -32,11 +32,14 @@ def train(config: Config, *, resume: bool) -> None:
         ValueError: something does not fit; told before the run folder is touched where possible.
     """
     with training(config, resume=resume) as run:
+        from megatron_occ.phases.fingerprints import check_same_files, keep_fingerprints
         from megatron_occ.phases.rl import check_first_weights, first_weights, reinforce
         from megatron_occ.phases.start import checked_inputs
 
         check_first_weights(run)
         inputs = checked_inputs(run, pretrains=pretrains_first(config), trains=True, validates=True)
+        check_same_files(run, inputs)
         run.open_folder()
+        keep_fingerprints(run, inputs)
         reinforce(run, inputs, first_weights(run, inputs))
         run.finish("rl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
@@ -20,8 +21,15 @@ _NAMED = (
 def files_not_found(config: Config) -> list[str]:
     """Keys with their values, ``rl.init_from=...``, whose file or folder is not there."""
     values = flat_values(config)
-    named = [(key, values[key]) for key in _NAMED if values[key] is not None]
+    named = [(key, name) for key in _NAMED for name in _names(values[key])]
     return [f"{key}={value}" for key, value in named if not _is_there(key, value)]
+
+
+def _names(value: Any) -> list[str]:
+    """Of files by weight the files."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, dict) else [value]
 
 
 def _is_there(key: str, value: str) -> bool:

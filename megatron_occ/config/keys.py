@@ -36,6 +36,7 @@ class Leaf:
         kind: int, float, str, bool, dict or list.
         item: the type of a list's entries, else None.
         nullable: whether null is allowed (for a list: as an entry).
+        or_text: whether a mapping may also be a single text.
         text: one line of help.
         limits: choices, min, max, above and below, as far as they are set.
     """
@@ -45,6 +46,7 @@ class Leaf:
     kind: type
     item: type | None
     nullable: bool
+    or_text: bool
     text: str
     limits: Mapping[str, Any]
     field: dataclasses.Field
@@ -62,10 +64,11 @@ class Leaf:
             return f"a list of {_PLURALS[self.item]}{entries}"
         if "choices" in self.limits:
             return f"one of {', '.join(self.limits['choices'])}{entries}"
+        noun = f"a string or {_NOUNS[dict]}" if self.or_text else _NOUNS[self.kind]
         bounds = " and ".join(
             f"{sign} {self.limits[name]}" for name, sign in _LIMITS.items() if name in self.limits
         )
-        return f"{_NOUNS[self.kind]}{' ' + bounds if bounds else ''}{entries}"
+        return f"{noun}{' ' + bounds if bounds else ''}{entries}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,19 +112,27 @@ def _walk(cls: type, prefix: str, text: str) -> Iterator[Section | Leaf]:
 
 def _leaf(key: str, section: str, hint: Any, field: dataclasses.Field) -> Leaf:
     kind, nullable = _split_null(hint)
+    or_text = isinstance(kind, tuple)
+    if or_text:
+        kind = dict
     item = None
     if typing.get_origin(kind) is list:
         item, nullable = _split_null(typing.get_args(kind)[0])
     limits = {name: limit for name, limit in field.metadata.items() if name != "help"}
     kind = typing.get_origin(kind) or kind
-    return Leaf(key, section, kind, item, nullable, field.metadata["help"], limits, field)
+    text = field.metadata["help"]
+    return Leaf(key, section, kind, item, nullable, or_text, text, limits, field)
 
 
 def _split_null(hint: Any) -> tuple[Any, bool]:
     if not isinstance(hint, types.UnionType):
         return hint, False
-    (kind,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    return kind, True
+    kinds = tuple(arg for arg in typing.get_args(hint) if arg is not type(None))
+    nullable = type(None) in typing.get_args(hint)
+    if len(kinds) == 1:
+        return kinds[0], nullable
+    assert {typing.get_origin(kind) or kind for kind in kinds} == {str, dict}, hint
+    return kinds, nullable
 
 
 def open_parent(key: str) -> str | None:
@@ -168,6 +179,8 @@ def _fits(leaf: Leaf, value: Any) -> bool:
 def _fits_one(leaf: Leaf, kind: type, value: Any) -> bool:
     if value is None:
         return leaf.nullable
+    if leaf.or_text and isinstance(value, str):
+        return True
     if kind is dict:
         return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if kind in (int, float):

@@ -13,6 +13,7 @@ _CHANGEABLE = (
     "run_dir",
     "keep_checkpoints",
     "data.verifier_timeout",
+    "data.verifier_workers",
     "parallel.",
     "recompute",
     "pretrain.micro_batch_size",

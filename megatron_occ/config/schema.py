@@ -25,16 +25,45 @@ class TaskConfig:
 
 
 @dataclass
+class FieldsConfig:
+    prompt: str | None = option(None, "prompt, text or messages (null: recognised)")
+    answer: str | None = option(None, "reference answer (null: recognised)")
+    task_name: str | None = option(None, "name of the verifier (null: task_name, if there is one)")
+
+
+@dataclass
+class ChatConfig:
+    apply: str = option(
+        "auto",
+        "whose prompts get the tokenizer's chat template: those that are messages, or text too",
+        choices=("auto", "always"),
+    )
+    system: str | None = option(None, "system message before each chat (null: none)")
+    suffix: str = option("", "text behind each prompt, within the user's message of a chat")
+    kwargs: dict[str, Any] = option({}, "variables of the template, e.g. {enable_thinking: false}")
+
+
+@dataclass
 class DataConfig:
     task: TaskConfig = section(TaskConfig, "generated problems")
     corpus: str | None = option(None, "pretraining text: path prefix written by preprocess_data.py")
-    prompts: str | None = option(None, "jsonl of RL prompts (prompt, answer, optional task_name)")
-    validation_prompts: str | None = option(None, "jsonl of held-out prompts")
-    verifier: str = option("arithmetic", "verifier of records that carry no task_name")
+    prompts: str | dict[str, Any] | None = option(
+        None, "RL prompts: jsonl, json or parquet, or several, {a.jsonl: 2, b.parquet: 1} by weight"
+    )
+    validation_prompts: str | None = option(None, "held-out prompts: jsonl, json or parquet")
+    fields: FieldsConfig = section(FieldsConfig, "which fields of a record are what")
+    chat: ChatConfig = section(ChatConfig, "text around prompts")
+    max_prompt_tokens: int | None = option(
+        None, "leave longer training prompts out (null: refuse what has no room)", minimum=1
+    )
+    verifier: str = option("math", "verifier of records that carry no task_name")
     verifiers: dict[str, Any] = option(
         {}, "verifiers of your own by task_name, e.g. {echo: 'my_module:echo_verifier'}"
     )
     verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
+    verifier_workers: int | None = option(
+        None, "verifier processes of a rank (null: its share of the node's cores)", minimum=1
+    )
 
 
 @dataclass

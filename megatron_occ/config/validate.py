@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import check_value, leaves, spell
@@ -125,7 +127,7 @@ def _pretraining(config: Config) -> Iterator[str]:
         )
 
 
-def _source(config: Config, key: str, path: str | None, use: str) -> Iterator[str]:
+def _source(config: Config, key: str, path: Any, use: str) -> Iterator[str]:
     task = config.data.task.name
     if task is None and path is None:
         yield f"{key}=null: {use} has no data. Give {key} or data.task.name"
@@ -144,12 +146,32 @@ def _prompts(config: Config) -> Iterator[str]:
             "data.validation_prompts=null: there is nothing to validate on. Hold out some lines "
             "of data.prompts and give them as data.validation_prompts"
         )
+    yield from _weights(data.prompts)
+    if data.task.name is None and data.chat.apply == "always" and config.tokenizer.kind != "hf":
+        yield (
+            f"data.chat.apply=always: tokenizer.kind={config.tokenizer.kind} has no chat template. "
+            "Set tokenizer.kind=hf, or data.chat.apply=auto"
+        )
     if data.validation_prompts is not None and data.task.name is not None:
         yield (
             f"data.validation_prompts={data.validation_prompts}: data.task.name={data.task.name} "
             "makes its own held-out problems. Set data.task.name=null or "
             "data.validation_prompts=null"
         )
+
+
+def _weights(prompts: Any) -> Iterator[str]:
+    if not isinstance(prompts, dict):
+        return
+    key = f"data.prompts={spell(prompts)}"
+    weights = list(prompts.values())
+    numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool)]
+    if not weights:
+        yield f"{key}: no file. Give at least one"
+    elif any(weight is not None for weight in weights) and len(numbers) < len(weights):
+        yield f"{key}: give each file a weight, or none (null: files count by their size)"
+    elif any(not 0 < weight < math.inf for weight in numbers):
+        yield f"{key}: a weight must be a finite number > 0"
 
 
 def _verifiers(config: Config) -> Iterator[str]:

@@ -122,7 +122,13 @@ SWITCHES = (
     Switch(
         "data.task.name",
         _is_given,
-        ("data.verifier", "data.verifiers"),
+        (
+            "data.verifier",
+            "data.verifiers",
+            "data.max_prompt_tokens",
+            *_all_but("data.fields"),
+            *_all_but("data.chat"),
+        ),
         "data.task.name=null and data.prompts (a generated task has its own verifier)",
     ),
 )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from megatron_occ.data.corpus import TaskCorpus
+from megatron_occ.data.fields import extract_final_answer
 from megatron_occ.data.jsonl import read_jsonl_texts
-from megatron_occ.data.prompts import (
-    PromptRecord,
-    PromptStream,
-    extract_final_answer,
-    read_prompts,
-)
+from megatron_occ.data.prompt_stream import PromptStream
+from megatron_occ.data.prompts import PromptOptions, PromptRecord, read_prompts
 from megatron_occ.data.tasks import (
     Problem,
     ReversedAddition,
@@ -28,6 +25,7 @@ __all__ = [
     "CharTokenizer",
     "HFTokenizer",
     "Problem",
+    "PromptOptions",
     "PromptRecord",
     "PromptStream",
     "ReversedAddition",

@@ -53,13 +53,22 @@ def read_jsonl_texts(path: str | os.PathLike[str], key: str = "text") -> Iterato
         yield text_field(record, key, f"{os.fspath(path)}:{number}")
 
 
-def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+def parse_json(content: bytes, where: str) -> Any:
+    """The value of JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: with ``where``, for anything else.
+    """
     try:
-        record = json.loads(line.decode("utf-8"))
+        return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
     return record

@@ -38,6 +38,20 @@ def check_prompts(
     raise ValueError(f"{count} can't be used:{lines}\n{remedy}")
 
 
+def too_long(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> set[int]:
+    """Positions of texts with more than ``limit`` tokens; those it does not know are left alone."""
+    found = set()
+    for start in range(0, len(texts), _BATCH):
+        part = texts[start : start + _BATCH]
+        try:
+            lengths = [len(ids) for ids in tokenizer.encode_batch(part)]
+        except ValueError:
+            found_ids = [_ids_or_problem(text, tokenizer) for text in part]
+            lengths = [0 if isinstance(ids, str) else len(ids) for ids in found_ids]
+        found |= {start + i for i, length in enumerate(lengths) if length > limit}
+    return found
+
+
 def shared_prompts(train: Sequence[PromptRecord], held_out: Sequence[PromptRecord]) -> int:
     """How many of the held-out prompts are also training prompts, letter for letter."""
     known = {record.prompt for record in train}

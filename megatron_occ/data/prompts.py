@@ -1,178 +1,179 @@
-"""RL prompts: reading them from a file, and which ones belong to which step."""
+"""RL prompts from files: read, brought to one form, repeated ones left out."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
-from megatron_occ.data.jsonl import read_jsonl, text_field
-from megatron_occ.data.splits import first_problem, mix64
-from megatron_occ.data.tasks import Task
+from megatron_occ.data.chat import ChatFormat
+from megatron_occ.data.fields import read_answer, read_prompt, read_task_name, recognise
+from megatron_occ.data.records import Record, read_records
 
 DEFAULT_TASK_NAME = "math"
-_FINAL_ANSWER_MARK = "####"
+_NO_FIELDS: Mapping[str, str | None] = {"prompt": None, "answer": None, "task_name": None}
 
 
 @dataclass(frozen=True)
 class PromptRecord:
     """A prompt, its reference answer, the verifier to use, and its place in the source.
 
-    ``index`` is the 0-based position among the prompts of the file, or the problem's index in the
-    generated split. ``line`` counts all lines of the file from 1; None for a generated problem.
+    Args:
+        prompt: text that the model continues.
+        answer: text that the verifier compares with.
+        task_name: name of the verifier.
+        index: 0-based position among the prompts of the source, or in the generated split.
+        place: "file:line", or what else says where it comes from; "" for a generated problem.
     """
 
     prompt: str
     answer: str
     task_name: str
     index: int
-    line: int | None = None
+    place: str = ""
 
 
-def extract_final_answer(text: str) -> str:
-    """What follows the last ``####`` (the GSM8K convention), else the whole text; stripped."""
-    return text.rpartition(_FINAL_ANSWER_MARK)[2].strip()
+@dataclass(frozen=True)
+class PromptOptions:
+    """How records become prompts.
+
+    Args:
+        fields: names of fields by "prompt", "answer" and "task_name"; None: recognised.
+        verifier: of records that name none.
+        verifiers: known names; a published "data_source" counts where it is one of them.
+        chat: text around a prompt.
+    """
+
+    fields: Mapping[str, str | None] = field(default_factory=lambda: dict(_NO_FIELDS))
+    verifier: str = DEFAULT_TASK_NAME
+    verifiers: Container[str] = ()
+    chat: ChatFormat = field(default_factory=ChatFormat)
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file.
+
+    Args:
+        path: of it.
+        records: in its order.
+        fingerprint: SHA-256 of its bytes.
+        shapes: fields that were recognised, each kind of record once.
+        left_out: what was left out, in words.
+        weight: share of the prompts of a run, relative to those of other files; None: by size.
+    """
+
+    path: str
+    records: Sequence[PromptRecord]
+    fingerprint: str
+    shapes: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    weight: float | None = None
+
+    @property
+    def description(self) -> str:
+        """What was read, in a line."""
+        text = f"{len(self.records):,} prompts from {self.path} ({' or '.join(self.shapes)})"
+        return f"{text}; left out: {'; '.join(self.left_out)}" if self.left_out else text
 
 
 def read_prompts(
-    path: str | os.PathLike[str], default_task_name: str = DEFAULT_TASK_NAME
+    path: str | os.PathLike[str], options: PromptOptions | None = None
 ) -> list[PromptRecord]:
-    """Read prompts from JSON lines with ``prompt`` (or ``question``), ``answer``, ``task_name``.
+    """The prompts of a file, in its order.
 
-    ``task_name`` picks the verifier and defaults to ``default_task_name``. An answer with a worked
-    solution that ends in ``#### 42`` is cut down to ``42``. Blank lines are skipped. Raises
-    ValueError naming file and line for a line that is not a JSON object, a missing key, a value
-    that is empty or not text; and naming the file when it is missing or empty.
+    Raises:
+        ValueError: see :func:`read_prompt_file`.
     """
-    records = []
-    for number, line in read_jsonl(path):
-        where = f"{os.fspath(path)}:{number}"
-        key = "question" if "question" in line and "prompt" not in line else "prompt"
-        prompt = text_field(line, key, where)
-        answer = extract_final_answer(text_field(line, "answer", where))
-        if not answer:
-            raise ValueError(f"{where}: 'answer' has nothing after {_FINAL_ANSWER_MARK!r}")
-        task_name = default_task_name
-        if "task_name" in line:
-            task_name = text_field(line, "task_name", where)
-        records.append(PromptRecord(prompt, answer, task_name, len(records), number))
-    return records
+    return list(read_prompt_file(path, options).records)
 
 
-class PromptStream:
-    """The prompts of each RL step, as a function of the step alone, so that resuming is exact.
+def read_prompt_file(
+    path: str | os.PathLike[str],
+    options: PromptOptions | None = None,
+    *,
+    seen: dict[str, str] | None = None,
+) -> PromptFile:
+    """Read prompts from JSON lines, JSON or Parquet in a published shape.
 
-    ``source`` is a path to JSON lines or a task from ``build_task``.
+    Args:
+        path: of the file.
+        options: see there.
+        seen: prompts read so far with their answers, which is added to: repeated ones are left
+            out; None: they stay.
 
-    - File, "train": each epoch is a permutation derived from (seed, epoch); step t takes the
-      positions t*n to t*n + n - 1 of the epochs laid end to end, so keep n the same in a run.
-    - File, "validation": file order, once; the seed has no effect.
-    - Task: step t takes the problems t*n to t*n + n - 1 of the split. In "train" each seed has its
-      own range of problems (seed 0 starts at problem 0); "validation" is the same for every seed.
+    Raises:
+        ValueError: a file that can't be read, a record without prompt or answer, or values that
+            are empty or of another kind; with file and place.
     """
-
-    def __init__(
-        self,
-        source: str | os.PathLike[str] | Task,
-        seed: int = 0,
-        split: str = "train",
-        default_task_name: str = DEFAULT_TASK_NAME,
-    ) -> None:
-        """Raises ValueError for a bad file (see ``read_prompts``), split or seed."""
-        self._first = first_problem(split, seed)
-        self._seed = seed
-        self._split = split
-        self._task: Task | None = None
-        self._path = ""
-        self._records: list[PromptRecord] = []
-        self._epoch_orders: dict[int, list[int]] = {}
-        if isinstance(source, (str, os.PathLike)):
-            self._path = os.fspath(source)
-            self._records = read_prompts(source, default_task_name)
-            self._fingerprint = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-        else:
-            self._task = source
-            self._fingerprint = _task_fingerprint(source)
-
-    @property
-    def size(self) -> int | None:
-        """Number of prompts in a file, None for a generated task."""
-        return None if self._task is not None else len(self._records)
-
-    def records(self, n: int) -> list[PromptRecord]:
-        """All prompts of a file in its order; of a generated task the first ``n``."""
-        return list(self._records) if self._task is None else self.prompts_for_step(0, n)
-
-    def place(self, record: PromptRecord) -> str:
-        """Where a prompt comes from: "file:line", or the task and the problem's number in it."""
-        if self._task is None:
-            return f"{self._path}:{record.line}"
-        return f"{self._task.name}, {self._split} problem {record.index}"
-
-    def task_names(self) -> dict[str, str]:
-        """Names of the verifiers that the prompts ask for, and the place of the first that does."""
-        first = {record.task_name: record for record in reversed(self.records(1))}
-        return {name: self.place(record) for name, record in first.items()}
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the file's bytes, or of the task's name, parameters and first problems.
-
-        Saved with a checkpoint and compared on resume: a different value means different prompts.
-        """
-        return self._fingerprint
-
-    def prompts_for_step(self, step: int, n: int) -> list[PromptRecord]:
-        """The ``n`` prompts of ``step`` (0-based); the same call gives the same prompts.
-
-        Raises ValueError for a negative step, n < 1, or a validation step past the end.
-        """
-        if step < 0 or n < 1:
-            raise ValueError(f"need step >= 0 and n >= 1, got step={step}, n={n}")
-        positions = range(step * n, step * n + n)
-        if self._task is not None:
-            return [self._generated(self._task, position) for position in positions]
-        if self._split == "validation":
-            return self._in_file_order(positions)
-        return [self._shuffled(position) for position in positions]
-
-    def _generated(self, task: Task, position: int) -> PromptRecord:
-        index = self._first + position
-        problem = task.problem(self._split, index)
-        return PromptRecord(problem.prompt, problem.answer, problem.task_name, index)
-
-    def _in_file_order(self, positions: range) -> list[PromptRecord]:
-        if positions.stop > len(self._records):
-            raise ValueError(
-                f"validation has {len(self._records)} prompts, number {positions.stop} was asked "
-                "for; validate on fewer"
-            )
-        return self._records[positions.start : positions.stop]
-
-    def _shuffled(self, position: int) -> PromptRecord:
-        epoch, offset = divmod(position, len(self._records))
-        if epoch not in self._epoch_orders:
-            # A step seldom touches more than two epochs; older orders can be derived again.
-            self._epoch_orders = {
-                e: order for e, order in self._epoch_orders.items() if e == epoch - 1
-            }
-            self._epoch_orders[epoch] = _permutation(len(self._records), self._seed, epoch)
-        return self._records[self._epoch_orders[epoch][offset]]
+    options = options or PromptOptions()
+    records: list[PromptRecord] = []
+    shapes: dict[str, None] = {}
+    repeated = contradicting = 0
+    for entry in read_records(path):
+        fields, record = _read(entry, options, len(records))
+        if seen is not None and record.prompt in seen:
+            repeated += 1
+            contradicting += seen[record.prompt] != record.answer
+            continue
+        if seen is not None:
+            seen[record.prompt] = record.answer
+        records.append(record)
+        shapes[fields] = None
+    name = os.fspath(path)
+    left_out = _repeated(repeated, contradicting)
+    return PromptFile(name, records, _digest(name), list(shapes), left_out)
 
 
-def _permutation(size: int, seed: int, epoch: int) -> list[int]:
-    # Sorting by a hash needs no library's shuffle, which may change between versions.
-    key = mix64(mix64(seed) + epoch)
-    return sorted(range(size), key=lambda index: mix64(key ^ index))
+def first_prompts(
+    path: str | os.PathLike[str], count: int, options: PromptOptions
+) -> list[PromptRecord]:
+    """The first prompts of a file, to see whether it can be read.
+
+    Raises:
+        ValueError: as :func:`read_prompt_file`, for what stands in these.
+    """
+    return [
+        _read(entry, options, index)[1]
+        for index, entry in enumerate(islice(read_records(path), count))
+    ]
 
 
-def _task_fingerprint(task: Task) -> str:
-    # The problems are part of it, so that a change of the generator's code is noticed as well.
-    problems = [task.problem("train", index) for index in range(4)]
-    content = {
-        "task": task.name,
-        "params": task.params(),
-        "problems": [[problem.prompt, problem.solution, problem.answer] for problem in problems],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _read(entry: Record, options: PromptOptions, index: int) -> tuple[str, PromptRecord]:
+    fields = recognise(entry, options.fields, options.verifiers)
+    prompt = read_prompt(entry, fields)
+    try:
+        text = options.chat.text(prompt)
+    except ValueError as error:
+        raise ValueError(f"{entry.place}: {fields.prompt!r}: {error}") from error
+    answer = read_answer(entry, fields)
+    task_name = read_task_name(entry, fields, options.verifier)
+    return str(fields), PromptRecord(text, answer, task_name, index, entry.place)
+
+
+def _repeated(count: int, contradicting: int) -> list[str]:
+    if count == 0:
+        return []
+    other = f", {contradicting:,} of them with another answer" if contradicting else ""
+    return [f"{count:,} that repeat a prompt{other}"]
+
+
+def _digest(name: str) -> str:
+    digest = hashlib.sha256()
+    with Path(name).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def without(file: PromptFile, unwanted: Container[int], why: str) -> PromptFile:
+    """A file without the prompts at some indices, and with a word about it."""
+    kept = [record for record in file.records if record.index not in unwanted]
+    records = [replace(record, index=index) for index, record in enumerate(kept)]
+    count = len(file.records) - len(records)
+    if count == 0:
+        return file
+    return replace(file, records=records, left_out=[*file.left_out, f"{count:,} {why}"])

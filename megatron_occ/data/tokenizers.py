@@ -145,6 +145,29 @@ class HFTokenizer:
             clean_up_tokenization_spaces=False,
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`chat` has a template."""
+        return bool(self._inner.chat_template)
+
+    def chat(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+        """Text of a chat by the template of the files, up to where the model's turn begins.
+
+        Args:
+            messages: with "role" and "content".
+            **kwargs: variables of the template.
+
+        Raises:
+            ValueError: there is no template, or it refuses the messages.
+        """
+        try:
+            return self._inner.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **kwargs
+            )
+        except Exception as error:  # the template is a program of its own
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the tokenizer's chat template fails: {reason:.200}") from error
+
     def state(self) -> dict[str, Any]:
         """Kind, special ids and a hash of the vocabulary; not the path, which may move."""
         vocabulary = json.dumps(self._inner.get_vocab(), sort_keys=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import round_up
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.export import HuggingFaceExport

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from megatron_occ.config.schema import Config
 from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.prompt_checks import check_prompts, shared_prompts
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
+from megatron_occ.phases.prompt_files import check_used, open_prompts
 from megatron_occ.rl.evaluation import held_out_problems
 from megatron_occ.rl.pretraining import Corpus
-from megatron_occ.rl.rewards import get_verifier
 
 # Parts of the held-out problems. Pretraining may end at a pass rate: a lucky moment of its own part
 # leaves RL's validation as it is.
@@ -30,6 +30,7 @@ class Inputs:
         train: prompts of RL; None where nothing is trained on them.
         held_out: prompts to measure on; None where nothing is measured.
         warnings: about the data, for the run's log.
+        notes: what was read, a line for each file.
     """
 
     corpus: Corpus | None = None
@@ -37,6 +38,7 @@ class Inputs:
     train: PromptStream | None = None
     held_out: PromptStream | None = None
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def read_inputs(
@@ -63,15 +65,28 @@ def read_inputs(
             known, or fewer held-out problems than asked for.
     """
     corpus, fingerprint = _corpus(config, task, tokenizer) if pretrains else (None, "")
-    train = _prompts(config, task, "train") if trains else None
+    train = open_prompts(config, task, tokenizer, "train") if trains else None
     measures = pretrains and config.pretrain.validate_every > 0
     held_out = None
     if validates or measures:
-        held_out = _prompts(config, task, "validation")
+        held_out = open_prompts(config, task, tokenizer, "validation")
         _check_held_out(held_out, config, PRETRAINING_PART if measures else RL_PART)
     both = train is not None and held_out is not None
     warnings = _overlap(config, train, held_out) if both else []
-    return Inputs(corpus, fingerprint, train, held_out, warnings)
+    check_used(config, (train, held_out))
+    notes = _notes(train, held_out)
+    return Inputs(corpus, fingerprint, train, held_out, warnings, notes)
+
+
+def _notes(train: PromptStream | None, held_out: PromptStream | None) -> list[str]:
+    """What was read, a line for each file."""
+    streams = {"data.prompts": train, "data.validation_prompts": held_out}
+    return [
+        f"{key}: {file.description}"
+        for key, stream in streams.items()
+        if stream is not None
+        for file in stream.files
+    ]
 
 
 def prompt_room(config: Config) -> int:
@@ -120,27 +135,6 @@ def _corpus(config: Config, task: Task | None, tokenizer: Tokenizer) -> tuple[Co
         fingerprint = PromptStream(task, config.seed).fingerprint()
     corpus.batch(0, 1, config.pretrain.sequence_length)
     return corpus, fingerprint
-
-
-def _prompts(config: Config, task: Task | None, split: str) -> PromptStream:
-    key = "prompts" if split == "train" else "validation_prompts"
-    path = getattr(config.data, key)
-    source = path if path is not None else task
-    assert source is not None, "validate refuses a run without prompts and task"
-    default = config.data.verifier
-    try:
-        stream = PromptStream(source, config.seed, split, default_task_name=default)
-    except ValueError as error:
-        raise ValueError(f"data.{key}: {error}") from error
-    for name, place in stream.task_names().items():
-        try:
-            get_verifier(name)
-        except ValueError as error:
-            where = f"data.{key}: {place}: 'task_name'"
-            if name == default:
-                where = f"data.verifier={default}"
-            raise ValueError(f"{where}: {error}") from error
-    return stream
 
 
 def _overlap(config: Config, train: PromptStream, held_out: PromptStream) -> list[str]:

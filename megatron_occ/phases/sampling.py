@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.config.schema import DataConfig
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.phases.engines import build_engine
 from megatron_occ.phases.inputs import prompt_room
 from megatron_occ.rl.evaluation import Validation, evaluate
-from megatron_occ.rl.rewards import VerifierPool
+from megatron_occ.rl.rewards import VerifierPool, cores_of_rank
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rollout import SamplingSettings
@@ -31,13 +32,17 @@ def sampling(run: Run, actor: MegatronGPTActor, prompts: PromptStream) -> Iterat
     """
     config = run.config
     with (
-        VerifierPool(timeout_seconds=config.data.verifier_timeout) as verifiers,
+        VerifierPool(config.data.verifier_timeout, _workers(config.data)) as verifiers,
         closing(build_engine(config, actor, run.tokenizer, prompts)) as engine,
     ):
         room = prompt_room(config)
         yield Sampler(
             engine, actor, run.tokenizer, verifiers, sampling_settings(run), max_prompt_length=room
         )
+
+
+def _workers(data: DataConfig) -> int:
+    return data.verifier_workers or cores_of_rank()
 
 
 def sampling_settings(run: Run) -> SamplingSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from megatron_occ.convert.importing import import_folder
@@ -40,6 +41,9 @@ def checked_inputs(
     )
     # by one rank: a long file takes a while, and several cores
     MainRank().run(lambda: check_lengths(config, inputs, run.tokenizer))
+    if run.layout.is_main:
+        for note in inputs.notes:
+            print(note, file=sys.stderr, flush=True)
     return inputs
 
 

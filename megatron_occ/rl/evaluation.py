@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from megatron_occ.config.schema import ValidationConfig
-from megatron_occ.data.prompts import PromptRecord, PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
+from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.rewards import FULL_SCORE

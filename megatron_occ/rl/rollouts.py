@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import RLConfig
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.splits import mix64
 from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
 from megatron_occ.observe.progress import Timers

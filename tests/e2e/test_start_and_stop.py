@@ -11,7 +11,7 @@ import pytest
 
 from megatron_occ.cli import main
 from megatron_occ.data import build_tokenizer
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.corpus import write_corpus
 from megatron_occ.phases import sampling, start
@@ -20,7 +20,11 @@ from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.e2e.conftest import metrics
 
 ALPHABET = "0123456789+*=."
-FROM_FILES = ("data.task.name=null", "data.task.params={}", f"tokenizer.alphabet={ALPHABET}")
+FROM_FILES = (
+    *("data.task.name=null", "data.task.params={}", f"tokenizer.alphabet={ALPHABET}"),
+    # files of one prompt: no step has one twice
+    *("rl.prompts_per_step=1", "rl.samples_per_prompt=8"),
+)
 MEASURED = ("pretrain.steps=6", "pretrain.validate_every=3", "pretrain.stop_at_pass_rate=1.0")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_occ.config import load_config
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import build_task
 from megatron_occ.data.tokenizers import build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor

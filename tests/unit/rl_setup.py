@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_occ.config import load_config
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import Problem
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.evaluation import Validation
@@ -101,6 +101,7 @@ def file_config(train, held_out, *overrides):
     """Prompts of at most 4 tokens, from files in place of a generated task."""
     files = (f"data.prompts={train}", f"data.validation_prompts={held_out}")
     room = ("model.max_position_embeddings=10", "data.verifier=exact")
+    room += ("rl.prompts_per_step=1", "rl.mini_batches=1", "rl.micro_batch_size=4")
     return rl_config("data.task={name: null, params: {}}", *files, *room, *overrides)
 
 

@@ -89,6 +89,19 @@ SWITCHED_OFF = [
     ("", "rl.loss.kl_kind=k2", "rl.loss.kl_coefficient=0", "rl.loss.kl_coefficient above 0"),
     ("", "data.verifier=exact", "data.task.name=reversed_addition", "data.task.name=null"),
     ("", "data.verifiers={a: 'm:f'}", "data.task.name=reversed_addition", "data.verifiers={}"),
+    *(
+        ("", f"data.{key}={value}", "data.task.name=reversed_addition", "data.task.name=null")
+        for key, value in {
+            "max_prompt_tokens": 9,
+            "fields.prompt": "p",
+            "fields.answer": "a",
+            "fields.task_name": "t",
+            "chat.apply": "always",
+            "chat.system": "s",
+            "chat.suffix": "s",
+            "chat.kwargs": "{a: 1}",
+        }.items()
+    ),
     ("", "model.moe.top_k=1", "model.moe.num_experts=null", "model.moe.top_k=2"),
     ("", "model.moe.ffn_hidden_size=8", "model.moe.num_experts=null", "ffn_hidden_size=null"),
     ("", "model.moe.shared_ffn_hidden_size=8", "model.moe.num_experts=null", "_size=null"),

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from megatron_occ.data import (
+    PromptOptions,
     PromptRecord,
     PromptStream,
     build_task,
@@ -49,10 +50,10 @@ def test_read_prompts_takes_both_spellings_and_skips_blank_lines(tmp_path):
         json.dumps({"prompt": "2+2?", "question": "ignored", "answer": "4", "task_name": "exact"}),
     )
     assert read_prompts(path) == [
-        PromptRecord("1+1? é", "2", "math", 0, line=1),
-        PromptRecord("2+2?", "4", "exact", 1, line=3),
+        PromptRecord("1+1? é", "2", "math", 0, f"{path}:1"),
+        PromptRecord("2+2?", "4", "exact", 1, f"{path}:3"),
     ]
-    assert read_prompts(path, default_task_name="exact")[0].task_name == "exact"
+    assert read_prompts(path, PromptOptions(verifier="exact"))[0].task_name == "exact"
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,14 @@ def test_read_prompts_takes_both_spellings_and_skips_blank_lines(tmp_path):
     [
         ("{not json", r"bad\.jsonl:2: not JSON"),
         ("[1, 2]", r"bad\.jsonl:2: expected a JSON object, got list"),
-        ('{"answer": "1"}', r"bad\.jsonl:2: missing key 'prompt'; the line has answer"),
-        ('{"prompt": "p"}', r"bad\.jsonl:2: missing key 'answer'"),
-        ('{"prompt": "p", "answer": 42}', r"bad\.jsonl:2: 'answer' must be text, got int 42"),
-        ('{"prompt": ["p"], "answer": "1"}', r"bad\.jsonl:2: 'prompt' must be text, got list"),
+        ('{"answer": "1"}', r"bad\.jsonl:2: no field for the prompt among prompt, .* has answer\."),
+        ('{"prompt": "p"}', r"bad\.jsonl:2: no field for the answer .* data\.fields\.answer=NAME"),
+        ('{"prompt": "p", "answer": true}', r"bad\.jsonl:2: 'answer' must be text, got bool True"),
+        ('{"prompt": "p", "answer": {}}', r"bad\.jsonl:2: 'answer' must be text, got dict"),
+        ('{"prompt": "p", "answer": []}', r"bad\.jsonl:2: 'answer' is an empty list"),
+        ('{"prompt": "p", "answer": NaN}', r"bad\.jsonl:2: 'answer' must be a finite number"),
+        ('{"prompt": "p", "solution": "so 4"}', r"bad\.jsonl:2: 'solution' has neither '####' nor"),
+        ('{"prompt": ["p"], "answer": "1"}', r"bad\.jsonl:2: 'prompt'\[0\] must be a message"),
         ('{"question": " ", "answer": "1"}', r"bad\.jsonl:2: 'question' is empty"),
         ('{"prompt": "p", "answer": "so ####"}', r"bad\.jsonl:2: 'answer' has nothing after"),
         ('{"prompt": "p", "answer": "1", "task_name": null}', r"bad\.jsonl:2: 'task_name' must"),
@@ -94,7 +99,7 @@ def test_a_folder_is_no_file_of_prompts(tmp_path):
 def test_prompts_know_their_place(tmp_path):
     lines = ['{"prompt": "p", "answer": "1"}', "", '{"prompt": "q", "answer": "1"}']
     path = write(tmp_path / "p.jsonl", *lines, '{"prompt": "r", "answer": "1", "task_name": "m"}')
-    stream = PromptStream(path, default_task_name="exact")
+    stream = PromptStream(path, options=PromptOptions(verifier="exact"))
     assert [stream.place(record) for record in stream.records(1)] == [
         f"{path}:{line}" for line in (1, 3, 4)
     ]
@@ -133,9 +138,14 @@ def test_steps_do_not_depend_on_the_steps_before(seven):
     assert [other.prompts_for_step(step, 5) for step in range(12)] != forward
 
 
-def test_one_step_may_be_longer_than_the_file(seven):
-    records = PromptStream(seven, seed=0).prompts_for_step(0, 16)
-    assert sorted(record.index for record in records[:14]) == sorted([*range(7), *range(7)])
+def test_no_step_has_a_prompt_twice(seven):
+    for n in (2, 3, 5, 6, 7):
+        stream = PromptStream(seven, seed=3)
+        for step in range(40):
+            drawn = [record.index for record in stream.prompts_for_step(step, n)]
+            assert len(set(drawn)) == n
+    with pytest.raises(ValueError, match="one step takes 8 of the file's 7, and would have"):
+        PromptStream(seven).prompts_for_step(0, 8)
 
 
 def test_validation_is_the_file_in_order_once(seven):

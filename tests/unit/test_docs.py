@@ -7,13 +7,15 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from megatron_occ.cli import main
 from megatron_occ.commands.convert import make_parser
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves, sections
-from megatron_occ.data.prompts import read_prompts
+from megatron_occ.data.tokenizers import HFTokenizer
+from megatron_occ.phases.inputs import read_inputs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -148,7 +150,7 @@ def test_the_code_in_the_readme_is_that_of_the_example():
     assert bool((weights != 0).all())
 
 
-def test_the_prompts_that_the_page_on_data_writes_are_read_as_they_are(tmp_path, monkeypatch):
+def test_the_configuration_of_the_page_on_data_reads_published_files(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
@@ -157,19 +159,30 @@ def test_the_prompts_that_the_page_on_data_writes_are_read_as_they_are(tmp_path,
     template = "{% for m in messages %}<user>{{ m.content }}<end>{% endfor %}<model>"
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), eos_token="<end>", chat_template=template
-    ).save_pretrained("models/my_model")
-
+    ).save_pretrained("tokenizer")
     page = ROOT / "docs" / "data.md"
-    (code,), (_, yaml) = blocks(page, "python"), blocks(page, "yaml")
-    exec(code, {})
-    (record,) = read_prompts("train.jsonl")
-    assert record.prompt == "<user>What is 12 * 12?<end><model>"
-    assert (record.answer, record.task_name) == ("144", "math")
+    line, (_, yaml) = blocks(page, "json")[0], blocks(page, "yaml")
     Path("train.yaml").write_text(yaml)
-    config = load_config(["train.yaml"])
-    assert config.data.prompts == "train.jsonl" and config.data.task.name is None
-    Path("line.jsonl").write_text(blocks(page, "json")[0])
-    assert read_prompts("line.jsonl")[0].answer == "144"
+    chat = [{"role": "user", "content": "12 * 12?"}]
+    published = {
+        "prompt": chat,
+        "reward_model": {"ground_truth": "144"},
+        "data_source": "math_dapo",
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([published] * 3), "dapo-math-17k.parquet")
+    Path("aime_2024.jsonl").write_text(line)
+    config = load_config(
+        ["train.yaml"], ["model.from_hf=null", "rl.prompts_per_step=1", "rl.validation.problems=1"]
+    )
+    inputs = read_inputs(config, None, HFTokenizer("tokenizer"), trains=True, validates=True)
+    (train,), (held_out,) = inputs.train.records(1), inputs.held_out.records(1)
+    suffix = "\nPut the final answer in \\boxed{}."
+    assert train.prompt == f"<user>12 * 12?{suffix}<end><model>"
+    assert (train.answer, train.task_name) == ("144", "math_dapo")
+    asked = "What is 12 * 12? Answer with a number.\n"
+    assert held_out.prompt == f"<user>{asked}{suffix}<end><model>"
+    assert (held_out.answer, held_out.task_name) == ("144", "math")
+    assert inputs.notes[0].endswith("; left out: 2 that repeat a prompt")
 
 
 def test_no_file_mentions_a_machine():

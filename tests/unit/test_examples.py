@@ -15,7 +15,8 @@ import torch
 
 from examples import mtp_head
 from megatron_occ.config import load_config, validate
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
+from megatron_occ.data.prompts import PromptOptions
 from megatron_occ.data.tokenizers import build_tokenizer
 from megatron_occ.rl.rewards import VerifierPool, register_verifier
 
@@ -157,7 +158,8 @@ def test_the_configuration_of_the_verifier_fits_its_data(monkeypatch):
     sets = []
     for split, path in (("train", config.data.prompts), ("validation", None)):
         source = path or config.data.validation_prompts
-        stream = PromptStream(source, 0, split, default_task_name=config.data.verifier)
+        options = PromptOptions(verifier=config.data.verifier)
+        stream = PromptStream(source, 0, split, options)
         records = stream.prompts_for_step(0, stream.size)
         assert {record.task_name for record in records} == {"echo"}
         for record in records:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,9 @@ from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.prompt_checks import check_prompts
 from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.tokenizers import CharTokenizer
+from megatron_occ.phases.fingerprints import check_same_files, keep_fingerprints
 from megatron_occ.phases.inputs import check_lengths, prompt_room, read_inputs
+from megatron_occ.phases.prompt_files import check_first_records
 from tests.unit.fakes import ALPHABET, TOKENIZER
 from tests.unit.rl_setup import file_config, rl_config
 
@@ -139,3 +142,80 @@ def test_an_alphabet_without_the_end_of_a_response_is_refused():
     config = rl_config("data.task.name=reversed_addition", "tokenizer.alphabet='0123456789+='")
     with pytest.raises(ValueError, match=r"^tokenizer\.alphabet: character '\.' at position 0"):
         read_tokenizer(config, read_task(config))
+
+
+def test_a_step_of_more_prompts_than_there_are_is_refused(tmp_path):
+    path = write(tmp_path / "t.jsonl", "a", "b", "a")
+    with pytest.raises(
+        ValueError, match=r"^rl\.prompts_per_step=3: one step takes 3 of the file's 2"
+    ):
+        read(file_config(path, path, "rl.prompts_per_step=3"))
+
+
+def test_what_was_read_is_told(tmp_path):
+    train = write(tmp_path / "t.jsonl", "a", "b", "a", "abcd")
+    held_out = write(tmp_path / "v.jsonl", "c", "c")
+    config = file_config(train, held_out, "data.max_prompt_tokens=3")
+    assert read(config).notes == [
+        f"data.prompts: 2 prompts from {train} (prompt, answer); left out: 1 that repeat a prompt; "
+        "1 longer than data.max_prompt_tokens=3",
+        f"data.validation_prompts: 2 prompts from {held_out} (prompt, answer)",
+    ]
+    with pytest.raises(ValueError, match=r"^data\.prompts: 0 prompts .*nothing is left"):
+        read(file_config(held_out, held_out, "data.max_prompt_tokens=1", "data.chat.suffix=abcd"))
+
+
+def test_several_files_by_weight(tmp_path):
+    first = write(tmp_path / "a.jsonl", "a", "b", "c")
+    second = write(tmp_path / "b.jsonl", "aa", "bb", "cc")
+    files = f"{{{first}: 2, {second}: 1}}"
+    config = file_config("", first, f"data.prompts={files}", "rl.prompts_per_step=3")
+    drawn = [record.prompt for record in read(config).train.prompts_for_step(0, 3)]
+    assert sorted(map(len, drawn)) == [1, 1, 2]
+
+
+def test_a_verifier_that_no_prompt_asks_for_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "a", "answer": "a", "task_name": "arithmetic"}\n')
+    with pytest.raises(
+        ValueError, match=r"^data\.verifier=exact: no prompt asks for it: .* arithmetic"
+    ):
+        read(file_config(path, path))
+    given = "data.verifiers={mine: 'json:dumps'}"
+    with pytest.raises(ValueError, match=r"^data\.verifiers\.mine: no prompt asks for it"):
+        read(file_config(path, path, "data.verifier=math", given))
+
+
+def test_a_dry_run_reads_the_first_records(tmp_path):
+    path = tmp_path / "t.jsonl"
+    lines = ['{"prompt": "a", "answer": "a"}'] * 99 + ['{"prompt": "a"}']
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=r"^data\.prompts: .*t\.jsonl:100: no field for the answer"
+    ):
+        check_first_records(file_config(path, path))
+    path.write_text("\n".join(lines[:99]))
+    check_first_records(file_config(path, path))
+    check_first_records(file_config(tmp_path / "gone", path))
+    with pytest.raises(ValueError, match="no_such_module"):
+        check_first_records(file_config(path, path, "data.verifiers={not_there: 'no_such_module:f'}"))
+
+
+def test_a_file_that_changes_between_resumed_runs_is_refused(tmp_path):
+    train = write(tmp_path / "t.jsonl", "a", "b")
+    held_out = write(tmp_path / "v.jsonl", "c")
+    config = file_config(train, held_out)
+    run = SimpleNamespace(folder=tmp_path, resume=False, layout=SimpleNamespace(is_main=True))
+    keep_fingerprints(run, read(config))
+    check_same_files(run, read(config))
+    run.resume = True
+    check_same_files(run, read(config))
+    write(held_out, "d")
+    with pytest.raises(
+        ValueError, match=r"^data\.validation_prompts: .*v\.jsonl has changed since"
+    ):
+        check_same_files(run, read(config))
+    write(held_out, "c")
+    write(train, "a", "b", "c")
+    with pytest.raises(ValueError, match=r"^data\.prompts: .*t\.jsonl has changed since"):
+        check_same_files(run, read(config))

@@ -15,7 +15,7 @@ import pytest
 from megatron_occ.cli import main
 from megatron_occ.data import build_task, build_tokenizer
 from megatron_occ.data.corpus import TaskCorpus
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.observe.progress import Timers
 from megatron_occ.phases.inputs import read_inputs
 from megatron_occ.rl.rewards import VerifierPool, VerifierResult, register_verifier
@@ -233,8 +233,8 @@ WRONG_LINES = {
     "not JSON": (b"{prompt: 1}", "not JSON: Expecting property name"),
     "not an object": (b'["1+1=", "2"]', "expected a JSON object, got list"),
     "not UTF-8": (b'{"prompt": "\xe9"}', "not UTF-8 text"),
-    "missing key": (b'{"prompt": "1+1="}', "missing key 'answer'; the line has prompt"),
-    "wrong type": (b'{"prompt": "1+1=", "answer": 2}', "'answer' must be text, got int 2"),
+    "missing key": (b'{"prompt": "1+1="}', "no field for the answer among answer, "),
+    "wrong type": (b'{"prompt": "1+1=", "answer": true}', "'answer' must be text, got bool True"),
     "empty text": (b'{"prompt": "  ", "answer": "2"}', "'prompt' is empty"),
     "no answer after its mark": (
         b'{"prompt": "1+1=", "answer": "so #### "}',

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megatron_occ.rl.rewards import VerifierPool, VerifierResult, register_verifier
+from megatron_occ.rl.rewards import VerifierPool, VerifierResult, cores_of_rank, register_verifier
 from megatron_occ.rl.rewards.worker import VerifierWorker
 
 USER_MODULE = """
@@ -243,6 +243,29 @@ def test_two_workers_share_the_items_off_the_main_thread():
     thread.start()
     thread.join()
     assert answers == list(range(40))
+
+
+def test_a_rank_has_its_share_of_the_cores(monkeypatch):
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_PROCID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores_of_rank() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cores_of_rank() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert cores_of_rank() == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert cores_of_rank() == 1  # of a batch script, which is no task
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert cores_of_rank() == 12
+
+
+def test_an_item_that_runs_out_of_time_costs_its_own_slot_alone(user_module):
+    items = [("user loops", "r", "a")] + [("user length", "four", "a")] * 20
+    with VerifierPool(timeout_seconds=0.5, workers=2) as pool:
+        found = pool.score(items)
+    assert [result.status for result in found] == ["timeout"] + ["ok"] * 20
+    assert {result.score for result in found[1:]} == {4.0}
 
 
 def test_set_up_mistakes_are_told_at_once(pool):

@@ -8,7 +8,6 @@ import math
 import pytest
 
 from megatron_occ.rl.rewards import get_verifier, register_verifier
-from megatron_occ.rl.rewards.math_answer import extract_answer
 from megatron_occ.rl.rewards.registry import checked_score
 
 
@@ -40,55 +39,6 @@ def test_exact(response, score):
 )
 def test_arithmetic(response, score):
     assert get_verifier("arithmetic")(response, "53550") == score
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
-        (r"\boxed{\left\{x\right.} .", r"\left\{x\right."),
-        (r"\boxed{3} #### 4", "3"),
-        (r"\boxed{3} and \boxed{4", None),
-        (r"\boxed{}", None),
-        ("1 + 1\n#### $70,000\nbye", "70,000"),
-        ("The **answer is** 1. The final answer is: $x^2$. I hope so.", "x^2"),
-        ("Answer: 12.5.\nnext line", "12.5"),
-        ("I think it is 7", None),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        (r"\boxed{18}", "18", 1.0),
-        (r"\boxed{18.00}", "18", 1.0),
-        (r"\boxed{\$70{,}000}", "70,000", 1.0),
-        (r"\boxed{0.5}", r"\frac{1}{2}", 1.0),
-        (r"\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
-        (r"\boxed{2\sqrt{2}}", r"$\sqrt{8}$", 1.0),
-        ("2 + 2 = 4\n#### 4", "some work\n#### 4", 1.0),
-        ("The answer is 4.", "4", 1.0),
-        (r"\boxed{19}", "18", 0.0),
-        (r"\boxed{18, 19}", "18", 0.0),
-        (r"\boxed{18 or 19}", "18", 0.0),
-        ("maybe 18", "18", 0.0),
-        (r"\boxed{" + "1" * 2000 + "}", "1" * 2000, 0.0),
-        (r"\boxed{__import__('os').getcwd()}", "18", 0.0),
-    ],
-)
-def test_math(response, answer, score):
-    assert get_verifier("math")(response, answer) == score
-
-
-def test_math_refuses_a_reference_that_nothing_could_match():
-    with pytest.raises(ValueError, match="reference answer ' ' is not a mathematical expression"):
-        get_verifier("math")(r"\boxed{18}", " ")
 
 
 def test_names_of_the_package_s_own_tasks_pick_the_arithmetic_verifier():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.rl.evaluation import evaluate
 from megatron_occ.rl.rewards import VerifierResult
 from megatron_occ.rollout import DraftStatistics

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from megatron_occ.data.prompts import PromptStream
+from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.sampler import sample_seed
 from megatron_occ.rollout import SamplingSettings
@@ -215,9 +217,12 @@ def test_without_dynamic_sampling_groups_without_spread_stay():
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_place_and_a_remedy(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "abcdabcdabcd", "answer": "a", "task_name": "exact"}\n')
+    lines = [
+        {"prompt": "abcdabcdabcd" + end, "answer": "a", "task_name": "exact"} for end in "abcd"
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = make_source(rl_config(), FakeActor(), stream=PromptStream(path))
-    with pytest.raises(ValueError, match=r"prompt 0 \('abcdabcdabcd'\) has 12 tokens") as caught:
+    with pytest.raises(ValueError, match=r"prompt \d \('abcdabcdabcd.'\) has 13 tokens") as caught:
         source.generate(Timers())
     assert "max_position_embeddings" in str(caught.value)
 

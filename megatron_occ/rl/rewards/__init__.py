@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult
+from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult, cores_of_rank
 from megatron_occ.rl.rewards.registry import (
     FULL_SCORE,
     Verifier,
     get_verifier,
     register_verifier,
     register_verifiers,
+    verifier_names,
 )
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "Verifier",
     "VerifierPool",
     "VerifierResult",
+    "cores_of_rank",
     "get_verifier",
     "register_verifier",
     "register_verifiers",
+    "verifier_names",
 ]

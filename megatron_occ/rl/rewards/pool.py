@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -28,11 +29,20 @@ class VerifierResult:
     detail: str = ""
 
 
+def cores_of_rank() -> int:
+    """Cores of this process: what Slurm gave it, or its share of the node; at least 1."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit() and "SLURM_PROCID" in os.environ:
+        return max(1, int(given))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 class VerifierPool:
     """Scores responses; whatever a verifier does, the run goes on and the failure is told.
 
     The built-in text comparisons run in the caller's process. "math" and users' verifiers run in
-    ``workers`` processes, started at first use (importing sympy takes a second or more), kept for
+    ``workers`` processes, started at first use (importing a verifier may take seconds), kept for
     later calls, and killed and started again when an item runs over ``timeout_seconds``. On Linux
     a verifier may allocate ``memory_gib`` on top of what its import took; None lifts that limit
     (CUDA, for one, reserves far more address space than it uses).

@@ -81,7 +81,9 @@ _ARITHMETIC = RegisteredVerifier(import_path(arithmetic_verifier), inline=arithm
 _VERIFIERS: dict[str, RegisteredVerifier] = {
     "exact": _EXACT,
     "arithmetic": _ARITHMETIC,
-    "math": RegisteredVerifier("megatron_occ.rl.rewards.math_answer:math_verifier"),
+    "math": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_verifier"),
+    # the `data_source` of DAPO's prompts
+    "math_dapo": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_dapo_verifier"),
     # The generated tasks: `task_name` in the data picks the verifier.
     "reversed_multiplication": _ARITHMETIC,
     "reversed_addition": _ARITHMETIC,
@@ -129,6 +131,11 @@ def lookup(name: str) -> RegisteredVerifier:
     close = difflib.get_close_matches(name, _VERIFIERS, n=1)
     hint = f": did you mean {close[0]!r}?" if close else ":"
     raise ValueError(f"unknown verifier {name!r}{hint} known: {', '.join(sorted(_VERIFIERS))}")
+
+
+def verifier_names() -> frozenset[str]:
+    """Names that are known."""
+    return frozenset(_VERIFIERS)
 
 
 def get_verifier(name: str) -> Verifier:

@@ -20,7 +20,7 @@ _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from megatron_occ.rl.rewards.worker_main import main; main(json.loads(sys.argv[2]))"
 )
-# Importing sympy takes seconds on a busy machine; a user's module may import more.
+# A user's module may import much, on a busy machine or from a network disk.
 LOAD_TIMEOUT_SECONDS = 120.0
 _READ_BYTES = 65536
 
