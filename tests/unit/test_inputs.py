@@ -198,7 +198,8 @@ def test_a_dry_run_reads_the_first_records(tmp_path):
     check_first_records(file_config(path, path))
     check_first_records(file_config(tmp_path / "gone", path))
     with pytest.raises(ValueError, match="no_such_module"):
-        check_first_records(file_config(path, path, "data.verifiers={not_there: 'no_such_module:f'}"))
+        given = "data.verifiers={not_there: 'no_such_module:f'}"
+        check_first_records(file_config(path, path, given))
 
 
 def test_a_file_that_changes_between_resumed_runs_is_refused(tmp_path):
