@@ -197,8 +197,8 @@ def test_a_dry_run_reads_the_first_records(tmp_path):
     path.write_text("\n".join(lines[:99]))
     check_first_records(file_config(path, path))
     check_first_records(file_config(tmp_path / "gone", path))
+    given = "data.verifiers={not_there: 'no_such_module:f'}"
     with pytest.raises(ValueError, match="no_such_module"):
-        given = "data.verifiers={not_there: 'no_such_module:f'}"
         check_first_records(file_config(path, path, given))
 
 
