@@ -43,11 +43,10 @@ def checked_inputs(
     # by one rank: a long file takes a while, and several cores
     MainRank().run(lambda: check_lengths(config, inputs, run.tokenizer))
     stops = read_stops(config, run.task, run.tokenizer)
+    notes = [*inputs.notes, *([f"responses end at {stops}"] if trains or validates else [])]
     if run.layout.is_main:
-        for note in inputs.notes:
+        for note in notes:
             print(note, file=sys.stderr, flush=True)
-        if inputs.notes:
-            print(f"responses end at {stops}", file=sys.stderr, flush=True)
     return inputs
 
 
