@@ -10,7 +10,7 @@ from pathlib import Path
 
 from audit_table import REGIMES, labelled
 
-from megatron_occ.compare.analysis import MAIN, Comparison, analyse
+from megatron_occ.compare.analysis import MAIN, Comparison, Difference, analyse
 from megatron_occ.compare.results import read_results
 from megatron_occ.observe.text import format_number
 
@@ -25,7 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     audits = labelled(options.audits)
     found = analyse(read_results(options.results))
-    heads = ["arm", "final pass@1", "- detach (95 %)", "p of all", "acceptance length", "entropy"]
+    heads = ["arm", "final pass@1", "- detach (95 %)", "p of all", "first third, - detach"]
+    heads += ["acceptance length", "entropy"]
     heads += [f"expected, {label}" for label in audits]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     order = [each.arm for each in found.differences[MAIN]]
@@ -38,18 +39,21 @@ def _measured(found: Comparison, arm: str) -> list[str]:
     mean, error = found.arms[arm].level(MAIN)
     cells = [f"{100 * mean:.1f} ± {100 * error:.1f} %" if error == error else f"{100 * mean:.1f} %"]
     difference = found.difference(MAIN, arm)
-    if difference is None:
-        cells += ["", ""]
-    else:
-        text = f"{100 * difference.mean:+.1f}"
-        if difference.interval:
-            low, high = difference.interval
-            text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
-        cells.append(text)
-        cells.append(f"{difference.p_of_all:.3f}")
+    p_of_all = "" if difference is None else f"{difference.p_of_all:.3f}"
+    cells += [_difference(difference), p_of_all, _difference(found.difference("early", arm))]
     for outcome in (LENGTH, "entropy"):
         cells.append(format_number(found.arms[arm].level(outcome)[0]))
     return cells
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    text = f"{100 * found.mean:+.1f}"
+    if not found.interval:
+        return text
+    low, high = found.interval
+    return f"{text} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _expected(audit: dict, arm: str) -> str:

@@ -138,14 +138,14 @@ def outcome_of(run: dict[str, Any], name: str) -> float:
 
     ``final`` and ``final@k`` are the mean of the validations of the last quarter of the steps, of
     pass@1 and pass@k; ``best`` the highest one (of noisy numbers: too high, the more so the more
-    there are); ``area`` the mean of pass@1 over all steps, by trapezoids. Others are means over the
-    steps of the last quarter, lambda's over all steps.
+    there are); ``area`` the mean of pass@1 over all steps, by trapezoids; ``early`` the mean of the
+    validations of the first third, the start left out. Others are means over the steps of the last
+    quarter, lambda's over all steps.
     """
     validation = run.get("validation", {})
     kind, _, k = name.partition("@")
-    if kind in ("final", "best", "area"):
-        points = _points(validation, f"pass@{k or 1}")
-        return {"final": _final, "best": _best, "area": _area}[kind](points)
+    if kind in _OF_CURVES:
+        return _OF_CURVES[kind](_points(validation, f"pass@{k or 1}"))
     if name == "seconds_per_step":
         return _number(run.get(name))
     means = run.get("means", {}).get(name)
@@ -184,12 +184,20 @@ def _area(points: list[tuple[float, float]]) -> float:
     return area / (points[-1][0] - points[0][0])
 
 
+def _early(points: list[tuple[float, float]]) -> float:
+    early = [y for x, y in points if 0 < x <= points[-1][0] / 3]
+    return statistics.mean(early) if early else math.nan
+
+
+_OF_CURVES = {"final": _final, "best": _best, "area": _area, "early": _early}
+
+
 def _outcomes(runs: list[dict[str, Any]]) -> list[Outcome]:
     """The outcomes that at least one finished run has."""
     names = {name for run in runs for name in run.get("validation", {}) if name.startswith("pass@")}
     ks = sorted({int(name[5:]) for name in names} - {1})[-1:]
     wanted = [Outcome("final", "final pass@1", True), Outcome("best", "best pass@1", True)]
-    wanted += [Outcome("area", "mean pass@1", True)]
+    wanted += [Outcome("area", "mean pass@1", True), Outcome("early", "early pass@1", True)]
     for k in ks:
         wanted += [Outcome(f"final@{k}", f"final pass@{k}", True)]
         wanted += [Outcome(f"best@{k}", f"best pass@{k}", True)]

@@ -13,6 +13,7 @@ from megatron_occ.observe.text import escape, format_number
 COMPARED = (
     "final",
     "area",
+    "early",
     "best",
     "final@",
     "draft/acceptance_length",

@@ -10,7 +10,7 @@ from megatron_occ.observe.text import format_number, format_percent, format_poin
 
 _LEVEL = 0.05
 # outcomes that a terminal has no room for
-_PAGE_ONLY = ("area", "best@", "agreement/")
+_PAGE_ONLY = ("area", "early", "best@", "agreement/")
 
 
 def conclusion(comparison: Comparison) -> list[str]:

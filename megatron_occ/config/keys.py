@@ -22,7 +22,7 @@ _NOUNS = {
     bool: "true or false",
     dict: "a mapping of names to values",
 }
-_PLURALS = {float: "numbers", str: "texts"}
+_PLURALS = {float: "numbers", int: "integers", str: "texts"}
 _LIMITS = {"min": ">=", "above": ">", "max": "<=", "below": "<"}
 
 

@@ -27,6 +27,8 @@ _BESIDE_A_FOLDER = (
     "mtp.num_layers",
     "tokenizer.kind",
     "tokenizer.path",
+    "rl.optimizer.lr",
+    "pretrain.optimizer.lr",
 )
 
 

@@ -315,7 +315,8 @@ class RolloutConfig:
     temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
     top_p: float = option(1.0, "probability mass that sampling keeps (1: all)", above=0, maximum=1)
     top_k: int | None = option(None, "tokens that sampling keeps (null: all)", minimum=1)
-    stop: list[str] = option([], "texts that end a response, besides the stop tokens")
+    stop: list[str] = option([], "texts that end a response; a special token's counts as its id")
+    stop_ids: list[int] = option([], "token ids that end a response, besides those of the folder")
     batch_size: int = option(
         512, "sequences at once on a data-parallel rank, engine=megatron", minimum=1
     )

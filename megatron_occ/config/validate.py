@@ -193,6 +193,11 @@ def _responses(config: Config) -> Iterator[str]:
             f"rl.rollout.max_response_length={length}: leaves no room for a prompt in "
             f"model.max_position_embeddings={limit}. Lower the one or raise the other"
         )
+    if "" in config.rl.rollout.stop:
+        yield (
+            f"rl.rollout.stop={spell(config.rl.rollout.stop)}: an empty text would end each "
+            "response at its first token. Leave it out"
+        )
 
 
 def _speculation(config: Config) -> Iterator[str]:

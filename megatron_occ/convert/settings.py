@@ -11,11 +11,16 @@ from megatron_occ.convert.plan import MTPChoice, read_model
 from megatron_occ.convert.source import read_config
 from megatron_occ.convert.tokenizer_files import has_tokenizer
 
+# The defaults are for small models from random weights; they would ruin a published one. 1e-6 is
+# what DAPO (arXiv 2503.14476) and the OCC paper take for RL.
+LEARNING_RATES = {"rl.optimizer.lr": 1e-6, "pretrain.optimizer.lr": 1e-5}
+
 
 def folder_settings(folder: Path) -> dict[str, Any]:
     """Values of our configuration by dotted key, from ``config.json`` and the files beside it.
 
-    All of section ``model``: what a family does not speak of it does not have.
+    All of section ``model``: what a family does not speak of it does not have. And learning rates
+    that suit trained weights, which a configuration may overrule.
 
     Raises:
         FolderError: a model that can't be converted.
@@ -26,6 +31,7 @@ def folder_settings(folder: Path) -> dict[str, Any]:
         for key, value in flat_values(config).items()
         if (key.startswith("model.") and key != "model.from_hf") or key == "mtp.num_layers"
     }
+    values |= LEARNING_RATES
     if has_tokenizer(folder):
         values |= {"tokenizer.kind": "hf", "tokenizer.path": str(folder)}
     return values

@@ -1,8 +1,7 @@
-"""Tokenizers, generated tasks, prompts and pretraining batches. Imports nothing of Megatron."""
+"""Tokenizers, generated tasks and prompts; batches of pretraining in `corpus`. No Megatron."""
 
 from __future__ import annotations
 
-from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.fields import extract_final_answer
 from megatron_occ.data.jsonl import read_jsonl_texts
 from megatron_occ.data.prompt_stream import PromptStream
@@ -31,7 +30,6 @@ __all__ = [
     "ReversedAddition",
     "ReversedMultiplication",
     "Task",
-    "TaskCorpus",
     "Tokenizer",
     "build_task",
     "build_tokenizer",

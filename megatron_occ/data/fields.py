@@ -7,8 +7,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_occ.data.boxes import final_box
 from megatron_occ.data.records import Record
-from megatron_occ.rl.rewards.math.extract import final_box
 
 # In the order in which they are looked for. DAPO-Math-17k, verl: prompt (messages) and
 # reward_model.ground_truth; GSM8K: question, answer; MATH, NuminaMath: problem, answer or solution;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from megatron_occ.config.schema import Config
 from megatron_occ.data.tasks import Task, UnknownTask, build_task
 from megatron_occ.data.tokenizers import Tokenizer, build_tokenizer
@@ -21,6 +23,37 @@ def read_task(config: Config) -> Task | None:
     except ValueError as error:
         key = "name" if isinstance(error, UnknownTask) else "params"
         raise ValueError(f"data.task.{key}: {error}") from error
+
+
+class Stops(NamedTuple):
+    """What ends a response: token ids, and texts."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        texts = f" and the texts {', '.join(map(repr, self.texts))}" if self.texts else ""
+        return f"the token ids {', '.join(map(str, self.ids))}{texts}"
+
+
+def read_stops(config: Config, task: Task | None, tokenizer: Tokenizer) -> Stops:
+    """The tokenizer's and the task's, and those of ``rl.rollout``.
+
+    Raises:
+        ValueError: an id that the tokenizer does not have.
+    """
+    rollout = config.rl.rollout
+    beyond = [id_ for id_ in rollout.stop_ids if not 0 <= id_ < tokenizer.vocab_size]
+    if beyond:
+        raise ValueError(
+            f"rl.rollout.stop_ids={rollout.stop_ids}: the tokenizer has ids 0 to "
+            f"{tokenizer.vocab_size - 1}. Leave {beyond[0]} out"
+        )
+    special = {text: tokenizer.special_id(text) for text in rollout.stop}
+    ids = [*tokenizer.stop_ids, *(tokenizer.encode(task.stop) if task is not None else [])]
+    ids += [*rollout.stop_ids, *(id_ for id_ in special.values() if id_ is not None)]
+    texts = tuple(text for text, id_ in special.items() if id_ is None)
+    return Stops(tuple(dict.fromkeys(ids)), texts)
 
 
 def read_tokenizer(config: Config, task: Task | None) -> Tokenizer:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 # JSON can spell half of a pair, as in "\ud83d", and Python keeps it; UTF-8 has no such character.
@@ -19,6 +20,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
     pad_id: int
+    stop_ids: tuple[int, ...]
+
+    def special_id(self, text: str) -> int | None:
+        """Id of a special token that is written so; None where there is none."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -42,6 +48,7 @@ class CharTokenizer:
 
     pad_id = 0
     eos_id = 1
+    stop_ids = (eos_id,)
     _FIRST_CHARACTER = 2
 
     def __init__(self, alphabet: str) -> None:
@@ -70,6 +77,10 @@ class CharTokenizer:
         """One id a character of each text. Raises ValueError as ``encode`` does."""
         return [self.encode(text) for text in texts]
 
+    def special_id(self, text: str) -> int | None:
+        """None: pad and eos are written as nothing."""
+        return None
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text without pad and eos.
 
@@ -92,7 +103,9 @@ class CharTokenizer:
 class HFTokenizer:
     """A tokenizer from local Hugging Face files. Nothing is downloaded, no foreign code is run.
 
-    Pad falls back to eos where the files define none.
+    Pad falls back to eos where the files define none. ``stop_ids`` are eos and, where the folder is
+    a model's, ``eos_token_id`` of its ``generation_config.json`` and ``config.json``: the turns of
+    a chat often end with another token than a text.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -116,6 +129,7 @@ class HFTokenizer:
         self.vocab_size = len(inner)
         self.eos_id = inner.eos_token_id
         self.pad_id = inner.eos_token_id if inner.pad_token_id is None else inner.pad_token_id
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *_folder_stop_ids(Path(name)))))
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens. Raises ValueError for what is not Unicode text."""
@@ -143,6 +157,17 @@ class HFTokenizer:
             [int(id_) for id_ in ids],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
+        )
+
+    def special_id(self, text: str) -> int | None:
+        """Id of a special token that is written so; None where there is none."""
+        return next(
+            (
+                id_
+                for id_, token in self._inner.added_tokens_decoder.items()
+                if token.special and token.content == text
+            ),
+            None,
         )
 
     @property
@@ -178,6 +203,27 @@ class HFTokenizer:
             "pad_id": self.pad_id,
             "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         }
+
+
+def _folder_stop_ids(folder: Path) -> list[int]:
+    """What a model's folder says ends a response.
+
+    Raises:
+        ValueError: a value that is no id, with the file.
+    """
+    found = []
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if not file.is_file():
+            continue
+        try:
+            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: is not a JSON object: {error}") from error
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids):
+            raise ValueError(f"{file}: eos_token_id = {given!r}: must be an id or a list of ids")
+        found += ids
+    return found
 
 
 def _why_unreadable(path: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 from megatron_occ.config.pipeline import what_parts_drafts
@@ -93,6 +94,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             save=phase.save,
         )
         phase.attach(trainer)
+        _say_how_it_starts(run, start, trainer.step)
         if trainer.step == 0:
             for warning in (*inputs.warnings, *regime_warnings(config)):
                 run.metrics.event(0, warning)
@@ -101,6 +103,17 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         _say_what_is_not_drafted(run, trainer.step)
         trainer.fit()
     rollout_log.close()
+
+
+def _say_how_it_starts(run: Run, start: Path | None, step: int) -> None:
+    """A line on what a person most often gets wrong with weights from elsewhere."""
+    if not run.layout.is_main:
+        return
+    config = run.config
+    source = config.model.from_hf or start or "random weights"
+    source = source if step == 0 else f"its step {step}"
+    text = f"RL from {source}: learning rate {config.rl.optimizer.lr:g}, {config.precision}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _say_what_is_not_drafted(run: Run, step: int) -> None:

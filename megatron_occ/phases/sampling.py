@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 from megatron_occ.config.schema import DataConfig
+from megatron_occ.data.from_config import read_stops
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.phases.engines import build_engine
@@ -48,14 +49,12 @@ def _workers(data: DataConfig) -> int:
 def sampling_settings(run: Run) -> SamplingSettings:
     """``rl.rollout`` with what ends a response in this run's text."""
     rollout = run.config.rl.rollout
-    stop = [run.tokenizer.eos_id]
-    if run.task is not None:
-        stop += run.tokenizer.encode(run.task.stop)
+    stops = read_stops(run.config, run.task, run.tokenizer)
     return SamplingSettings(
         temperature=rollout.temperature,
         max_response_length=rollout.max_response_length,
-        stop_ids=tuple(stop),
-        stop_strings=tuple(rollout.stop),
+        stop_ids=stops.ids,
+        stop_strings=stops.texts,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
     )

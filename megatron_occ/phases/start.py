@@ -9,6 +9,7 @@ from megatron_occ.convert.importing import import_folder
 from megatron_occ.convert.plan import plan_import
 from megatron_occ.convert.settings import choice_for
 from megatron_occ.convert.source import Source
+from megatron_occ.data.from_config import read_stops
 from megatron_occ.mcore.checkpoint import check_weights
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.mcore.versions import installed_version
@@ -41,8 +42,10 @@ def checked_inputs(
     )
     # by one rank: a long file takes a while, and several cores
     MainRank().run(lambda: check_lengths(config, inputs, run.tokenizer))
+    stops = read_stops(config, run.task, run.tokenizer)
+    notes = [*inputs.notes, *([f"responses end at {stops}"] if trains or validates else [])]
     if run.layout.is_main:
-        for note in inputs.notes:
+        for note in notes:
             print(note, file=sys.stderr, flush=True)
     return inputs
 

@@ -112,7 +112,8 @@ class Sampler:
             )
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
-            scores, problems, failures = self._score(records, texts)
+            answers = [self._without_stop(text) for text in texts]
+            scores, problems, failures = self._score(records, answers)
         failures.check()
         return Samples(
             list(records),
@@ -151,6 +152,11 @@ class Sampler:
             failures = Failures.of([record.task_name for record in records], results)
         scores = layout.broadcast_model_parallel(scores)
         return scores.tolist(), problems, failures.over_ranks(layout)
+
+    def _without_stop(self, text: str) -> str:
+        """What verifiers read: a response up to the text that ended it."""
+        ends = [text.find(stop) for stop in self.sampling.stop_strings]
+        return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def _encode(self, record: PromptRecord) -> list[int]:
         prompt = self.tokenizer.encode(record.prompt)

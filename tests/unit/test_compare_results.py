@@ -38,6 +38,9 @@ def test_outcomes_of_a_curve_by_hand():
     assert outcome_of(run, "best") == 0.9
     # trapezoids: 50 * 0.65 + 50 * 0.75 + 50 * 0.65 + 10 * 0.75 + 40 * 0.7, over 200 steps
     assert outcome_of(run, "area") == pytest.approx(138 / 200)
+    curve = run_of([(0, 0.1), (10, 0.2), (20, 0.4), (30, 0.6), (60, 0.9)])
+    assert outcome_of(curve, "early") == pytest.approx(0.3)
+    assert math.isnan(outcome_of(run_of([(0, 0.1), (60, 0.9)]), "early"))
     assert math.isnan(outcome_of(run, "final@4"))
 
 

@@ -140,6 +140,7 @@ REFUSED = [
     ("pretrain.optimizer.warmup_steps=61", "pretrain.optimizer.warmup_steps=61", "at most 60"),
     # data
     ("pretrain.mtp_weight=0", "pretrain.mtp_weight=0", "mtp.num_layers=0"),
+    ("rl.rollout.stop=['']", "rl.rollout.stop=['']: an empty text", "Leave it out"),
     ("data.prompts=p.jsonl", "data.prompts=p.jsonl: data.task.name=reversed_addition", "=null"),
     ("data.corpus=c", "data.corpus=c: data.task.name=reversed_addition", "data.task.name=null"),
     ("data.validation_prompts=v", "data.validation_prompts=v", "data.validation_prompts=null"),

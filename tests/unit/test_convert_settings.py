@@ -12,7 +12,7 @@ from megatron_occ.config import flat_values, load_config
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import FAMILIES, REFUSED, family_of
 from megatron_occ.convert.plan import model_config
-from megatron_occ.convert.settings import choice_for, folder_settings
+from megatron_occ.convert.settings import LEARNING_RATES, choice_for, folder_settings
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 MIMO_7B = {
@@ -138,7 +138,9 @@ def test_a_folder_gives_the_model_that_ships_as_yaml(tmp_path, content, name):
     folder = folder_settings(folder_of(tmp_path, content))
     found = load_config([], [f"model.from_hf={tmp_path}"], folder=folder)
     found.model.from_hf = None
-    assert flat_values(found) == flat_values(shipped)
+    assert flat_values(found) == flat_values(shipped) | LEARNING_RATES
+    given = load_config([], [f"model.from_hf={tmp_path}", "rl.optimizer.lr=3e-6"], folder=folder)
+    assert given.rl.optimizer.lr == 3e-6
 
 
 def test_deepseek_v3(tmp_path):

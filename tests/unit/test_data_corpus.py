@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.data import CharTokenizer, TaskCorpus, build_task
+from megatron_occ.data import CharTokenizer, build_task
+from megatron_occ.data.corpus import TaskCorpus
 
 TASK = build_task("reversed_multiplication", digits_a=2, digits_b=1)
 TOKENIZER = CharTokenizer(TASK.alphabet)

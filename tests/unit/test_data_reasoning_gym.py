@@ -10,7 +10,8 @@ import textwrap
 
 import pytest
 
-from megatron_occ.data import CharTokenizer, PromptStream, TaskCorpus, build_task
+from megatron_occ.data import CharTokenizer, PromptStream, build_task
+from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.data.from_config import read_task
 from megatron_occ.data.tasks import UnknownTask
 from megatron_occ.data.tasks.reasoning_gym import READ_VERSION, REFUSED

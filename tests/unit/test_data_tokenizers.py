@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from megatron_occ.data import CharTokenizer, build_tokenizer
+from megatron_occ.config import load_config
+from megatron_occ.data import CharTokenizer, build_task, build_tokenizer
+from megatron_occ.data.from_config import read_stops
 
 
 def test_characters_follow_pad_and_eos():
@@ -108,3 +110,41 @@ def test_hf_tokenizer_without_eos_or_files_is_refused(hf_folder, tmp_path_factor
     (hf_folder / "tokenizer.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"^no tokenizer could be read from '[^']*': [^\n]+$"):
         build_tokenizer("hf", path=hf_folder)
+
+
+def test_what_a_model_s_folder_says_ends_a_response(hf_folder):
+    tokenizer = build_tokenizer("hf", path=hf_folder)
+    eos = tokenizer.eos_id
+    assert tokenizer.stop_ids == (eos,)
+    (hf_folder / "config.json").write_text('{"model_type": "x", "eos_token_id": 3}')
+    (hf_folder / "generation_config.json").write_text(f'{{"eos_token_id": [{eos}, 4]}}')
+    assert build_tokenizer("hf", path=hf_folder).stop_ids == (eos, 4, 3)
+    (hf_folder / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: eos_token_id = \['x'\]: must be"
+    ):
+        build_tokenizer("hf", path=hf_folder)
+
+
+def test_special_tokens_are_known_by_their_text(hf_folder):
+    tokenizer = build_tokenizer("hf", path=hf_folder)
+    text = tokenizer._inner.eos_token
+    assert tokenizer.special_id(text) == tokenizer.eos_id
+    assert tokenizer.special_id("a") is None
+    assert build_tokenizer("char", alphabet="a").special_id("a") is None
+
+
+def test_what_ends_a_response_is_put_together(hf_folder):
+    tokenizer = build_tokenizer("hf", path=hf_folder)
+    text = tokenizer._inner.eos_token
+    config = load_config([], [f"rl.rollout.stop=['{text}', END]", "rl.rollout.stop_ids=[2]"])
+    stops = read_stops(config, None, tokenizer)
+    assert (set(stops.ids), stops.texts) == ({tokenizer.eos_id, 2}, ("END",))
+    assert str(stops).endswith(" and the texts 'END'")
+    task = build_task("reversed_addition")
+    characters = build_tokenizer("char", alphabet=task.alphabet)
+    assert read_stops(load_config(), task, characters).ids == (1, *characters.encode(task.stop))
+    with pytest.raises(
+        ValueError, match=r"^rl\.rollout\.stop_ids=\[99999\]: the tokenizer has ids"
+    ):
+        read_stops(load_config([], ["rl.rollout.stop_ids=[99999]"]), None, tokenizer)

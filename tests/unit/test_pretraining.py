@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_occ.config import load_config
-from megatron_occ.data import TaskCorpus
+from megatron_occ.data.corpus import TaskCorpus
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.unit.fakes import TOKENIZER, FakeActor

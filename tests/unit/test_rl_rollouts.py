@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,3 +239,13 @@ def test_the_sampler_hands_settings_and_texts_through():
     source.generate(Timers())
     assert used == [SamplingSettings(1.0, 6, STOP_IDS)]
     assert seen == [("ab.", name) for name in "abcd" for _ in range(4)]
+
+
+def test_verifiers_read_a_response_without_the_text_that_ended_it():
+    actor, seen = ScriptedActor(lambda prompt, seed: "abcd"), []
+    source = make_source(rl_config(), actor, score=lambda *texts: bool(seen.append(texts[0])))
+    sampling = replace(source.sampler.sampling, stop_strings=("cd", "x"))
+    source.sampler = replace(source.sampler, sampling=sampling)
+    rollouts = source.generate(Timers())
+    assert set(seen) == {"ab"}
+    assert {sample["response"] for sample in rollouts.samples} == {"abcd"}

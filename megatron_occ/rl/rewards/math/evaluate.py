@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ MAX_BITS = 4_000
 MAX_MAGNITUDE = 10_000
 DIGITS = 60
 
+_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "neg": operator.neg, "abs": abs}
 _ONE_ARGUMENT = {
     name: getattr(mpmath.mp, new)
     for name, new in {
@@ -53,18 +55,12 @@ def exact_value(tree: Tree) -> Fraction | None:
 
 
 def _exact(operation: str, values: list[Fraction]) -> Fraction | None:
+    if operation in _ARITHMETIC:
+        return _ARITHMETIC[operation](*values)
     first, *rest = values
     match operation:
-        case "add":
-            return first + rest[0]
-        case "mul":
-            return first * rest[0]
         case "div":
             return first / _non_zero(rest[0])
-        case "neg":
-            return -first
-        case "abs":
-            return abs(first)
         case "floor":
             return Fraction(math.floor(first))
         case "ceil":
@@ -168,18 +164,12 @@ def _constant(name: str) -> mpmath.mpc:
 
 
 def _apply(operation: str, values: list[mpmath.mpc]) -> mpmath.mpc:
+    if operation in _ARITHMETIC:
+        return _ARITHMETIC[operation](*values)
     first, *rest = values
     match operation:
-        case "add":
-            return first + rest[0]
-        case "mul":
-            return first * rest[0]
         case "div":
             return first / rest[0]
-        case "neg":
-            return -first
-        case "abs":
-            return abs(first)
         case "floor":
             return mpmath.floor(first)
         case "ceil":

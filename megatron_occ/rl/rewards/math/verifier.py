@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from megatron_occ.data.boxes import is_empty_box
 from megatron_occ.rl.rewards.math.answer import read_answers
 from megatron_occ.rl.rewards.math.compare import equal, is_choice
-from megatron_occ.rl.rewards.math.extract import Candidate, candidates, is_empty_box
+from megatron_occ.rl.rewards.math.extract import Candidate, candidates
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf
 from megatron_occ.rl.rewards.math.normalize import normalize
 
