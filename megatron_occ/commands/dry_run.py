@@ -37,7 +37,7 @@ def dry_run(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_occ.mcore.estimate.ranks import estimate, last_stage_rank
     from megatron_occ.mcore.estimate.text import grid_text, ranks_text
-    from megatron_occ.phases.prompt_files import check_first_records
+    from megatron_occ.phases.prompt_files import FIRST_RECORDS, check_first_records
 
     check_first_records(config)
     vocabulary = _vocabulary(config)
@@ -46,7 +46,7 @@ def dry_run(
     estimates = [estimate(config, vocabulary, world_size, one, **kept) for one in ranks]
     print(_plan(config, command, world_size))
     print(f"\n{grid_text(config, estimates[0])}\n\n{ranks_text(config, estimates)}")
-    print(f"\n{_unchecked(config)}")
+    print(f"\n{_unchecked(config, FIRST_RECORDS)}")
 
 
 def _vocabulary(config: Config) -> int:
@@ -69,10 +69,10 @@ def _vocabulary(config: Config) -> int:
         ) from error
 
 
-def _unchecked(config: Config) -> str:
+def _unchecked(config: Config, read: int) -> str:
     """What a run may still stumble over."""
     missing = "".join(f"not found          {text}\n" for text in files_not_found(config))
-    return f"{missing}not checked        prompts after the first 100, weights, servers"
+    return f"{missing}not checked        prompts after the first {read}, weights, servers"
 
 
 def _plan(config: Config, command: str, world_size: int) -> str:

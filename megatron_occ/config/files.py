@@ -21,12 +21,12 @@ _NAMED = (
 def files_not_found(config: Config) -> list[str]:
     """Keys with their values, ``rl.init_from=...``, whose file or folder is not there."""
     values = flat_values(config)
-    named = [(key, name) for key in _NAMED for name in _names(values[key])]
+    named = [(key, name) for key in _NAMED for name in file_names(values[key])]
     return [f"{key}={value}" for key, value in named if not _is_there(key, value)]
 
 
-def _names(value: Any) -> list[str]:
-    """Of files by weight the files."""
+def file_names(value: Any) -> list[str]:
+    """The files that a key names: one, none, or those that are given by weight."""
     if value is None:
         return []
     return list(value) if isinstance(value, dict) else [value]

@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from megatron_occ.data.prompts import PromptFile, PromptOptions, PromptRecord, read_prompt_file
+from megatron_occ.data.prompts import (
+    PromptFile,
+    PromptOptions,
+    PromptRecord,
+    read_prompt_file,
+    renumbered,
+)
 from megatron_occ.data.splits import first_problem, mix64
 from megatron_occ.data.tasks import Task
 
@@ -54,7 +60,7 @@ class PromptStream:
             source = [read_prompt_file(source, options)]
         if isinstance(source, Sequence):
             self.files = list(source)
-            self._records = _numbered(self.files)
+            self._records = renumbered(record for file in self.files for record in file.records)
             self._turns = _Turns(_groups(self.files, self._records), seed)
             self._fingerprint = _files_fingerprint(self.files)
         else:
@@ -203,17 +209,6 @@ class _Turns:
             group = max(range(len(behind)), key=behind.__getitem__)
             self._schedule.append((group, self._drawn[group]))
             self._drawn[group] += 1
-
-
-def _numbered(files: Sequence[PromptFile]) -> list[PromptRecord]:
-    if len(files) == 1:
-        return list(files[0].records)
-    return list(_renumber(record for file in files for record in file.records))
-
-
-def _renumber(records: Iterator[PromptRecord]) -> Iterator[PromptRecord]:
-    for index, record in enumerate(records):
-        yield PromptRecord(record.prompt, record.answer, record.task_name, index, record.place)
 
 
 def _groups(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -169,10 +169,14 @@ def _digest(name: str) -> str:
     return digest.hexdigest()
 
 
+def renumbered(records: Iterable[PromptRecord]) -> list[PromptRecord]:
+    """The same prompts, each with its position here as its index."""
+    return [replace(record, index=index) for index, record in enumerate(records)]
+
+
 def without(file: PromptFile, unwanted: Container[int], why: str) -> PromptFile:
     """A file without the prompts at some indices, and with a word about it."""
-    kept = [record for record in file.records if record.index not in unwanted]
-    records = [replace(record, index=index) for index, record in enumerate(kept)]
+    records = renumbered(record for record in file.records if record.index not in unwanted)
     count = len(file.records) - len(records)
     if count == 0:
         return file

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_occ.config.files import file_names
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import step_of
 from megatron_occ.observe.progress import Progress, Timers
@@ -54,7 +55,7 @@ def audit(run: Run, inputs: Inputs, checkpoint: Path, *, rounds: int, window: in
                 progress.update(number + 1, {"mini-batches": float(len(samples))})
     return {
         "checkpoint": str(checkpoint),
-        "task": run.config.data.task.name or run.config.data.prompts or "",
+        "task": run.config.data.task.name or ", ".join(file_names(run.config.data.prompts)),
         "updates": steps * run.config.rl.mini_batches,
         "parameters": actor.gradient_space.size(),
         "world_size": run.layout.world_size,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from megatron_occ.config.files import file_names
 from megatron_occ.config.schema import Config, DataConfig
 from megatron_occ.data.chat import ChatFormat, Template
 from megatron_occ.data.fields import Messages
@@ -23,7 +24,7 @@ from megatron_occ.data.tokenizers import HFTokenizer, Tokenizer
 from megatron_occ.rl.rewards import get_verifier, register_verifiers, verifier_names
 
 # that a dry run reads of a file
-_FIRST_RECORDS = 100
+FIRST_RECORDS = 100
 
 
 def open_prompts(
@@ -92,11 +93,9 @@ def check_first_records(config: Config) -> None:
     register_verifiers(data.verifiers)
     options = _options(config, _AnyTemplate())
     for key in ("prompts", "validation_prompts"):
-        given = getattr(data, key)
-        paths = list(given) if isinstance(given, dict) else [given] if given else []
-        for path in filter(os.path.exists, paths):
+        for path in filter(os.path.exists, file_names(getattr(data, key))):
             try:
-                records = first_prompts(path, _FIRST_RECORDS, options)
+                records = first_prompts(path, FIRST_RECORDS, options)
             except ValueError as error:
                 raise ValueError(f"data.{key}: {error}") from error
             _check_names(config, {record.task_name: record.place for record in records[::-1]}, key)

@@ -110,10 +110,10 @@ def _say_how_it_starts(run: Run, start: Path | None, step: int) -> None:
     if not run.layout.is_main:
         return
     config = run.config
-    source = config.model.from_hf or start or "random weights"
-    source = source if step == 0 else f"its step {step}"
-    text = f"RL from {source}: learning rate {config.rl.optimizer.lr:g}, {config.precision}"
-    print(text, file=sys.stderr, flush=True)
+    start_text = f"RL from {config.model.from_hf or start or 'random weights'}"
+    text = f"RL goes on from step {step}" if step else start_text
+    settings = f"learning rate {config.rl.optimizer.lr:g}, {config.precision}"
+    print(f"{text}: {settings}", file=sys.stderr, flush=True)
 
 
 def _say_what_is_not_drafted(run: Run, step: int) -> None:

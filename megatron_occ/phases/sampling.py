@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
-from megatron_occ.config.schema import DataConfig
 from megatron_occ.data.from_config import read_stops
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -32,18 +31,15 @@ def sampling(run: Run, actor: MegatronGPTActor, prompts: PromptStream) -> Iterat
         EngineError: a server does not come up or can't do the work.
     """
     config = run.config
+    workers = config.data.verifier_workers or cores_of_rank()
     with (
-        VerifierPool(config.data.verifier_timeout, _workers(config.data)) as verifiers,
+        VerifierPool(config.data.verifier_timeout, workers) as verifiers,
         closing(build_engine(config, actor, run.tokenizer, prompts)) as engine,
     ):
         room = prompt_room(config)
         yield Sampler(
             engine, actor, run.tokenizer, verifiers, sampling_settings(run), max_prompt_length=room
         )
-
-
-def _workers(data: DataConfig) -> int:
-    return data.verifier_workers or cores_of_rank()
 
 
 def sampling_settings(run: Run) -> SamplingSettings:

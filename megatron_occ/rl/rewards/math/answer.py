@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron_occ.rl.rewards.math.expression import FUNCTIONS, NotAnExpression, parse_expression
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf, Relation
-from megatron_occ.rl.rewards.math.normalize import normalize
+from megatron_occ.rl.rewards.math.normalize import TEXT, normalize
 from megatron_occ.rl.rewards.math.number import parse_plain
 from megatron_occ.rl.rewards.math.units import split_magnitude, split_unit
 
@@ -28,10 +28,9 @@ _CONJUNCTION = re.compile(
 _MATRIX = re.compile(
     r"[\[(]?\s*\\begin\{(?:[pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[a-zA-Z]+\}\s*[\])]?"
 )
-_TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LEADING = re.compile(
-    r"(?:approximately|about|exactly|only|just|simply|equal to|a total of|the number|option|choice|"
-    r"therefore|thus|hence)\b[:,]?\s*",
+    r"\A(?:approximately|about|exactly|only|just|simply|equal to|a total of|the number|option|"
+    r"choice|therefore|thus|hence)\b[:,]?\s*",
     re.IGNORECASE,
 )
 # The name of what is computed: "x", "f(-1)", "f^{-1}(3)", "S_{n+1}", "AB", "\angle ABC", "|z|",
@@ -71,8 +70,7 @@ def read_answers(texts: tuple[str, ...], *, in_words: bool = False) -> Iterator[
     if len(texts) > 1:
         yield Group("list", tuple(_read(normalize(text)) for text in texts[:MAX_PARTS]))
         return
-    whole = _untexted(normalize(texts[0]))
-    whole = _LEADING.sub("", whole, count=1) if _LEADING.match(whole) else whole
+    whole = _LEADING.sub("", _untexted(normalize(texts[0])))
     yield _read(whole)
     if _GROUPED.fullmatch(whole):
         yield _flat("list", [_read(part) for part in whole.split(",")])
@@ -101,7 +99,7 @@ def _read(text: str, nesting: int = 0) -> Answer:
 
 def _untexted(text: str) -> str:
     """Without ``\\text{}`` around the whole."""
-    match = _TEXT.fullmatch(text)
+    match = TEXT.fullmatch(text)
     return match[1].strip() if match else text
 
 
@@ -201,6 +199,10 @@ def _relation(text: str, nesting: int) -> Answer | None:
     parts.append(text[start:].strip())
     if not all(parts[1:]) or len(parts) > MAX_PARTS:
         return None
+    return _relation_of(parts, signs, nesting)
+
+
+def _relation_of(parts: list[str], signs: list[str], nesting: int) -> Answer | None:
     return _assignment(parts, signs, nesting) or _chain(parts, signs, nesting)
 
 
@@ -209,11 +211,9 @@ def _assignment(parts: list[str], signs: list[str], nesting: int) -> Answer | No
     if not parts[0]:  # "= 73", "\\approx 73"
         return _read(parts[1], nesting) if len(parts) == 2 and signs[0] in "=~" else None
     if signs[-1] == "~" and not _NAME.fullmatch(parts[-2]):
-        return (
-            _read(parts[-2], nesting)
-            if len(parts) == 2
-            else _relation_of(parts[:-1], signs[:-1], nesting)
-        )
+        if len(parts) == 2:
+            return _read(parts[0], nesting)
+        return _relation_of(parts[:-1], signs[:-1], nesting)
     if not set(signs) <= {"=", "in", "~"}:
         return None
     named = _NAME.fullmatch(parts[0]) is not None
@@ -223,10 +223,6 @@ def _assignment(parts: list[str], signs: list[str], nesting: int) -> Answer | No
     if named and isinstance(value, Leaf) and not value.name:
         return replace(value, name="".join(parts[0].split()))
     return value
-
-
-def _relation_of(parts: list[str], signs: list[str], nesting: int) -> Answer | None:
-    return _assignment(parts, signs, nesting) or _chain(parts, signs, nesting)
 
 
 def _letters(text: str) -> bool:
@@ -250,7 +246,7 @@ def _chain(parts: list[str], signs: list[str], nesting: int) -> Answer | None:
 
 
 def _plus_minus(text: str, nesting: int) -> Answer | None:
-    if text.count("\\pm") + text.count("\\mp") != 1 or nesting > 2 * _MAX_NESTING:
+    if text.count("\\pm") + text.count("\\mp") != 1:
         return None
     sign = "\\pm" if "\\pm" in text else "\\mp"
     return _flat("list", [_read(text.replace(sign, each), nesting) for each in "+-"])
@@ -263,7 +259,7 @@ def _leaf(text: str) -> Leaf:
         factor, unit = split_magnitude(unit)
         plain = replace(plain, value=plain.value * factor)
         return Leaf(number if factor == 1 else "", plain, ("num", plain.value), unit)
-    unwrapped = _TEXT.sub(r" \1 ", text).strip()
+    unwrapped = TEXT.sub(r" \1 ", text).strip()
     if _is_words(unwrapped):
         return Leaf(unwrapped)
     try:

@@ -11,6 +11,7 @@ import mpmath
 
 from megatron_occ.rl.rewards.math.evaluate import names
 from megatron_occ.rl.rewards.math.forms import Answer, Group, Leaf, Relation
+from megatron_occ.rl.rewards.math.normalize import TEXT
 from megatron_occ.rl.rewards.math.units import same_unit
 from megatron_occ.rl.rewards.math.values import (
     is_as_worked_out,
@@ -65,7 +66,7 @@ def _texts_equal(gold: str, found: str) -> bool:
 
 
 def _canonical_text(text: str) -> str:
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    text = TEXT.sub(r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.casefold().strip())
     return re.sub(r"[\s$\"']+|\.(?!\d)", "", text)
 

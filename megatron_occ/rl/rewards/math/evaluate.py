@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import mpmath
 
-from megatron_occ.rl.rewards.math.expression import Tree
+from megatron_occ.rl.rewards.math.expression import TRIGONOMETRIC, Tree
 
 # Bits of the exact numbers worked with, and digits to the left or right of the point.
 MAX_BITS = 4_000
@@ -18,12 +18,8 @@ DIGITS = 60
 
 _ARITHMETIC = {"add": operator.add, "mul": operator.mul, "neg": operator.neg, "abs": abs}
 _ONE_ARGUMENT = {
-    name: getattr(mpmath.mp, new)
-    for name, new in {
-        **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "exp")},
-        **{name: name for name in ("sinh", "cosh", "tanh")},
-        **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
-    }.items()
+    **{name: getattr(mpmath, name) for name in (*TRIGONOMETRIC, "exp", "sinh", "cosh", "tanh")},
+    **{f"arc{name}": getattr(mpmath, f"a{name}") for name in TRIGONOMETRIC},
 }
 
 

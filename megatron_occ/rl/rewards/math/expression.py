@@ -8,6 +8,7 @@ nested parentheses, or read "2 3" as 5.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 MAX_TOKENS = 400
@@ -28,6 +29,7 @@ FUNCTIONS = (
     *("sinh", "cosh", "tanh", "log", "ln", "lg", "exp", "sqrt"),
 )
 _NAMES = sorted((*FUNCTIONS, *_GREEK, "pi", "infty", "binom", "frac"), key=len, reverse=True)
+_COMMANDS = frozenset(_NAMES)
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"|\\(?P<command>[a-zA-Z]+|[{}|])"
@@ -84,15 +86,23 @@ class _Reader:
             raise NotAnExpression("more than an expression")
 
     def sum(self) -> Tree:
+        return self._deeper(self._terms)
+
+    def _deeper(self, read: Callable[[], Tree]) -> Tree:
+        """Read a part that may hold parts of its own kind."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise NotAnExpression("too deep")
+        tree = read()
+        self._depth -= 1
+        return tree
+
+    def _terms(self) -> Tree:
         tree = self._product()
         while self._text in ("+", "-"):
             sign = self._take()
             term = self._product()
             tree = ("add", tree, ("neg", term) if sign == "-" else term)
-        self._depth -= 1
         return tree
 
     @property
@@ -144,7 +154,7 @@ class _Reader:
         if self._kind in ("number", "letter", "name"):
             return True
         if self._kind == "command":
-            return self._text in _BRACKETS or self._text in (*_NAMES, "dfrac", "e")
+            return self._text in _BRACKETS or self._text in _COMMANDS
         return self._text in ("(", "[", "{")
 
     def _signed(self) -> Tree:
@@ -164,12 +174,7 @@ class _Reader:
     def _exponent(self) -> Tree:
         if self._text == "{":
             return self._bracketed()
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise NotAnExpression("too deep")
-        tree = self._signed()
-        self._depth -= 1
-        return tree
+        return self._deeper(self._signed)
 
     def _postfix(self) -> Tree:
         tree = self._atom()

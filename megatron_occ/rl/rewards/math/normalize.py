@@ -34,6 +34,8 @@ def _base(match: re.Match[str]) -> str:
 
 # of a group in braces, with groups in it
 _INNER = r"((?:[^{}]|\{[^{}]*\})*)"
+# "\text{km}", which other commands for upright text become
+TEXT = re.compile(rf"\\text\s*\{{{_INNER}\}}")
 _SAME = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
@@ -84,8 +86,8 @@ def normalize(text: str) -> str:
     """
     text = _unicode_forms(text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match.group().translate(_TO_DIGITS)}}}", text)
-    text = unicodedata.normalize("NFKC", _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], text))
-    text = _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], text)
+    # NFKC makes some of these signs out of others
+    text = _spelled_out(unicodedata.normalize("NFKC", _spelled_out(text)))
     text = _SPACES.sub(" ", _NOTHING.sub("", text))
     text = _undecorated(_BOLD.sub("", text))
     text = _DROPPED.sub("", text)
@@ -100,6 +102,10 @@ def _unicode_forms(text: str) -> str:
         text = text.replace(char, f" {fraction} ")
     text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group().translate(_FROM_SUBSCRIPTS)}}}", text)
     return _ROOT_SIGN.sub(lambda m: f"\\sqrt{{{m[1].strip('(){}')}}}", text)
+
+
+def _spelled_out(text: str) -> str:
+    return _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], text)
 
 
 def _undecorated(text: str) -> str:

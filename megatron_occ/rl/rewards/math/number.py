@@ -20,7 +20,6 @@ _SIGN = r"(?P<sign>[+-]?)\s*"
 _SCIENTIFIC = re.compile(rf"{_SIGN}(?P<mantissa>{_DECIMAL})(?:{_POWER}|{_EXPONENT})?")
 _TENS = re.compile(rf"{_SIGN}10\s*\^\s*\{{?\s*(?P<tens>[+-]?\d+)\s*\}}?")
 _INTEGER = rf"(?:{_DIGITS})"
-_SIGNED = rf"\s*\{{?\s*[+-]?\s*{_INTEGER}\s*\}}?\s*"
 _FRACTION = re.compile(
     rf"{_SIGN}(?:(?P<whole>{_INTEGER})\s*)?\\frac\s*"
     rf"(?:\{{\s*(?P<top>[+-]?\s*{_INTEGER})\s*\}}|(?P<top1>\d))\s*"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_occ.rl.rewards.math.normalize import TEXT
+
 _SAME = {
     "m": "meter metre", "km": "kilometer kilometre", "cm": "centimeter centimetre",
     "mm": "millimeter millimetre", "ft": "foot feet", "in": "inch inches", "mi": "mile",
@@ -24,11 +26,12 @@ _LETTERS = frozenset("msghLNJWVKCF")
 _CURRENCY = re.compile(r"^([+-]?)\s*(?:\\?(\$)|([€£₹¥]))\s*(?=[\d.+-])|^Rs\.?\s*(?=\d)")
 _EXPONENT = r"(?:\s*\^\s*(?:\{-?\d\}|-?\d))?"
 # "7\text{ km}", "7\text{ m}/\text{s}^2"
-_TEXT = r"\\text\s*\{(?:[^{}]|\{[^{}]*\})*\}"
+_TEXT = TEXT.pattern
 _TEXT_UNIT = re.compile(
     rf"(?P<unit>(?:\\mu\s*)?{_TEXT}{_EXPONENT}(?:\s*(?:/|\\cdot)?\s*{_TEXT}{_EXPONENT})*)[\s.]*$"
 )
 _SIGN = re.compile(r"(?P<sign>\\?%|\\?\$|[¢€£]|\\degree)\s*(?P<scale>[CF]?)$")
+_FUNCTION = re.compile(r"\\(?!frac|pi|sqrt|cdot|times)[a-zA-Z]|[a-zA-Z](?<!\\frac)(?<!\\pi)\(")
 _TENS = r"(?:\s*(?:\\times|\\cdot|x|\*)\s*10\s*\^\s*(?:\{[+-]?\d+\}|[+-]?\d+))?"
 _NUMBER = re.compile(
     rf"[-+]?(?:[\d.,/ ]*\d\.?{_TENS}|\d*\s*\\frac\s*\{{\d+\}}\s*\{{\d+\}}|\d*\s*\\pi)\s*"
@@ -53,11 +56,7 @@ def split_unit(text: str) -> tuple[str, str]:
     """
     text, currency = _currency(text)
     sign = _SIGN.search(text)
-    if (
-        sign
-        and _takes_sign(text[: sign.start()])
-        and re.search(r"[\d)}.a-zA-Z]\s*$", text[: sign.start()])
-    ):
+    if sign and _takes_sign(text[: sign.start()]):
         unit = sign["sign"].replace("\\%", "%").replace("\\$", "$") + sign["scale"]
         return text[: sign.start()].strip(), canonical_unit(unit)
     found = _TEXT_UNIT.search(text)
@@ -71,10 +70,8 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def _takes_sign(text: str) -> bool:
     """Whether a degree sign behind it is a unit: not that of "\\tan 80\\degree"."""
-    return (
-        re.search(r"\\(?!frac|pi|sqrt|cdot|times)[a-zA-Z]|[a-zA-Z](?<!\\frac)(?<!\\pi)\(", text)
-        is None
-    )
+    is_of_a_function = _FUNCTION.search(text) is not None
+    return not is_of_a_function and re.search(r"[\d)}.a-zA-Z]\s*$", text) is not None
 
 
 def _are_bare_words(text: str, number: re.Match[str]) -> bool:
@@ -103,7 +100,7 @@ def _is_unit(text: str) -> bool:
 
 
 def _untexted(text: str) -> str:
-    return re.sub(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).replace("\\cdot", " ")
+    return TEXT.sub(r"\1", text).replace("\\cdot", " ")
 
 
 def canonical_unit(text: str) -> str:
