@@ -61,6 +61,8 @@ MLA = (
 )
 UNTIED = ("model.tie_embeddings=false",)
 PACKED = ("rl.micro_batch_tokens=64",)
+# as MiMo's MTP layers
+BEFORE = ("model.mtp_reads=before",)
 SPLIT = ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true")
 SEQUENCE = ("parallel.sequence=true",)
 
@@ -132,6 +134,16 @@ CASES = (
         "parallel.virtual_pipeline=2",
         "parallel.pipeline_layout=Ett|tt||mmL",
     ),
+    _case(
+        "PP2 x VPP2, MTP reads before the norm, a chunk without layers",
+        2,
+        DENSE + BEFORE + _depths(2),
+        PP2,
+        "parallel.virtual_pipeline=2",
+        "parallel.pipeline_layout=Ett|tt||mmL",
+    ),
+    _case("TP2 + SP, MTP reads before the norm", 2, DENSE + BEFORE + _depths(2), TP2, SEQUENCE),
+    _case("CP2, packed, MTP reads before the norm", 2, DENSE + BEFORE + _depths(2), CP2, PACKED),
     _case("CP2", 2, DENSE + _depths(2), CP2),
     _case("CP2, packed, K=3", 2, DENSE + UNTIED + _depths(3), CP2, PACKED),
     _case("CP2, packed, soft CE head", 2, SOFT_CE + _depths(2), CP2, PACKED),
@@ -176,6 +188,13 @@ CASES = (
         "parallel.pipeline=3",
         "parallel.pipeline_layout=Et*4|mm|L",
     ),
+    _case(
+        "PP3, head alone, MTP reads before the norm, MTP stage of its own",
+        3,
+        HEAD + UNTIED + BEFORE + _depths(2),
+        "parallel.pipeline=3",
+        "parallel.pipeline_layout=Et*4|mm|L",
+    ),
     _case("MoE, EP2, head alone", 2, (*MOE[len(DENSE) :], *HEAD, *_depths(1)), "parallel.expert=2"),
     _case("MoE, EP2", 2, MOE + _depths(1), "parallel.expert=2"),
     _case("MoE, TP2 + SP, packed", 2, MOE + UNTIED + _depths(2), TP2, SEQUENCE, PACKED),
@@ -197,6 +216,7 @@ CASES = (
         PACKED,
     ),
     _case("TP2 x PP2", 4, DENSE + _depths(2), TP2, PP2),
+    _case("TP2 x PP2, MTP reads before the norm", 4, DENSE + BEFORE + _depths(2), TP2, PP2),
     _case("TP2 x CP2 + SP, packed", 4, DENSE + UNTIED + _depths(2), TP2, CP2, SEQUENCE, PACKED),
     _case("PP2 x CP2, packed", 4, DENSE + _depths(1), PP2, CP2, PACKED),
     _case(

@@ -79,8 +79,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--shard-size", default="5GB", help="bytes of a file (default: 5GB)")
     command.add_argument(
         "--reader",
-        choices=("vllm",),
-        help="vllm: its MiMo reads the trunk's state before the final norm (docs/conversion.md)",
+        choices=("sglang",),
+        help="sglang: its MiMo reads the trunk's state after the final norm (docs/conversion.md)",
     )
     _add_common(command)
     command.set_defaults(run=_export)
@@ -148,7 +148,7 @@ def _export(options: argparse.Namespace) -> None:
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         shard=_bytes(options.shard_size),
         force=options.force,
-        before_final_norm=options.reader == "vllm",
+        for_sglang=options.reader == "sglang",
         dry_run=options.dry_run,
     )
     print(export_text(plan) if options.dry_run else exported_text(plan, options.target))

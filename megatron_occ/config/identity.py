@@ -25,6 +25,8 @@ def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[
     if config.model.mla.yarn.factor is None:
         # as it was before there was such a thing
         del model["mla"]["yarn"]
+    if config.model.mtp_reads == "after":
+        del model["mtp_reads"]
     return {
         "model": {name: value for name, value in model.items() if name not in _LEFT_OUT},
         "mtp_layers": config.mtp.num_layers,

@@ -85,6 +85,11 @@ class ModelConfig:
     qk_layernorm: bool = option(False, "RMSNorm on queries and keys")
     qkv_bias: bool = option(False, "bias in the query/key/value projection")
     tie_embeddings: bool = option(True, "output layer shares the embedding's weight")
+    mtp_reads: str = option(
+        "after",
+        "side of the trunk's final norm whose states MTP layers read (MiMo: before)",
+        choices=("after", "before"),
+    )
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0)
     moe: MoEConfig = section(MoEConfig, "mixture of experts")
     mla: MLAConfig = section(MLAConfig, "multi-head latent attention")

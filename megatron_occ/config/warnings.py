@@ -26,4 +26,10 @@ def regime_warnings(config: Config) -> list[str]:
             "range, so that responses of negative advantage have no gradient there and those of "
             "positive advantage all of it. Give mtp.trunk.weighting=truncated for both"
         )
+    if config.rl.rollout.engine == "sglang" and config.model.mtp_reads == "before":
+        found.append(
+            "model.mtp_reads=before: SGLang hands MTP layers the trunk's state after its final "
+            "norm, so that it accepts fewer drafts than the embedded engine or vLLM would; "
+            "responses are the same"
+        )
     return found

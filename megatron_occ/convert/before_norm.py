@@ -1,4 +1,4 @@
-"""MiMo for vLLM, whose MTP layer reads another state of the trunk."""
+"""MTP layers that read the trunk's state after the final norm, in a family that reads it before."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_occ.convert.slots import Slot
 class BeforeFinalNorm:
     """Weights for a reader whose MTP layer gets the trunk's state before the final norm.
 
-    The state of Megatron-Core and of SGLang has passed it, that of vLLM's MiMo has not. Norm after
+    Those of the model get it after (``model.mtp_reads=after``), MiMo's before. Norm after
     norm is one norm whose weight is the product, up to a factor that depends on the token, the root
     mean square of what the first one gives. That is near the root mean square of the first norm's
-    weight, which is divided out here: drafts on vLLM are nearly those of the trainer, and exactly
+    weight, which is divided out here: drafts are nearly those of the trainer, and exactly
     those where the norm's weights are equal. Responses are the same in any case.
 
     Args:

@@ -14,6 +14,7 @@ from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
+from megatron_occ.convert.families.dense import MIMO
 from megatron_occ.convert.importing import SIDE_FOLDER
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.convert.plan import model_config
@@ -74,7 +75,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     shard: int = SHARD,
     force: bool = False,
-    before_final_norm: bool = False,
+    for_sglang: bool = False,
     dry_run: bool = False,
 ) -> ExportPlan:
     """Write a Hugging Face folder; continues where an interrupted call ended.
@@ -89,7 +90,7 @@ def export_checkpoint(
         dtype: of the weights; None: as they are.
         shard: bytes of a file at most.
         force: replace the target.
-        before_final_norm: for a reader of MiMo's MTP layer as vLLM is, see ``BeforeFinalNorm``.
+        for_sglang: MiMo's MTP layers read the trunk's state after its final norm, as SGLang has it.
         dry_run: plan alone.
 
     Raises:
@@ -101,8 +102,7 @@ def export_checkpoint(
         like = checkpoint / SIDE_FOLDER
     origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
     reader: Reader = DistributedReader(checkpoint)
-    if before_final_norm:
-        reader = BeforeFinalNorm(reader)
+    reads = found.config.model.mtp_reads
     plan = plan_export(
         reader,
         found.config.model,
@@ -114,12 +114,17 @@ def export_checkpoint(
         dtype=dtype,
         expert_bias=getattr(torch, origin.get("expert_bias") or "float32"),
         tokenizer=tokenizer,
+        mtp_reads="after" if for_sglang and reads == "after" else None,
     )
-    _check_request(plan, checkpoint, like, tokenizer, before_final_norm)
+    _check_request(plan, checkpoint, like, tokenizer)
+    if for_sglang:
+        _check_reader(plan, reads)
+    if plan.fits_head:
+        reader = BeforeFinalNorm(reader)
     if dry_run:
         return plan
     identity = [str(checkpoint.resolve()), plan.content, [str(o) for o in plan.outputs]]
-    identity += [shard, before_final_norm, (checkpoint / ".metadata").stat().st_mtime_ns]
+    identity += [shard, (checkpoint / ".metadata").stat().st_mtime_ns]
     workspace = Workspace(checkpoint, target, identity, force=force)
     write_weights(plan, reader, workspace.folder, shard=shard)
     if like is not None:
@@ -154,18 +159,23 @@ def _check_request(
     checkpoint: Path,
     like: Path | None,
     tokenizer: dict[str, Any] | None,
-    before_final_norm: bool,
 ) -> None:
     if like is None and tokenizer is not None and tokenizer["kind"] != "char":
         raise FolderError(
             f"{checkpoint}: the tokenizer is not part of it. Give --like FOLDER, the folder that "
             "the tokenizer comes from"
         )
-    if before_final_norm and (plan.family.architecture != "MiMoForCausalLM" or not plan.depths):
-        raise FolderError(
-            f"--reader vllm: is about the MTP layers of MiMo, this is {plan.family.architecture} "
-            f"with {plan.depths}. Leave it out"
-        )
+
+
+def _check_reader(plan: ExportPlan, reads: str) -> None:
+    """Refuse ``--reader sglang`` where it would change nothing, or could not be done."""
+    if plan.family is MIMO and plan.depths and reads == "after":
+        return
+    raise FolderError(
+        f"--reader sglang: is for MiMo's MTP layers if they read the trunk's state after its final "
+        f"norm; this is {plan.family.architecture} with {plan.depths} MTP layers, and "
+        f"model.mtp_reads={reads}. Leave it out"
+    )
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -60,6 +60,8 @@ class ExportPlan:
         absent: names of slots that the checkpoint lacks and the family has: biases of zero, and
             the output layer of a tied model.
         content: of ``config.json``.
+        fits_head: MTP layers of the checkpoint read the state after the final norm, those of the
+            folder that before it: see ``BeforeFinalNorm``.
     """
 
     family: Family
@@ -69,6 +71,7 @@ class ExportPlan:
     places: dict[str, tuple[Move, int]]
     absent: frozenset[str]
     content: dict[str, Any]
+    fits_head: bool
 
 
 def default_architecture(model: ModelConfig, depths: int) -> str:
@@ -101,6 +104,7 @@ def plan_export(
     dtype: torch.dtype | None = None,
     expert_bias: torch.dtype = torch.float32,
     tokenizer: Mapping[str, Any] | None = None,
+    mtp_reads: str | None = None,
 ) -> ExportPlan:
     """Decide what is written.
 
@@ -115,17 +119,20 @@ def plan_export(
         dtype: of the weights; None: as they are.
         expert_bias: dtype of the biases in the choice of experts.
         tokenizer: identity of the tokenizer, for the ids of special tokens; None: not known.
+        mtp_reads: side of the final norm whose states the reader hands to MTP layers; None: the
+            family's.
 
     Raises:
         FolderError: the model does not fit the family, or ``like``, or lacks tensors.
     """
     try:
         family = _family(model, depths, architecture, like)
-        wanted = _as_family(family, model, vocab_size)
+        more = {} if mtp_reads is None else {"mtp_reads": mtp_reads}
+        wanted = _as_family(family, model, depths, vocab_size, more)
         slots = model_slots(wanted, depths, vocab_size)
         present = model_slots(model, depths, vocab_size).keys()
         moves = list(expand(family, wanted, slots))
-        content = _content(family, wanted, depths, vocab_size, like)
+        content = _content(family, wanted, depths, vocab_size, like and {**like, **more}) | more
     except ValueError as error:
         raise FolderError(str(error)) from None
     reader.check([slot for slot in slots.values() if slot.name in present])
@@ -142,7 +149,8 @@ def plan_export(
     content["torch_dtype"] = dtype_name(usual_dtype(o.dtype for o in outputs))
     content.pop("dtype", None)
     absent = frozenset(slots.keys() - present)
-    return ExportPlan(family, wanted, depths, outputs, places, absent, content)
+    fits_head = depths > 0 and wanted.mtp_reads != model.mtp_reads
+    return ExportPlan(family, wanted, depths, outputs, places, absent, content, fits_head)
 
 
 def _family(
@@ -248,7 +256,9 @@ class _Parts:
         return torch.zeros(slot.shape)
 
 
-def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConfig:
+def _as_family(
+    family: Family, model: ModelConfig, depths: int, vocab_size: int, more: Mapping[str, Any]
+) -> ModelConfig:
     """The model with what this family always has; what it never has is refused.
 
     Queries, keys and values without bias are the same as with one of zeros, an output layer that
@@ -259,8 +269,12 @@ def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConf
         wanted = replace(wanted, qkv_bias=True)
     if family.always_untied:
         wanted = replace(wanted, tie_embeddings=False)
-    content = family.describe(wanted) | {"vocab_size": vocab_size}
-    ours, theirs = (_spelled_out(m) for m in (wanted, model_config(family.settings(content)).model))
+    content = family.describe(wanted) | {"vocab_size": vocab_size} | more
+    theirs_model = model_config(family.settings(content)).model
+    if not depths or theirs_model.mtp_reads == "before":
+        # nothing reads it, or what does is fitted to it: see ``before_norm``
+        wanted = replace(wanted, mtp_reads=theirs_model.mtp_reads)
+    ours, theirs = (_spelled_out(m) for m in (wanted, theirs_model))
     problems = [
         f"{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
         for key in ours

@@ -124,4 +124,12 @@ def _first_of_each_key(slots: Iterable) -> list:
 
 
 def _written(plan: ExportPlan) -> str:
-    return f"{len(plan.outputs)} tensors, {human(sum(o.bytes for o in plan.outputs))}"
+    size = human(sum(output.bytes for output in plan.outputs))
+    note = ""
+    if plan.fits_head:
+        note = (
+            "; MTP layers of this folder read the trunk's state before its final norm, the "
+            "checkpoint's that after it: drafts will be nearly the same. For the same ones train "
+            "with model.mtp_reads=before, or give --reader sglang"
+        )
+    return f"{len(plan.outputs)} tensors, {size}{note}"

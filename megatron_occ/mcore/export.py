@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_occ.config.schema import Config
 from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.exporting import Reader, plan_export, write_weights
@@ -53,8 +54,6 @@ class HuggingFaceExport:
         """
         config, tokenizer = self._actor.config, self._tokenizer
         reader: Reader = DistributedReader(self._scratch)
-        if config.rl.rollout.engine == "vllm":
-            reader = BeforeFinalNorm(reader)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
         plan = plan_export(
             reader,
@@ -62,7 +61,10 @@ class HuggingFaceExport:
             config.mtp.num_layers,
             vocab_size,
             tokenizer=tokenizer.state(),
+            mtp_reads=_server_reads(config),
         )
+        if plan.fits_head:
+            reader = BeforeFinalNorm(reader)
         write_weights(plan, reader, folder, quiet=True)
         if isinstance(tokenizer, CharTokenizer):
             write_characters(tokenizer.alphabet, folder)
@@ -79,3 +81,9 @@ class HuggingFaceExport:
             raise EngineError(
                 f"rl.rollout.server.weights_dir: {self._scratch} can't be written: {error}"
             ) from error
+
+
+def _server_reads(config: Config) -> str | None:
+    """See ``plan_export``. SGLang hands MiMo's MTP layers the state after the norm."""
+    after = config.mtp.num_layers > 0 and config.model.mtp_reads == "after"
+    return "after" if after and config.rl.rollout.engine == "sglang" else None

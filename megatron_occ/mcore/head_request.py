@@ -30,8 +30,8 @@ class HeadRequest:
         distance: None, ``soft_ce`` or ``tv``: distance of the last pass to the main head.
         leaks: passes that are cut off from the trunk have a gradient to the output layer.
         placement: of the b * s tokens in the model's input; None: as they are.
-        states: [b, s, h] hidden states of the trunk after its final norm: the trunk is not run, and
-            no gradient reaches it. On one pipeline stage alone.
+        states: [b, s, h] hidden states of the trunk that MTP layers read (``model.mtp_reads``): the
+            trunk is not run, and no gradient reaches it. On one pipeline stage alone.
         frozen_trunk: no loss acts on what comes before the MTP block: it is run without a graph.
         main_head: False leaves out the main head, of which the loss has no part, and agreement.
     """

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
+from megatron_occ.mcore.final_norm import FinalNorm
 from megatron_occ.mcore.head_request import HeadRequest, agreement, head_tokens, token_statistics
 from megatron_occ.mcore.placement import Placement, place_padded
 from megatron_occ.mcore.shared_copy import SharedCopy
@@ -27,8 +28,12 @@ class _KeptStates(torch.nn.Module):
     # Megatron looks for the tensors of another pipeline stage here
     input_tensor = None
 
+    def __init__(self, final_norm: FinalNorm) -> None:
+        super().__init__()
+        self._final_norm = final_norm
+
     def forward(self, *, hidden_states: Tensor, **_arguments: Any) -> Tensor:
-        return hidden_states
+        return self._final_norm.of_kept(hidden_states)
 
 
 class OCCGPTModel(GPTModel):
@@ -47,6 +52,7 @@ class OCCGPTModel(GPTModel):
         self,
         *args: Any,
         valid_vocab_size: int | None = None,
+        mtp_reads: str = "after",
         build_mtp: Callable[[], torch.nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -54,15 +60,18 @@ class OCCGPTModel(GPTModel):
 
         Args:
             valid_vocab_size: ids that exist; rows beyond are padding and take no part in softmax.
+            mtp_reads: side of the final norm whose states MTP layers read, see ``FinalNorm``.
             build_mtp: makes a second MTP block, for passes that leave the head alone.
         """
         super().__init__(*args, **kwargs)
         self.valid_vocab_size = valid_vocab_size or self.vocab_size
         self._block_arguments: dict[str, Any] = {}
         self._build_mtp, self._frozen_mtp = build_mtp, None
+        self.mtp_reads = mtp_reads
+        self._final_norm = FinalNorm(self.decoder, mtp_reads)
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         # not a submodule: it has no weights, and is the decoder for the time of one call
-        kept = _KeptStates()
+        kept = _KeptStates(self._final_norm)
         kept.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         self.__dict__["_kept_states"] = kept
         if self.mtp_process:
@@ -96,17 +105,19 @@ class OCCGPTModel(GPTModel):
         with (
             self._as_inner_stage(),
             self._instead_of_trunk(request, placement) as states,
+            self._final_norm.for_depths(depths > 0),
             torch.no_grad() if is_frozen else nullcontext(),
         ):
             arguments = kwargs | states
             hidden = super().forward(*args, packed_seq_params=placement.packed, **arguments)
         states = [hidden]
         if self.mtp_process and depths:
+            states[0], read = self._final_norm.split(hidden)
             depth_ids = placement.as_input(targets[:depths])
             for to_trunk, to_head in request.passes:
-                states += self._mtp_hidden(hidden, depth_ids, args[1], to_trunk, to_head)
+                states += self._mtp_hidden(read, depth_ids, args[1], to_trunk, to_head)
         if self.mtp_process and not any(to_trunk for to_trunk, _ in request.passes):
-            states[0] = self._with_embedding(hidden)
+            states[0] = self._with_embedding(states[0])
         if is_frozen:
             states[-1] = self._with_received(states[-1])
         if not self.post_process:

@@ -15,13 +15,14 @@ from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.families.dense import MIMO
+from megatron_occ.convert.plan import read_model
 from megatron_occ.convert.slots import model_slots
 from megatron_occ.convert.source import read_config
-from megatron_occ.convert.table import Family
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.mcore.verify_mimo import MiMoHeads
 from megatron_occ.rl.batch import head_targets
 
 ROWS, TOKENS = 4, 16
@@ -141,11 +142,15 @@ def _theirs(folder: Path, ids: Tensor, depths: int, dtype: torch.dtype) -> tuple
         folder, config=config, dtype=torch.float32, local_files_only=True
     ).eval()
     _round(model, dtype)
+    before: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     output = model(ids, output_hidden_states=True)
-    found, hidden = [output.logits], output.hidden_states[-1]
+    found = [output.logits]
     if depths == 0:
         return found, ""
-    heads = _mtp_model(model, family_of(read_config(folder)), depths)
+    heads = _mtp_model(model, folder, depths)
+    reads = read_model(folder, read_config(folder))[1].model.mtp_reads
+    hidden = before[0] if reads == "before" else output.hidden_states[-1]
     if heads is None:
         return found, "MTP layers not compared: transformers has none for this architecture"
     _round(heads, dtype)
@@ -166,10 +171,13 @@ def _round(module: torch.nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype).float()
 
 
-def _mtp_model(model: Any, family: Family, depths: int) -> Any:
-    """transformers' MTP layers, None for a family that it has none for."""
+def _mtp_model(model: Any, folder: Path, depths: int) -> Any:
+    """MTP layers by transformers, of MiMo by its formula; None for a family without either."""
     from transformers.modeling_layers import MtpModel
 
+    family = family_of(read_config(folder))
+    if family is MIMO:
+        return MiMoHeads(folder, model.model, depths)
     if family.mtp_prefix != family.layer_prefix or family.depths_key is None:
         return None
     first = model.config.num_hidden_layers

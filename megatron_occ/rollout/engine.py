@@ -124,7 +124,7 @@ class Generation:
         finish_reasons: n of ``stop``, ``length`` and ``abort``.
         drafts: of all n together.
         states: with ``keep_states`` n tensors on the CPU, [tokens - 1, h] of prompt and response:
-            hidden states of the trunk, after its final norm, at all tokens but the last; or empty.
+            hidden states of the trunk that MTP layers read, at all tokens but the last; or empty.
     """
 
     tokens: list[list[int]] = field(default_factory=list)

@@ -143,7 +143,7 @@ def test_every_process_ends_with_the_message(run, pretrained, serve):
 
 def test_the_command_exports_what_a_run_gives_its_servers(run, pretrained, serve, tmp_path):
     folder = tmp_path / "exported"
-    arguments = ["convert", "export", str(pretrained(1)), str(folder), "--reader", "vllm"]
+    arguments = ["convert", "export", str(pretrained(1)), str(folder)]
     main(arguments)
     run("eval", "run", "--checkpoint", str(pretrained(1)), *at(serve()))
     given = run.folder / "run" / "rollout_weights" / "version-0"

@@ -171,8 +171,12 @@ def _repeat(name: str, tensors: dict, depths: int) -> None:
 def reference_logits(folder: Path, ids: torch.Tensor, depths: int, *, swapped=False) -> list:
     """[1 + K] logits [b, s - k, v] of trunk and depths, by transformers or by formula."""
     model = load_model(folder)
+    before = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     output = model(ids, output_hidden_states=True)
-    found, hidden = [output.logits], output.hidden_states[-1]
+    # MiMo's layers read the state before the final norm, all others that after it
+    hidden = before[0] if _is_mimo(folder) else output.hidden_states[-1]
+    found = [output.logits]
     heads = mimo_heads(folder, model, swapped) if _is_mimo(folder) else _mtp_heads(model, depths)
     places = torch.arange(ids.size(1)).expand_as(ids)
     for depth in range(depths):

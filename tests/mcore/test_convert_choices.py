@@ -97,6 +97,28 @@ def test_a_choice_that_does_not_fit_is_refused(tmp_path, name, depths, mtp, mess
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_folder_for_sglang_says_which_states_its_head_reads(tmp_path):
+    """What was trained with the state after the norm goes there as it is, and comes back so."""
+    convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
+    options = dict(architecture="MiMoForCausalLM", for_sglang=True)
+    export_checkpoint(tmp_path / "mcore", tmp_path / "mimo", **options)
+    back = import_folder(tmp_path / "mimo", tmp_path / "again", mtp=MTPChoice("keep")).plan
+    assert back.config.model.mtp_reads == "after"
+    again, first = (weights(tmp_path / name) for name in ("again", "mcore"))
+    assert all(torch.equal(again[key], value) for key, value in first.items())
+
+
+def test_for_other_readers_the_final_norm_is_in_the_heads_norm(tmp_path):
+    folder = make_folder(tmp_path / "hf", "llama")
+    convert(folder, tmp_path / "mcore", "init:1")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "mimo", architecture="MiMoForCausalLM")
+    back = import_folder(tmp_path / "mimo", tmp_path / "again", mtp=MTPChoice("keep")).plan
+    assert back.config.model.mtp_reads == "before"
+    final = read_tensors(folder)["model.norm.weight"]
+    found = read_tensors(tmp_path / "mimo")["model.mtp_layers.0.hidden_layernorm.weight"]
+    torch.testing.assert_close(found, final / final.square().mean().sqrt())
+
+
 @pytest.mark.parametrize("text", ["", "keep:1", "init", "init:0", "init:x", "more"])
 def test_a_choice_is_spelled_right_or_refused(text):
     with pytest.raises(ValueError, match="none of keep, drop, init:K, expand:K"):

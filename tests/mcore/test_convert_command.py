@@ -38,7 +38,8 @@ def edit_config(folder, **values):
         ("glm", (), ["trunk", "MTP depth 1"]),
         ("deepseek yarn", ("--dtype", "bfloat16"), ["trunk", "MTP depth 1"]),
         ("glm", ("--mtp", "expand:2"), ["MTP depth 1", "nothing to compare with"]),
-        ("mimo", (), ["trunk", "MTP layers not compared"]),
+        ("mimo", (), ["trunk", "MTP depth 1"]),
+        ("mimo", ("--mtp", "expand:2"), ["MTP depth 1", "nothing to compare with"]),
         ("llama", ("--mtp", "init:1"), ["trunk", "MTP layers not compared"]),
     ],
 )
@@ -95,8 +96,9 @@ def test_a_dry_run_lists_everything_and_writes_nothing(tmp_path, capsys):
 
 def test_a_reader_that_makes_no_difference_is_refused(tmp_path):
     convert("import", make_folder(tmp_path / "hf", "glm", 1), tmp_path / "mcore")
-    message = refused("export", tmp_path / "mcore", tmp_path / "back", "--reader", "vllm")
-    assert "is about the MTP layers of MiMo, this is Glm4MoeForCausalLM with 1" in message
+    message = refused("export", tmp_path / "mcore", tmp_path / "back", "--reader", "sglang")
+    assert "is for MiMo's MTP layers" in message
+    assert "this is Glm4MoeForCausalLM with 1 MTP layers, and model.mtp_reads=after" in message
 
 
 def test_another_architecture_than_that_of_the_config_to_keep(tmp_path):

@@ -24,6 +24,7 @@ TOKENIZER = build_tokenizer("char", alphabet="abcdefghijklmnopqrstu")
 MODELS = {
     "mimo": (1, {}),
     "mimo_untied_biased": (1, {"tie_embeddings": False, "qkv_bias": True}),
+    "mimo_before": (1, {"mtp_reads": "before"}),
     "qwen2": (0, {"qkv_bias": True, "num_query_groups": None}),
     "llama_wide_heads": (0, {"tie_embeddings": False, "kv_channels": 16}),
 }
@@ -148,6 +149,18 @@ def test_a_reader_that_leaves_out_the_final_norm_gets_it_in_the_heads_norm(layou
             parameter.fill_(1.3)
     expected = ours(actor, ids)[1][:, :-2]
     assert gap("vllm", "exact") < 1e-5
+
+
+@pytest.mark.parametrize("reader", ["vllm", "sglang"])
+@torch.no_grad()
+def test_a_head_that_reads_before_the_final_norm_is_written_as_it_is(layout, tmp_path, reader):
+    actor, ids = build(configure("mimo_before"), layout), random_ids()
+    folder = export(actor, tmp_path, reader=reader)
+    model, expected = load(folder), ours(actor, ids)[1][:, :-2]
+    found = mimo_logprobs(folder, model, states_before_the_norm(model, ids), ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    after = mimo_logprobs(folder, model, model.model(ids).last_hidden_state, ids)
+    assert (after - expected).abs().mean() > 0.01
 
 
 def export_of_ranks(name, folder):

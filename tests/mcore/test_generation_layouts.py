@@ -13,6 +13,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 
 from benchmarks.layout_cases import (
+    BEFORE,
     CP2,
     DENSE,
     MLA,
@@ -31,6 +32,7 @@ from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation, spe
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from tests.mcore.distributed import run_ranks
+from tests.mcore.test_speculation import scale_final_norm
 
 LENGTHS = (5, 1, 9, 3, 5, 7, 2)
 TEMPERATURE = 0.8
@@ -43,6 +45,7 @@ MODELS = {
     "untied": DENSE + UNTIED + TWO_DEPTHS,
     "moe": MOE + ONE_DEPTH,
     "mla": MLA + ONE_DEPTH,
+    "before the norm": DENSE + UNTIED + TWO_DEPTHS + BEFORE,
     "rejection": DENSE + TWO_DEPTHS + REJECTION,
     "moe, rejection": MOE + ONE_DEPTH + REJECTION,
 }
@@ -63,6 +66,11 @@ CASES = {
         "untied",
         (PP2, VPP2, "parallel.pipeline_layout=Ett|t|t|mmL"),
     ),
+    "TP2, before the norm": ("before the norm", (TP2,)),
+    "PP2 x VPP2, before the norm, the end of the trunk on an earlier stage": (
+        "before the norm",
+        (PP2, VPP2, "parallel.pipeline_layout=Ett|tt||mmL"),
+    ),
     "CP2": ("dense", (CP2,)),
     "DP2": ("dense", ()),
     "MoE, EP2": ("moe", (EP2,)),
@@ -79,6 +87,10 @@ THREE_RANKS = {
     "PP3, MTP and output layers on a stage without trunk layers": (
         "dense",
         ("parallel.pipeline=3", "parallel.pipeline_layout=Ett|tt|mmL"),
+    ),
+    "PP3, before the norm, MTP stage of its own": (
+        "before the norm",
+        ("parallel.pipeline=3", "parallel.pipeline_layout=Etttt|mm|L"),
     ),
     "PP3, MTP stage of its own": (
         "untied",
@@ -168,6 +180,7 @@ def alone(tmp_path_factory):
     for name, model in MODELS.items():
         config = read(model)
         actor = make_actor(config)
+        scale_final_norm(actor.chunks[0])
         drafts = speculation_from(config) if FIXED in model else Speculation()
         found[name] = respond(actor, list(range(len(LENGTHS))), drafts)
         (folder / name).mkdir()

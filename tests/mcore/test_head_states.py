@@ -17,6 +17,7 @@ from megatron_occ.rl.batch import head_targets
 from megatron_occ.rl.head_rows import HeadRows
 from tests.mcore.conftest import VOCABULARY, build_model, gradients, positions, small_config
 from tests.mcore.test_generation import prompts, respond
+from tests.mcore.test_speculation import scale_final_norm
 
 TEMPERATURE = 0.8
 
@@ -30,7 +31,16 @@ def untied(config):
     config.model.tie_embeddings = False
 
 
-KINDS = {"tied": lambda config: None, "untied": untied, "latent attention": mla}
+def before_the_norm(config):
+    config.model.mtp_reads = "before"
+
+
+KINDS = {
+    "tied": lambda config: None,
+    "untied": untied,
+    "latent attention": mla,
+    "before the norm": before_the_norm,
+}
 
 
 def head_batch(model, drafts, depths):
@@ -84,6 +94,7 @@ def test_the_head_learns_as_from_a_pass_through_the_trunk(layout, kind, drafts, 
     config = small_config(depths=2)
     KINDS[kind](config)
     model = build_model(config, VOCABULARY, layout.device)
+    scale_final_norm(model)
     batch = head_batch(model, drafts, 2)
     loss, metrics, expected = outcome(model, batch, 2, signal)
     lengths = [int(row.nonzero().max()) + 2 for row in batch.targets.mask[0]]

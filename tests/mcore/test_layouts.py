@@ -25,11 +25,15 @@ NAMES = (
     "PP2, head alone, distributed optimizer",
     "PP2 x VPP2, head alone",
     "PP3, head alone, MTP stage of its own",
+    "PP3, head alone, MTP reads before the norm, MTP stage of its own",
+    "PP2 x VPP2, MTP reads before the norm, a chunk without layers",
+    "CP2, packed, MTP reads before the norm",
     "MoE, EP2, head alone",
     "MoE, EP2",
     "MLA, CP2, packed",
     "PP3, MTP stage of its own",
     "TP2 x PP2",
+    "TP2 x PP2, MTP reads before the norm",
 )
 
 

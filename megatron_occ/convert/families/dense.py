@@ -4,7 +4,8 @@ MiMo's MTP layer, with h the trunk's state and e the embedding of the next token
 
     final_layernorm(Block(input_proj [hidden_layernorm(h); token_layernorm(e)]))
 
-after ``mimo_mtp.py`` in vLLM and SGLang; Megatron-Core's projection reads [e; h].
+after ``mimo_mtp.py`` in vLLM; Megatron-Core's projection reads [e; h]. h is the state before the
+trunk's final norm: the vLLM fork of its authors returns it for nothing else.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def _qwen2_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     return _whole_heads(hf, True)
 
 
+def _mimo_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # the key is our own, in folders for SGLang
+    return _qwen2_settings(hf) | {"mtp_reads": hf.get("mtp_reads", "before")}
+
+
 def _qwen3_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     return _whole_heads(hf, False) | {"qk_layernorm": True}
 
@@ -69,7 +75,7 @@ MIMO = _dense(
     "MiMoForCausalLM",
     # whose settings it has: transformers and servers then need no code from the folder
     "qwen2",
-    _qwen2_settings,
+    _mimo_settings,
     always_biased=True,
     # MTP layers of servers read an output layer of their own
     always_untied=True,

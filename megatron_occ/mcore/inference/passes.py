@@ -83,12 +83,12 @@ class Passes:
         last = self.slots.known[used] - 1 + length
         tokens = self.placer.at(self.cache, places, last)
         self.trunk.company.meet(places.numel())
-        hidden = self.trunk.forward(ids, tokens, self.cache)
+        states = self.trunk.forward(ids, tokens, self.cache)
         verified = None
-        if hidden is not None:
+        if states is not None:
             if self.state is not None:
-                write(self.state.hidden[0], tokens.places, hidden)
-            by_row = hidden.view(rows, length + 1, -1)
+                write(self.state.hidden[0], tokens.places, states.read)
+            by_row = states.main.view(rows, length + 1, -1)
             verified = self.sampler.verify(by_row, ids[:, 1:], draft_logprobs, keys)
         return self._share(verified, rows, length + 1)
 

@@ -80,15 +80,15 @@ def prefill(
     cache = trunk.new_cache(len(prompts), longest)
     tokens = placer.from_start(cache, len(prompts), longest)
     trunk.company.meet(ids.numel())
-    hidden = trunk.forward(ids, tokens, cache)
+    states = trunk.forward(ids, tokens, cache)
     last = None
-    if hidden is not None:
-        by_row = hidden.view(len(prompts), longest, -1)
+    if states is not None:
+        by_row = states.main.view(len(prompts), longest, -1)
         last = by_row[range(len(prompts)), (known - 1).tolist()]
     state = None
     if drafter is not None:
         state = drafter.new_state(len(prompts), longest)
-        write(state.hidden[0], tokens.places, hidden)
+        write(state.hidden[0], tokens.places, states.read)
         if reads:
             drafter.read_prompts(placer, state, ids, known, longest)
     rows = {prompt: row for row, prompt in enumerate(prompts)}

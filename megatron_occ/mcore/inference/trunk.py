@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,19 @@ from megatron_occ.mcore.model import OCCGPTModel
 
 # keys of a mask: CUDA's attention kernels copy one whose rows are not aligned, in each layer
 ALIGNED = {"cuda": 8}
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """Hidden states [n * q, h] at the trunk's end.
+
+    Args:
+        main: after the final norm, for the main head.
+        read: those that MTP layers read; ``main``, or before the final norm.
+    """
+
+    main: Tensor
+    read: Tensor
 
 
 class Trunk:
@@ -44,6 +58,7 @@ class Trunk:
         self.final_norms = [
             tensor_of(getattr(chunk.decoder, "final_layernorm", None)) for chunk in chunks
         ]
+        self.reads_before = chunks[0].mtp_reads == "before"
         self.tables = [
             tensor_of(chunk.embedding.word_embeddings) if hasattr(chunk, "embedding") else None
             for chunk in chunks
@@ -88,8 +103,8 @@ class Trunk:
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
         return Rotary(angles, width, **heads, dtype=self.dtype)
 
-    def forward(self, ids: Tensor, tokens: Tokens, cache: Cache) -> Tensor | None:
-        """Hidden states [n * q, h] after the final norm on the last stage, None on others.
+    def forward(self, ids: Tensor, tokens: Tokens, cache: Cache) -> TrunkStates | None:
+        """What comes out on the last stage, None on others.
 
         Args:
             ids: [n, q] token ids, the same on all stages.
@@ -98,15 +113,25 @@ class Trunk:
         """
         hidden, first = None, 0
         for number, (chunk, layers) in enumerate(zip(self.chunks, self.layers, strict=True)):
-            hidden = self.embed(ids, number) if chunk.pre_process else self._receive(ids.numel())
+            if chunk.pre_process:
+                hidden = self.embed(ids, number)
+            else:
+                hidden = self._receive(ids.numel(), layers)
             for layer, kept in zip(layers, cache.layers[first:], strict=False):
                 hidden = layer(hidden, tokens, kept)
             first += len(layers)
             if (final := self.final_norms[number]) is not None:
-                hidden = norm(hidden, final, self.eps)
+                hidden = self._end(hidden, final)
             if not chunk.post_process:
                 self._send(hidden)
-        return hidden if self.is_last else None
+        if not self.is_last:
+            return None
+        return TrunkStates(*hidden.chunk(2)) if self.reads_before else TrunkStates(hidden, hidden)
+
+    def _end(self, hidden: Tensor, final: Tensor) -> Tensor:
+        """After the final norm; where MTP layers read the states before it, these behind."""
+        after = norm(hidden, final, self.eps)
+        return torch.cat([after, hidden]) if self.reads_before else after
 
     def embed(self, ids: Tensor, chunk: int) -> Tensor:
         """Embeddings [t, h] of ids of any shape, by the table of a chunk."""
@@ -130,7 +155,10 @@ class Trunk:
             hidden.contiguous(), group=self.pipeline, group_dst=(self.pipeline.rank() + 1) % ranks
         )
 
-    def _receive(self, count: int) -> Tensor:
+    def _receive(self, count: int, layers: Sequence[Layer]) -> Tensor:
+        if self.reads_before and not layers:
+            # behind the trunk's end both come
+            count *= 2
         device = torch.cuda.current_device()
         hidden = torch.empty(count, self.config.hidden_size, dtype=self.dtype, device=device)
         source = (self.pipeline.rank() - 1) % self.pipeline.size()
