@@ -1,8 +1,10 @@
 # Every target creates .venv and installs what it needs. VENV=/path uses another environment, and
 # installs the pinned versions into it.
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PINS ?= constraints.txt
+# the first that runs and can make environments: a name on PATH may do neither
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
+	$(shell $(p) -c 'import ensurepip, venv' 2>/dev/null && echo $(p))) python3)
+PINS := constraints.txt constraints-latest.txt
 # test-latest: the newest tested Megatron-Core, which needs Python 3.12, in an environment of its own
 VENV_LATEST ?= .venv-latest
 PYTHON_LATEST ?= python3.12
@@ -15,7 +17,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.py pyproject.toml $(PINS) tools/install.py
 	@test -x $(BIN)/python || $(PYTHON) tools/install.py --create $(VENV)
-	$(BIN)/python tools/install.py $(PINS)
+	$(BIN)/python tools/install.py
 	@touch $@
 
 demo: $(INSTALLED)
@@ -28,7 +30,7 @@ test-latest:
 	@test -x $(VENV_LATEST)/bin/python || $(PYTHON_LATEST) --version || { \
 		echo "test-latest needs Python 3.12: make test-latest PYTHON_LATEST=/path/to/python3.12"; \
 		exit 1; }
-	$(MAKE) test VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) PINS=constraints-latest.txt
+	$(MAKE) test VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST)
 
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)

@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Joint multi-token-prediction and RL training on Megatron-Core, with OCC",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megatron_occ", "megatron_occ.*"]),
     package_data={f"megatron_occ.{room}": ["*.css"] for room in ("observe", "audit", "compare")},
     install_requires=[

@@ -1,8 +1,8 @@
 """Install this checkout with its pinned versions, but keep a torch that is already there.
 
 ``python tools/install.py --create DIR`` makes a virtual environment (one that sees the torch of the
-interpreter it is made with, as in a vendor's container); ``tools/install.py PINS``, run by that
-environment's Python, installs with the versions that the file PINS names.
+interpreter it is made with, as in a vendor's container); ``tools/install.py``, run by that
+environment's Python, installs with the versions that are pinned for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # as in setup.py
-OLDEST_TORCH, FIRST_REFUSED_TORCH = (2, 6), (3, 0)
+OLDEST_PYTHON, OLDEST_TORCH, FIRST_REFUSED_TORCH = (3, 11), (2, 6), (3, 0)
+# the newest tested megatron-core needs it
+FIRST_WITH_LATEST = (3, 12)
 
 
 def usable_torch() -> str | None:
@@ -28,6 +30,21 @@ def usable_torch() -> str | None:
         return None
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     return version if OLDEST_TORCH <= release < FIRST_REFUSED_TORCH else None
+
+
+def pins_for(python: tuple[int, ...]) -> str:
+    """Name of the file with the versions that are pinned for a version of Python.
+
+    Raises:
+        SystemExit: too old a Python.
+    """
+    if python < OLDEST_PYTHON:
+        wanted, found = (".".join(map(str, version)) for version in (OLDEST_PYTHON, python))
+        raise SystemExit(
+            f"{sys.executable} is Python {found}, and {wanted} or newer is needed: make ... "
+            "PYTHON=/path/to/python3.11"
+        )
+    return "constraints.txt" if python < FIRST_WITH_LATEST else "constraints-latest.txt"
 
 
 def create(folder: str) -> None:
@@ -56,6 +73,7 @@ def install(file: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--create"]:
+        pins_for(sys.version_info[:2])
         create(sys.argv[2])
     else:
-        install(sys.argv[1])
+        install(pins_for(sys.version_info[:2]))

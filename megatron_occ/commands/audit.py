@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_occ.commands.configuration import add_config_options, checked_config
 from megatron_occ.commands.running import running
 from megatron_occ.config import Config, ConfigError, help_text
-from megatron_occ.config.schema import HeadConfig, TrunkConfig
+from megatron_occ.config.schema_mtp import HeadConfig, TrunkConfig
 from megatron_occ.config.sources import read_override
 
 HELP = "measure how MTP's gradient lies to RL's on a checkpoint"

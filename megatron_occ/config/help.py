@@ -16,7 +16,7 @@ _COLUMN = 44
 _INTRODUCTION = """\
 # Configuration
 
-Written from `megatron_occ/config/schema.py` and `megatron_occ/config/schema_model.py` by
+Written from `megatron_occ/config/schema*.py` by
 `megatron_occ.config.reference_markdown()`.
 
 A configuration is put together from, later wins:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
+from megatron_occ.config.schema_mtp import MTPConfig
 
 
 @dataclass
@@ -39,7 +40,7 @@ class ChatConfig:
         choices=("auto", "always"),
     )
     system: str | None = option(None, "system message before each chat (null: none)")
-    suffix: str = option("", "text behind each prompt, within the user's message of a chat")
+    suffix: str = option("", "text appended to each prompt, inside the user's message of a chat")
     kwargs: dict[str, Any] = option({}, "variables of the template, e.g. {enable_thinking: false}")
 
 
@@ -51,18 +52,22 @@ class DataConfig:
         None, "RL prompts: jsonl, json or parquet, or several, {a.jsonl: 2, b.parquet: 1} by weight"
     )
     validation_prompts: str | None = option(None, "held-out prompts: jsonl, json or parquet")
-    fields: FieldsConfig = section(FieldsConfig, "which fields of a record are what")
-    chat: ChatConfig = section(ChatConfig, "text around prompts")
+    fields: FieldsConfig = section(FieldsConfig, "which fields of a record hold what")
+    chat: ChatConfig = section(ChatConfig, "chat template and text around prompts")
     max_prompt_tokens: int | None = option(
-        None, "leave longer training prompts out (null: refuse what has no room)", minimum=1
+        None,
+        "drop training prompts longer than this (null: a prompt that does not fit is an error)",
+        minimum=1,
     )
-    verifier: str = option("math", "verifier of records that carry no task_name")
+    verifier: str = option("math", "verifier for records without a task_name")
     verifiers: dict[str, Any] = option(
-        {}, "verifiers of your own by task_name, e.g. {echo: 'my_module:echo_verifier'}"
+        {}, "your own verifiers, by task_name, e.g. {echo: 'my_module:echo_verifier'}"
     )
-    verifier_timeout: float = option(5.0, "seconds a verifier may take for one response", above=0)
+    verifier_timeout: float = option(
+        5.0, "time limit of a verifier, in seconds per response", above=0
+    )
     verifier_workers: int | None = option(
-        None, "verifier processes of a rank (null: its share of the node's cores)", minimum=1
+        None, "verifier processes per rank (null: its share of the node's cores)", minimum=1
     )
 
 
@@ -79,142 +84,18 @@ class OptimizerConfig:
     beta2: float = option(0.95, "Adam's second decay", minimum=0, below=1)
     eps: float = option(1e-8, "Adam's epsilon", above=0)
     clip_grad: float = option(
-        1.0, "largest gradient norm of trunk and shared parameters (0: no clip)", minimum=0
-    )
-
-
-@dataclass
-class ExactConfig:
-    every: int = option(
-        1,
-        "mini-batches from one that is measured, by a pass more, to the next. With a head loss of "
-        "its own MTP acts on the trunk in these alone; a shared loss keeps the last lambda between",
-        minimum=1,
-    )
-    pairs: str = option(
-        "cross",
-        "inner products of RL's and MTP's gradients of different parts of a mini-batch "
-        "(unbiased), or of all of it (the paper's full-gradient variant: mostly common noise)",
-        choices=("cross", "same"),
-    )
-    parts: int = option(
-        2, "parts of whole prompts that pairs=cross cuts a mini-batch into", minimum=2
-    )
-    per: str = option("trunk", "one coefficient, or one for each layer", choices=("trunk", "layer"))
-    metric: str = option(
-        "adam", "of inner products: the optimizer's, or plain", choices=("adam", "euclidean")
-    )
-    gate: float = option(
-        2.0,
-        "standard errors that lambda must be away from 0 to act (0: any)",
+        1.0,
+        "gradient norm of trunk and shared parameters is clipped to this (0: no clipping)",
         minimum=0,
     )
-    share: float | None = option(
-        None,
-        "MTP's part of the trunk's update, as a share of RL's, where the gate is passed (null: as "
-        "lambda_plus makes it)",
-        above=0,
-    )
-    share_cap: float | None = option(0.5, "largest such share (null: no bound)", above=0)
-    control: str | None = option(
-        None,
-        "what a study compares with: a random direction of the gradient's norm in its place, or a "
-        "lambda of any earlier measurement in place of the last",
-        choices=("random", "shuffled"),
-    )
-
-
-@dataclass
-class TrunkConfig:
-    signal: str = option(
-        "none", "MTP loss whose gradient enters the trunk", choices=("none", "ce", "policy")
-    )
-    weighting: str = option(
-        "ppo",
-        "weights of tokens in a policy loss of the MTP heads: the clipped ratio exp(m - o), the "
-        "ratio cut at ratio_cap and without gradient, or 1",
-        choices=("ppo", "truncated", "unit"),
-    )
-    dual_clip: float | None = option(
-        10.0, "bound of weighting=ppo for negative advantages (null: off, heavy tails)", above=1
-    )
-    ratio_cap: float = option(1.0, "largest weight of weighting=truncated", above=0)
-    coefficient: str = option("fixed", "how its weight is chosen", choices=("fixed", "occ"))
-    weight: float = option(0.1, "the weight, with coefficient=fixed", minimum=0)
-    estimator: str = option(
-        "logprob",
-        "OCC formula: the paper's log-prob proxy, the released code's, or the gradients themselves",
-        choices=("logprob", "released", "exact"),
-    )
-    statistics: str = option(
-        "previous",
-        "mini-batch that lambda is taken from: the previous one, or this one (a forward pass more)",
-        choices=("previous", "current"),
-    )
-    lambda_plus: float | None = option(
-        1.0,
-        "lambda+ of the paper's formula (f of the released one; null, with estimator=exact: the "
-        "scale of the best step, from the signal in RL's own gradient)",
-        above=0,
-    )
-    clamp: list[float | None] = option([0.0, None], "lower and upper bound of lambda (null: open)")
-    ema: float = option(
-        0.0, "decay of the exponential average of the statistics", minimum=0, below=1
-    )
-    exact: ExactConfig = section(ExactConfig, "measurements of estimator=exact")
-
-
-@dataclass
-class HeadConfig:
-    signal: str = option(
-        "ce",
-        "what trains the MTP head: the trunk's own loss, or a loss cut off from the trunk",
-        choices=("same_as_trunk", "none", "ce", "soft_ce", "tv", "policy"),
-    )
-    weight: float = option(0.1, "weight of a loss of its own", minimum=0)
-    cut_output_layer: bool = option(
-        True,
-        "cut a loss of its own off from the output layer too (false, as in the code released with "
-        "OCC: it trains the output layer, and embeddings that are tied to it)",
-    )
-    states: str = option(
-        "training",
-        "trunk states that a soft_ce or tv loss is taken on: of the policy's training pass, or "
-        "those that the rollout verified tokens with, of all responses drawn",
-        choices=("training", "rollout"),
-    )
-    clip_grad: float = option(
-        1.0, "largest gradient norm of the head's parameters (0: no clip)", minimum=0
-    )
-
-
-@dataclass
-class MTPConfig:
-    num_layers: int = option(1, "MTP depths K", minimum=0)
-    preset: str | None = option(
-        None,
-        "published regime: sets trunk and head",
-        choices=(
-            "none",
-            "detach",
-            "ce",
-            "policy",
-            "occ",
-            "occ_decoupled",
-            "occ_exact",
-            "head_only",
-        ),
-    )
-    trunk: TrunkConfig = section(TrunkConfig, "gradient that MTP sends into the trunk")
-    head: HeadConfig = section(HeadConfig, "training of the MTP head itself")
 
 
 @dataclass
 class PretrainConfig:
     steps: int = option(750, "updates", minimum=0)
-    batch_size: int = option(128, "sequences an update, over all ranks", minimum=1)
-    micro_batch_size: int = option(128, "sequences a forward pass", minimum=1)
-    sequence_length: int = option(48, "tokens a sequence", minimum=2)
+    batch_size: int = option(128, "sequences per update, over all ranks", minimum=1)
+    micro_batch_size: int = option(128, "sequences per forward pass", minimum=1)
+    sequence_length: int = option(48, "tokens per sequence", minimum=2)
     mtp_weight: float = option(
         0.1, "weight of the MTP cross-entropy, averaged over depths", minimum=0
     )
@@ -289,8 +170,8 @@ class ServerConfig:
     update_timeout: float = option(
         900.0, "seconds a server may take to come up or to load weights", above=0
     )
-    retries: int = option(3, "how often a failed request is sent again", minimum=0)
-    concurrency: int = option(64, "requests under way at once, all servers together", minimum=1)
+    retries: int = option(3, "times a failed request is sent again", minimum=0)
+    concurrency: int = option(64, "concurrent requests, over all servers", minimum=1)
     gap_mean: float = option(
         0.05, "mean gap to the trainer's log-probs, in nats, that is put down to rounding", above=0
     )
@@ -311,26 +192,28 @@ class RolloutConfig:
         "who samples: the training processes, or servers of their own",
         choices=("megatron", "vllm", "sglang"),
     )
-    max_response_length: int = option(32, "tokens of a response at most", minimum=1)
+    max_response_length: int = option(32, "maximum tokens in a response", minimum=1)
     temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
-    top_p: float = option(1.0, "probability mass that sampling keeps (1: all)", above=0, maximum=1)
-    top_k: int | None = option(None, "tokens that sampling keeps (null: all)", minimum=1)
+    top_p: float = option(
+        1.0, "nucleus sampling: probability mass kept (1: all)", above=0, maximum=1
+    )
+    top_k: int | None = option(None, "number of most likely tokens kept (null: all)", minimum=1)
     stop: list[str] = option([], "texts that end a response; a special token's counts as its id")
     stop_ids: list[int] = option([], "token ids that end a response, besides those of the folder")
     batch_size: int = option(
-        512, "sequences at once on a data-parallel rank, engine=megatron", minimum=1
+        512, "concurrent sequences per data-parallel rank (engine=megatron)", minimum=1
     )
     speculative: SpeculativeConfig = section(
         SpeculativeConfig, "speculative decoding of engine=megatron"
     )
     server: ServerConfig = section(ServerConfig, "servers of engine=vllm and sglang")
-    log_samples: int = option(8, "responses a step written to rollouts.jsonl", minimum=0)
+    log_samples: int = option(8, "responses per step written to rollouts.jsonl", minimum=0)
 
 
 @dataclass
 class DynamicSamplingConfig:
     enabled: bool = option(False, "replace groups whose rewards have no spread (DAPO)")
-    max_rounds: int = option(4, "rounds of rollouts a step at most", minimum=1)
+    max_rounds: int = option(4, "maximum rounds of rollouts per step", minimum=1)
 
 
 @dataclass
@@ -345,7 +228,7 @@ class OverlongConfig:
 class ValidationConfig:
     every: int = option(25, "RL steps between validations (0: only before and after)", minimum=0)
     problems: int = option(512, "held-out problems", minimum=1)
-    samples: int = option(1, "samples a problem, the k of avg@k and pass@k", minimum=1)
+    samples: int = option(1, "samples per problem, the k of avg@k and pass@k", minimum=1)
     temperature: float = option(1.0, "sampling temperature (0: greedy)", minimum=0)
 
 
@@ -365,13 +248,13 @@ class RLConfig:
         "published setting: sets advantage, loss and (dapo) dynamic sampling",
         choices=("grpo", "dapo", "gspo"),
     )
-    prompts_per_step: int = option(32, "prompts a step, over all ranks", minimum=1)
-    samples_per_prompt: int = option(16, "samples a prompt (the group)", minimum=1)
-    mini_batches: int = option(4, "updates a step", minimum=1)
-    micro_batch_size: int = option(128, "sequences a forward pass", minimum=1)
+    prompts_per_step: int = option(32, "prompts per step, over all ranks", minimum=1)
+    samples_per_prompt: int = option(16, "samples per prompt (the group)", minimum=1)
+    mini_batches: int = option(4, "updates per step", minimum=1)
+    micro_batch_size: int = option(128, "sequences per forward pass", minimum=1)
     micro_batch_tokens: int | None = option(
         None,
-        "tokens of a packed micro-batch at most (null: padded, of rl.micro_batch_size sequences)",
+        "maximum tokens in a packed micro-batch (null: padded, rl.micro_batch_size sequences)",
         minimum=2,
     )
     old_logprobs: str = option(
@@ -392,15 +275,15 @@ class RLConfig:
 
 @dataclass
 class Config:
-    run_dir: str = option("runs/default", "folder that the run writes")
+    run_dir: str = option("runs/default", "folder the run writes to")
     seed: int = option(0, "seed of weights, data and sampling", minimum=0, maximum=2**31 - 1)
     precision: str = option(
         "fp32", "precision of parameters and activations", choices=("fp32", "bf16")
     )
     recompute: str = option(
-        "none", "activations that the backward pass computes again", choices=("none", "full")
+        "none", "activations recomputed in the backward pass", choices=("none", "full")
     )
-    keep_checkpoints: int = option(2, "newest checkpoints kept of each phase", minimum=1)
+    keep_checkpoints: int = option(2, "number of newest checkpoints kept for each phase", minimum=1)
     model: ModelConfig = section(ModelConfig, "architecture")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     data: DataConfig = section(DataConfig, "data")

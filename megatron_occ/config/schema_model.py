@@ -1,5 +1,4 @@
 """The sections of the configuration that say what is built where: architecture, layout, FP8."""
-# ruff: noqa: RUF009  (option() makes a dataclass field)
 
 from __future__ import annotations
 
@@ -11,36 +10,46 @@ from megatron_occ.config.options import option, section
 @dataclass
 class MoEConfig:
     num_experts: int | None = option(None, "routed experts (null: a dense model)", minimum=2)
-    top_k: int = option(2, "experts a token goes to", minimum=1)
+    top_k: int = option(2, "experts per token", minimum=1)
     ffn_hidden_size: int | None = option(
         None, "width of an expert (null: model.ffn_hidden_size)", minimum=1
     )
     shared_ffn_hidden_size: int | None = option(
-        None, "width of the shared experts together (null: none)", minimum=1
+        None, "total width of the shared experts (null: none)", minimum=1
     )
     first_dense_layers: int = option(0, "layers before the first MoE layer", minimum=0)
-    score_function: str = option("softmax", "scores of the router", choices=("softmax", "sigmoid"))
+    score_function: str = option(
+        "softmax", "score function of the router", choices=("softmax", "sigmoid")
+    )
     expert_bias: bool = option(
-        False, "bias in the choice of experts, with sigmoid scores (DeepSeek-V3)"
+        False, "bias added to sigmoid scores when experts are chosen (DeepSeek-V3)"
     )
     bias_update_rate: float = option(
-        0.0, "step of the bias towards a balanced load, an update (0: it stays)", minimum=0
+        0.0,
+        "change of that bias per update, towards a balanced load (0: it stays fixed)",
+        minimum=0,
     )
     scaling_factor: float | None = option(None, "factor of the routed experts' output", above=0)
     groups: int | None = option(None, "groups of experts (null: no groups)", minimum=1)
-    top_groups: int | None = option(None, "groups a token may go to", minimum=1)
+    top_groups: int | None = option(None, "groups that a token's experts may come from", minimum=1)
 
 
 @dataclass
 class YarnConfig:
     factor: float | None = option(
-        None, "how much longer the context is than at first (null: not scaled)", above=1
+        None,
+        "factor by which the context is longer than in pretraining (null: not scaled)",
+        above=1,
     )
     original_max_position_embeddings: int = option(
         4096, "longest sequence before scaling", minimum=2
     )
-    beta_fast: float = option(32.0, "turns in the original context, unscaled from there", above=0)
-    beta_slow: float = option(1.0, "turns in the original context, scaled up to there", above=0)
+    beta_fast: float = option(
+        32.0, "rotations in the original context above which a frequency is not scaled", above=0
+    )
+    beta_slow: float = option(
+        1.0, "rotations in the original context below which a frequency is fully scaled", above=0
+    )
     mscale: float = option(
         1.0, "scores are multiplied by (0.1 mscale ln(factor) + 1)**2", minimum=0
     )
@@ -76,7 +85,7 @@ class ModelConfig:
     max_position_embeddings: int = option(64, "longest sequence, prompt and response", minimum=2)
     rotary_base: int = option(10000, "base period of the rotary embedding", above=0)
     rotary_percent: float = option(
-        1.0, "part of a head that the rotary embedding turns", above=0, maximum=1
+        1.0, "share of each head that the rotary embedding rotates", above=0, maximum=1
     )
     vocab_size: int | None = option(
         None, "rows of embedding and output layer (null: as many as token ids)", minimum=2

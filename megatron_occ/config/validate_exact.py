@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_occ.config.schema import Config, ExactConfig, MTPConfig, TrunkConfig
+from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_mtp import ExactConfig, MTPConfig, TrunkConfig
 
 # Below this effective number of samples a standard error says little: the gate stays shut.
 MIN_SAMPLES = 8.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_occ.config.keys import spell
-from megatron_occ.config.schema import Config, TrunkConfig
+from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_mtp import TrunkConfig
 
 
 def mtp_problems(config: Config) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_occ.config.schema import MTPConfig
+from megatron_occ.config.schema_mtp import MTPConfig
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.calibrator import OCCCalibrator
 from megatron_occ.losses.regime import Regime

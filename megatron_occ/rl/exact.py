@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_occ.config.schema import MTPConfig, TrunkConfig
+from megatron_occ.config.schema_mtp import MTPConfig, TrunkConfig
 from megatron_occ.data.splits import mix64
 from megatron_occ.losses.exact import (
     ExactCalibrator,
