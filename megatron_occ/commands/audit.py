@@ -14,7 +14,7 @@ from megatron_occ.config import Config, ConfigError, help_text
 from megatron_occ.config.schema_mtp import HeadConfig, TrunkConfig
 from megatron_occ.config.sources import read_override
 
-HELP = "measure how MTP's gradient lies to RL's on a checkpoint"
+HELP = "measure how well MTP's gradient aligns with RL's at a checkpoint"
 RECORD_FILE, SUMMARY_FILE, PAGE_FILE = "record.json", "audit.json", "audit.html"
 # of which a jackknife can leave one out
 MIN_MINI_BATCHES = 4

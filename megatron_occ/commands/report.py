@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_occ.config import ConfigError
 
-HELP = "write report.html of a run folder again"
+HELP = "rewrite report.html of a run folder"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
