@@ -212,7 +212,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
             mtp_block_spec=mtp,
             vocab_size=chunk.vocab_size,
             valid_vocab_size=chunk.valid_vocab_size,
-            mtp_reads=model.mtp_reads,
+            mtp_reads=chunk.mtp_reads,
             max_sequence_length=chunk.max_sequence_length,
             pre_process=chunk.pre_process,
             post_process=chunk.post_process,
