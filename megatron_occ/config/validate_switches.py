@@ -78,6 +78,12 @@ SWITCHES = (
         "model.mla.yarn.factor",
     ),
     Switch(
+        "model.rotary_scaling.factor",
+        _is(None),
+        _all_but("model.rotary_scaling", "factor"),
+        "model.rotary_scaling.factor",
+    ),
+    Switch(
         "fp8.format",
         _is("none"),
         ("fp8.scaling",),

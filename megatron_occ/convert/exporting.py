@@ -80,6 +80,8 @@ def default_architecture(model: ModelConfig, depths: int) -> str:
     """
     if model.mla.enabled:
         return "DeepseekV3ForCausalLM"
+    if model.moe.num_experts is not None and model.moe.score_function == "softmax":
+        return "Qwen3MoeForCausalLM"
     if model.moe.num_experts is not None:
         return "Glm4MoeForCausalLM"
     if depths:
@@ -260,7 +262,7 @@ def _as_family(family: Family, model: ModelConfig, vocab_size: int) -> ModelConf
     if family.always_untied:
         wanted = replace(wanted, tie_embeddings=False)
     content = family.describe(wanted) | {"vocab_size": vocab_size}
-    ours, theirs = (_spelled_out(m) for m in (wanted, model_config(family.settings(content)).model))
+    ours, theirs = (_spelled_out(m) for m in (wanted, model_config(family.read(content)).model))
     problems = [
         f"{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
         for key in ours
@@ -282,6 +284,8 @@ def _spelled_out(model: ModelConfig) -> dict[str, Any]:
         factor = moe.scaling_factor or 1.0
         moe = replace(moe, ffn_hidden_size=width, scaling_factor=factor, bias_update_rate=0.0)
     mla = model.mla if model.mla.enabled else MLAConfig()
+    if mla.enabled and mla.norm_epsilon is None:
+        mla = replace(mla, norm_epsilon=model.norm_epsilon)
     heads = dict(num_query_groups=groups, kv_channels=None if mla.enabled else channels)
     values = flat_values(Config(model=replace(model, moe=moe, mla=mla, **heads)))
     return {key: value for key, value in values.items() if key.startswith("model.")}
@@ -303,7 +307,7 @@ def _content(
             **described,
         }
     else:
-        theirs = _spelled_out(model_config(family.settings(like)).model)
+        theirs = _spelled_out(model_config(family.read(like)).model)
         differing = [
             f"{key}={value!r}, there {theirs[key]!r}"
             for key, value in _spelled_out(model).items()

@@ -143,7 +143,7 @@ def read_model(folder: Path, content: Mapping[str, Any]) -> tuple[Family, Config
     file = folder / "config.json"
     try:
         family = family_of(content)
-        config = model_config(family.settings(content))
+        config = model_config(family.read(content))
         config.mtp.num_layers = family.stated_depths(content)
         return family, config
     except ConfigError as error:

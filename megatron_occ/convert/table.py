@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.entries import Entries
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.transforms import RENAME, Transform
 
@@ -75,6 +76,18 @@ class Family:
     writes_duplicates: bool = False
     always_biased: bool = False
     always_untied: bool = False
+
+    def read(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of our section ``model`` from a ``config.json``, every entry of it accounted for.
+
+        Raises:
+            ValueError: what we cannot represent, or do not know.
+        """
+        entries = Entries(content)
+        found = self.settings(entries)
+        known = () if self.depths_key is None else (self.depths_key, "num_mtp_layers")
+        entries.check(frozenset(known))
+        return found
 
     def stated_depths(self, content: Mapping[str, Any]) -> int:
         """MTP depths that a ``config.json`` states."""

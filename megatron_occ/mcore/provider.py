@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import round_up
+from megatron_occ.mcore.adjust import adjusted
 from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
 from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
 from megatron_occ.mcore.model import OCCGPTModel
@@ -80,7 +81,7 @@ def _build_chunk(
     model, tensor = config.model, config.parallel.tensor
     mtp = _mtp_spec(megatron, vp_stage)
     place = dict(ignore_virtual=False, vp_stage=vp_stage)
-    return OCCGPTModel(
+    chunk = OCCGPTModel(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, vp_stage),
         mtp_block_spec=mtp,
@@ -94,13 +95,22 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
         vp_stage=vp_stage,
-        build_mtp=lambda: MultiTokenPredictionBlock(
-            config=_quiet(megatron),
-            spec=mtp,
-            vp_stage=vp_stage,
-            # 0.19 hands the collection on to the layers, and its default has but two groups
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        ),
+        build_mtp=lambda: adjusted(_second_mtp(megatron, mtp, vp_stage), model),
+    )
+    return adjusted(chunk, model)
+
+
+def _second_mtp(
+    megatron: TransformerConfig,
+    spec: MultiTokenPredictionBlockSubmodules | None,
+    vp_stage: int | None,
+) -> MultiTokenPredictionBlock:
+    return MultiTokenPredictionBlock(
+        config=_quiet(megatron),
+        spec=spec,
+        vp_stage=vp_stage,
+        # 0.19 hands the collection on to the layers, and its default has but two groups
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
 
@@ -205,7 +215,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
     model = config.model
 
     def build() -> OCCGPTModel:
-        return OCCGPTModel(
+        generating = OCCGPTModel(
             config=megatron,
             transformer_layer_spec=block,
             mtp_block_spec=mtp,
@@ -221,6 +231,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
             vp_stage=chunk.vp_stage,
             pg_collection=groups,
         )
+        return adjusted(generating, model)
 
     return InferenceChunk(SharedCopy(chunk, build))
 

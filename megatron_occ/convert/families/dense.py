@@ -22,27 +22,36 @@ from megatron_occ.convert.families.common import (
     dense_settings,
     describe_dense,
     describe_heads,
+    full_attention,
     head_settings,
+    need,
 )
+from megatron_occ.convert.families.rotary import whole_heads
 from megatron_occ.convert.table import Family, Rule
 from megatron_occ.convert.transforms import SWAP_HALVES
 
 
 def _whole_heads(hf: Mapping[str, Any], biased: bool) -> dict[str, Any]:
     accept(hf, "attention_bias", biased)
-    accept(hf, "partial_rotary_factor", 1.0)
+    whole_heads(hf)
     return dense_settings(hf) | head_settings(hf) | {"qkv_bias": biased}
 
 
 def _llama_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    accept(hf, "rope_interleaved", False)
     return _whole_heads(hf, False)
 
 
 def _qwen2_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    accept(hf, "use_mrope", False)
+    full_attention(hf)
     return _whole_heads(hf, True)
 
 
 def _qwen3_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers has numbers of its own where these are missing
+    need(hf, "head_dim"), need(hf, "num_key_value_heads")
+    full_attention(hf)
     return _whole_heads(hf, False) | {"qk_layernorm": True}
 
 
