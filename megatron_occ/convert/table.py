@@ -91,7 +91,10 @@ class Family:
 
     def stated_depths(self, content: Mapping[str, Any]) -> int:
         """MTP depths that a ``config.json`` states."""
-        return (content.get(self.depths_key) or 0) if self.depths_key is not None else 0
+        if self.depths_key is None:
+            return 0
+        # transformers has a name of its own for it, and reads both
+        return content.get(self.depths_key) or content.get("num_mtp_layers") or 0
 
     @property
     def embedding(self) -> str:

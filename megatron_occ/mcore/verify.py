@@ -172,6 +172,8 @@ def _mtp_model(model: Any, family: Family, depths: int) -> Any:
 
     if family.mtp_prefix != family.layer_prefix or family.depths_key is None:
         return None
+    if getattr(model.config, "num_mtp_layers", None) is None:
+        return None
     first = model.config.num_hidden_layers
     # where it looks for them; its classes name the layer numbers of the published sizes
     names = [rf"model\.layers\.{first + depth}\." for depth in range(depths)]

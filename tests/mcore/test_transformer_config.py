@@ -74,6 +74,8 @@ ELSEWHERE = {
     "parallel.pipeline_layout",
     "parallel.overlap_grad_reduce",
     "parallel.distributed_optimizer",
+    # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
+    "model.mla.norm_epsilon",
 }
 
 

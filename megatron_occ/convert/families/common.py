@@ -102,7 +102,6 @@ def dense_settings(
         ("mlp_bias", (False,)),
         ("use_bias", (False,)),
         ("add_cross_attention", (False,)),
-        ("is_decoder", (False, True)),
         ("is_encoder_decoder", (False,)),
         ("attention_dropout", (0, 0.0)),
     ):
@@ -139,7 +138,12 @@ def full_attention(hf: Mapping[str, Any]) -> None:
     kinds = hf.get("layer_types")
     if kinds is not None and set(kinds) != {"full_attention"}:
         raise ValueError(f"layer_types={kinds!r}: only 'full_attention' can be converted")
-    for key in ("sliding_window", "max_window_layers"):
+    idle(hf, "sliding_window", "max_window_layers")
+
+
+def idle(hf: Mapping[str, Any], *keys: str) -> None:
+    """Look at entries that change nothing where the others are as they were accepted."""
+    for key in keys:
         hf.get(key)
 
 

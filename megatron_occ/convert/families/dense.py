@@ -50,7 +50,8 @@ def _qwen2_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen3_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     # transformers has numbers of its own where these are missing
-    need(hf, "head_dim"), need(hf, "num_key_value_heads")
+    for key in ("head_dim", "num_key_value_heads"):
+        need(hf, key)
     full_attention(hf)
     return _whole_heads(hf, False) | {"qk_layernorm": True}
 

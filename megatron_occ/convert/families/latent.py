@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_occ.config.schema_model import ModelConfig, YarnConfig
-from megatron_occ.convert.families.common import accept, dense_settings, describe_dense, need
+from megatron_occ.convert.families.common import (
+    accept,
+    dense_settings,
+    describe_dense,
+    idle,
+    need,
+)
 from megatron_occ.convert.families.rotary import (
     check_entries,
     rotary_base,
@@ -40,7 +46,8 @@ def latent_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     plain, turned = need(hf, "qk_nope_head_dim"), need(hf, "qk_rope_head_dim")
     accept(hf, "head_dim", turned)
     accept(hf, "qk_head_dim", plain + turned)
-    accept(hf, "num_key_value_heads", need(hf, "num_attention_heads"))
+    # keys and values are unfolded for each head
+    idle(hf, "num_key_value_heads")
     whole_heads(hf)
     own = need(hf, "rms_norm_eps") != LATENT_EPSILON
     return dense_settings(hf, _rotary) | {
