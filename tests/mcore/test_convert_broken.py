@@ -116,8 +116,12 @@ BROKEN = {
         "Step3p5ForCausalLM can't be converted: each of its MTP depths has an output layer",
     ),
     "scaled rotary embedding": (
-        edit(CONFIG, lambda c: c.update(rope_scaling={"type": "linear", "factor": 40})),
+        edit(CONFIG, lambda c: c.update(rope_parameters={"type": "linear", "factor": 40})),
         r"config\.json: rope_scaling has the type 'linear': only 'yarn' can be converted",
+    ),
+    "setting that nobody looks at": (
+        edit(CONFIG, lambda c: c.update(logit_scale=0.5)),
+        r"config\.json: logit_scale=0\.5: not known for this architecture, and may change",
     ),
     "unknown setting": (
         edit(CONFIG, lambda c: c.update(hidden_act="gelu")),
