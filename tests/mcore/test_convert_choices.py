@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_occ.convert.checkpoints import export_checkpoint, read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
@@ -46,6 +47,50 @@ def test_drop_leaves_the_layers_behind_and_says_so(tmp_path, name):
     assert content["num_nextn_predict_layers"] == 0
     export_checkpoint(tmp_path / "keep", tmp_path / "also", drop_mtp=True)
     assert read_tensors(tmp_path / "also").keys() == read_tensors(tmp_path / "back").keys()
+
+
+def mtp_file(folder, name="mtp.safetensors"):
+    """Move the tensors of the MTP layers into a file that the index does not name."""
+    tensors = read_tensors(folder)
+    last = {key: tensors.pop(key) for key in list(tensors) if f"layers.{LAYERS}." in key}
+    write_tensors(folder, tensors, shards=2)
+    save_file(last, folder / name)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "glm"])
+def test_a_model_that_transformers_saved_has_lost_its_layers(tmp_path, name):
+    folder = make_folder(tmp_path / "hf", name, 1)
+    mtp_file(folder)
+    (folder / "mtp.safetensors").unlink()
+    with pytest.raises(FolderError, match=r"predict_layers=1, but .* of 0 .*--mtp drop .*init:K"):
+        convert(folder, tmp_path / "keep")
+    assert not any(key.startswith("mtp.") for key in convert(folder, tmp_path / "drop", "drop"))
+    fresh = depth(convert(folder, tmp_path / "init", "init:2"), 1)
+    assert torch.equal(fresh["enorm.weight"], torch.ones(32))
+    with pytest.raises(FolderError, match="no MTP layer to copy. Use init:2"):
+        convert(folder, tmp_path / "expand", "expand:2")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_layers_in_a_file_that_the_index_does_not_name_are_read(tmp_path, shards):
+    whole = make_folder(tmp_path / "whole", "glm", 1)
+    apart = make_folder(tmp_path / "apart", "glm", 1)
+    mtp_file(apart)
+    if shards == 1:
+        rest = {k: v for k, v in read_tensors(whole).items() if f"layers.{LAYERS}." not in k}
+        layer = (apart / "mtp.safetensors").read_bytes()
+        write_tensors(apart, rest)
+        (apart / "mtp.safetensors").write_bytes(layer)
+    expected, found = (convert(f, tmp_path / f"{f.name} m") for f in (whole, apart))
+    assert found.keys() == expected.keys() and depth(found, 0)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_another_file_that_the_index_does_not_name_is_left_alone(tmp_path):
+    folder = make_folder(tmp_path / "hf", "glm", 1)
+    mtp_file(folder, "consolidated.safetensors")
+    with pytest.raises(FolderError, match="tensors of 0 MTP layers"):
+        convert(folder, tmp_path / "mcore")
 
 
 @pytest.mark.parametrize("name", ["mimo", "glm"])

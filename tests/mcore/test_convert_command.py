@@ -102,11 +102,11 @@ def test_a_reader_that_makes_no_difference_is_refused(tmp_path):
 def test_another_architecture_than_that_of_the_config_to_keep(tmp_path):
     folder = make_folder(tmp_path / "hf", "llama")
     convert("import", folder, tmp_path / "mcore")
-    edit_config(tmp_path / "mcore" / "hugging_face", rope_scaling=None, note="kept")
+    edit_config(tmp_path / "mcore" / "hugging_face", _name_or_path="kept")
     arguments = ("export", tmp_path / "mcore", tmp_path / "back", "--architecture")
     assert "has another one" in refused(*arguments, "Qwen2ForCausalLM", "--like", folder)
     convert(*arguments, "LlamaForCausalLM")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["note"] == "kept"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["_name_or_path"] == "kept"
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "-1GB", "0GB", "1.2.3GB"])
