@@ -41,43 +41,50 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
 
     Args:
         config: the run's configuration.
-        vocab_size: ids of the tokenizer; padded here to a multiple of the tensor-parallel size.
+        vocab_size: ids of the tokenizer. Rows of the output layer beyond them, of
+            ``model.vocab_size`` or padding to a multiple of the tensor-parallel size, take no part
+            in the softmax unless ``tokenizer.unused_rows`` says so.
         device: of the parameters; "meta" counts them without allocating any.
 
     Raises:
         ValueError: what this machine can't do, or a size that does not fit the vocabulary.
     """
     check_machine(config, device)
-    ids = _vocabulary(config, vocab_size)
+    rows, ids = _vocabulary(config, vocab_size)
     megatron = transformer_config(config)
     layers = "TransformerEngine" if uses_transformer_engine() else "local layers, torch's kernels"
     logger.info("layer spec: %s", layers)
     virtual = config.parallel.virtual_pipeline
     stages = [None] if virtual == 1 else list(range(virtual))
-    chunks = [_build_chunk(config, megatron, ids, stage).to(device) for stage in stages]
+    chunks = [_build_chunk(config, megatron, (rows, ids), stage).to(device) for stage in stages]
     if device.type != "meta":
         _draw_experts_apart(chunks, config)
     return chunks
 
 
-def _vocabulary(config: Config, vocab_size: int) -> int:
-    """Ids that take part in the softmax."""
-    ids, tensor = config.model.vocab_size or vocab_size, config.parallel.tensor
-    if ids < vocab_size:
+def _vocabulary(config: Config, vocab_size: int) -> tuple[int, int]:
+    """Rows of embedding and output layer, and how many of them take part in the softmax."""
+    rows, tensor = config.model.vocab_size or vocab_size, config.parallel.tensor
+    if rows < vocab_size:
         raise ValueError(
-            f"model.vocab_size={ids}: the tokenizer has {vocab_size} ids: give at least as many"
+            f"model.vocab_size={rows}: the tokenizer has {vocab_size} ids: give at least as many"
         )
-    if (tensor - 1) * -(-ids // tensor) >= ids:
+    # a server draws from all rows, whatever the trainer does
+    is_served = config.rl.rollout.engine != "megatron"
+    ids = rows if config.tokenizer.unused_rows or is_served else vocab_size
+    if (tensor - 1) * -(-rows // tensor) >= ids:
         raise ValueError(
             f"parallel.tensor={tensor} leaves a rank without any of the {ids} token ids: "
             "use a smaller tensor-parallel size"
         )
-    return ids
+    return rows, ids
 
 
 def _build_chunk(
-    config: Config, megatron: TransformerConfig, ids: int, vp_stage: int | None
+    config: Config, megatron: TransformerConfig, sizes: tuple[int, int], vp_stage: int | None
 ) -> OCCGPTModel:
+    """A chunk; ``sizes`` are those of the vocabulary, see :func:`_vocabulary`."""
+    rows, ids = sizes
     model, tensor = config.model, config.parallel.tensor
     mtp = _mtp_spec(megatron, vp_stage)
     place = dict(ignore_virtual=False, vp_stage=vp_stage)
@@ -85,7 +92,7 @@ def _build_chunk(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, vp_stage),
         mtp_block_spec=mtp,
-        vocab_size=round_up(ids, tensor),
+        vocab_size=round_up(rows, tensor),
         valid_vocab_size=ids,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
