@@ -87,12 +87,14 @@ def _mla(model: ModelConfig) -> Iterator[str]:
 
 def _rotary_scaling(model: ModelConfig) -> Iterator[str]:
     scaling = model.rotary_scaling
+    if scaling.factor is None:
+        return
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         yield (
             f"model.rotary_scaling.high_freq_factor={scaling.high_freq_factor}: is not above "
             f"model.rotary_scaling.low_freq_factor={scaling.low_freq_factor}. Swap them"
         )
-    if scaling.factor is not None and model.mla.enabled:
+    if model.mla.enabled:
         yield (
             f"model.rotary_scaling.factor={scaling.factor}: multi-head latent attention "
             "(model.mla.enabled=true) is scaled by model.mla.yarn. Set "

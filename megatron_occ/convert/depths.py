@@ -47,8 +47,6 @@ def source_depths(source: Source, family: Family, config: Config, mtp: MTPChoice
     Raises:
         FolderError: names entry, number and the first tensor that is missing or too many.
     """
-    if family.depths_key is None:
-        return 0
     said, layers, found = config.mtp.num_layers, config.model.num_layers, 0
     while below(source, mtp_prefix(family, layers, found)):
         found += 1

@@ -29,6 +29,7 @@ from megatron_occ.convert.shards import (
     write_shard,
 )
 from megatron_occ.convert.slots import Slot, model_slots
+from megatron_occ.convert.source import MTP_FILE
 from megatron_occ.convert.table import Family, Move, expand
 from megatron_occ.convert.transforms import head_sizes
 from megatron_occ.data.tokenizers import CharTokenizer
@@ -70,6 +71,13 @@ class ExportPlan:
     absent: frozenset[str]
     content: dict[str, Any]
 
+    @property
+    def beside(self) -> list[Output]:
+        """Tensors of MTP layers that go to a file of their own."""
+        if not self.family.mtp_beside:
+            return []
+        return [o for o in self.outputs if self.places[o.name][0].slot.name.startswith("mtp.")]
+
 
 def default_architecture(model: ModelConfig, depths: int) -> str:
     """The family that has what a model has.
@@ -84,10 +92,10 @@ def default_architecture(model: ModelConfig, depths: int) -> str:
         return "Qwen3MoeForCausalLM"
     if model.moe.num_experts is not None:
         return "Glm4MoeForCausalLM"
-    if depths:
-        return "MiMoForCausalLM"
     if model.qk_layernorm:
         return "Qwen3ForCausalLM"
+    if depths:
+        return "MiMoForCausalLM"
     return "Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"
 
 
@@ -151,15 +159,8 @@ def _family(
     model: ModelConfig, depths: int, architecture: str | None, like: Mapping[str, Any] | None
 ) -> Family:
     if architecture is not None or like is None:
-        family = family_for(architecture or default_architecture(model, depths))
-    else:
-        family = family_of(like)
-    if depths and family.depths_key is None:
-        raise ValueError(
-            f"{family.architecture} has no MTP layers, the checkpoint has {depths}: give "
-            "--mtp drop, or another --architecture"
-        )
-    return family
+        return family_for(architecture or default_architecture(model, depths))
+    return family_of(like)
 
 
 def _dtypes(
@@ -200,7 +201,9 @@ def write_weights(
     Returns:
         The number of shards.
     """
-    shards = split_into_shards(plan.outputs, shard)
+    beside = plan.beside
+    apart = {output.name for output in beside}
+    shards = split_into_shards([o for o in plan.outputs if o.name not in apart], shard)
     parts = _Parts(plan, reader)
     done = 0
     with Progress(len(plan.outputs), "export", enabled=not quiet) as progress:
@@ -217,7 +220,9 @@ def write_weights(
                 done += len(outputs)
                 continue
             write_shard(file, outputs, read)
-    write_index(folder, shards)
+        if beside and not (folder / MTP_FILE).is_file():
+            write_shard(folder / MTP_FILE, beside, read)
+    write_index(folder, shards, always=bool(beside))
     (folder / "config.json").write_text(json.dumps(plan.content, indent=1))
     for file in folder.glob("*.safetensors"):
         # readable by others, as config.json is: a server may be another user
@@ -318,9 +323,11 @@ def _content(
                 f"the model is not that of the config.json to keep: {'; '.join(differing)}"
             )
         content = {k: v for k, v in like.items() if k != "quantization_config"}
-    if family.depths_key is not None:
-        content.pop("num_mtp_layers", None)
-        content[family.depths_key] = depths
+    content.pop("num_mtp_layers", None)
+    content[family.depths_key] = depths
+    if family.mtp_beside and not depths:
+        # as the architecture's own configurations are
+        del content[family.depths_key]
     return content
 
 

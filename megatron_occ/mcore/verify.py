@@ -185,7 +185,7 @@ def _mtp_model(model: Any, family: Family, depths: int) -> Any:
     """transformers' MTP layers, None for a family that it has none for."""
     from transformers.modeling_layers import MtpModel
 
-    if family.mtp_prefix != family.layer_prefix or family.depths_key is None:
+    if family.mtp_prefix != family.layer_prefix:
         return None
     if getattr(model.config, "num_mtp_layers", None) is None:
         return None

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_occ.convert.checkpoints import export_checkpoint, read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
@@ -148,10 +149,41 @@ def test_a_choice_is_spelled_right_or_refused(text):
         MTPChoice.parse(text)
 
 
-def test_a_model_with_added_depths_needs_a_family_that_has_them(tmp_path):
+@pytest.mark.parametrize("shard", [10**9, 20_000])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "qwen3 moe"])
+def test_added_depths_leave_beside_the_model_and_come_back(tmp_path, name, shard):
+    """The trunk is the folder as it was; transformers reads nothing else."""
+    folder = make_folder(tmp_path / "hf", name)
+    trained = convert(folder, tmp_path / "mcore", "init:2")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "out", shard=shard)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["num_nextn_predict_layers"] == 2
+    beside = load_file(tmp_path / "out" / "mtp.safetensors")
+    prefix = "model.mtp_layers.1."
+    assert torch.equal(beside[f"{prefix}eh_proj.weight"], depth(trained, 1)["eh_proj.weight"])
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    source = read_tensors(folder)
+    assert index["weight_map"].keys() == source.keys()
+    assert read_tensors(tmp_path / "out").keys() == source.keys() | beside.keys()
+    again = convert(tmp_path / "out", tmp_path / "again")
+    assert again.keys() == trained.keys()
+    assert all(torch.equal(again[key], trained[key]) for key in trained)
+    ids = torch.arange(12).view(1, -1)
+    run = AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        expected, found = (run(f)(ids).logits for f in (folder, tmp_path / "out"))
+    assert torch.equal(found, expected)
+
+
+def test_without_added_depths_a_folder_says_nothing_of_them(tmp_path):
     convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
-    with pytest.raises(FolderError, match="LlamaForCausalLM has no MTP layers, the checkpoint has"):
-        export_checkpoint(tmp_path / "mcore", tmp_path / "back")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "back", drop_mtp=True)
+    assert not (tmp_path / "back" / "mtp.safetensors").exists()
+    assert "predict_layers" not in (tmp_path / "back" / "config.json").read_text()
+
+
+def test_added_depths_of_a_plain_model_may_leave_as_mimo(tmp_path):
+    convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
     export_checkpoint(tmp_path / "mcore", tmp_path / "mimo", architecture="MiMoForCausalLM")
     found, source = read_tensors(tmp_path / "mimo"), read_tensors(tmp_path / "hf")
     assert all(torch.equal(found[key], source[key]) for key in source)

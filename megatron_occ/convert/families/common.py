@@ -71,6 +71,13 @@ MTP = (
     Rule("eh_proj.weight", "eh_proj.weight"),
     Rule("final_layernorm.weight", "shared_head.norm.weight"),
 )
+# in a file of its own beside a model whose authors gave it none, after Megatron-Core's names
+MTP_BESIDE = (
+    Rule("enorm.weight", "enorm.weight"),
+    Rule("hnorm.weight", "hnorm.weight"),
+    Rule("eh_proj.weight", "eh_proj.weight"),
+    Rule("final_layernorm.weight", "final_layernorm.weight"),
+)
 # embedding and output layer, which the layers of MTP share with the trunk
 MTP_DUPLICATES = (
     ("model.layers.{n}.embed_tokens.weight", "model.embed_tokens.weight"),

@@ -16,6 +16,7 @@ from megatron_occ.config.schema_model import ModelConfig
 from megatron_occ.convert.families.common import (
     ATTENTION,
     DENSE_MLP,
+    MTP_BESIDE,
     ROTARY_TABLES,
     TOP,
     accept,
@@ -66,15 +67,17 @@ def _dense(architecture: str, model_type: str, settings: Any, **more: Any) -> Fa
         model_type,
         settings,
         _describe,
-        **{"depths_key": None, "ignored": ROTARY_TABLES, **more},
+        **{"mtp": MTP_BESIDE, "ignored": ROTARY_TABLES, **more},
+        depths_key="num_nextn_predict_layers",
         top=TOP,
         layer=ATTENTION + DENSE_MLP,
+        mtp_prefix="model.mtp_layers.{k}.",
     )
 
 
-LLAMA = _dense("LlamaForCausalLM", "llama", _llama_settings)
-QWEN2 = _dense("Qwen2ForCausalLM", "qwen2", _qwen2_settings, always_biased=True)
-QWEN3 = _dense("Qwen3ForCausalLM", "qwen3", _qwen3_settings)
+LLAMA = _dense("LlamaForCausalLM", "llama", _llama_settings, mtp_beside=True)
+QWEN2 = _dense("Qwen2ForCausalLM", "qwen2", _qwen2_settings, always_biased=True, mtp_beside=True)
+QWEN3 = _dense("Qwen3ForCausalLM", "qwen3", _qwen3_settings, mtp_beside=True)
 MIMO = _dense(
     "MiMoForCausalLM",
     # whose settings it has: transformers and servers then need no code from the folder
@@ -83,8 +86,6 @@ MIMO = _dense(
     always_biased=True,
     # MTP layers of servers read an output layer of their own
     always_untied=True,
-    depths_key="num_nextn_predict_layers",
-    mtp_prefix="model.mtp_layers.{k}.",
     mtp=(
         Rule("enorm.weight", "token_layernorm.weight"),
         Rule("hnorm.weight", "hidden_layernorm.weight"),
