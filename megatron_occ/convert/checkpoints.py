@@ -16,7 +16,7 @@ from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
-from megatron_occ.convert.origin import has_this_tokenizer, origin_of
+from megatron_occ.convert.origin import origin_of
 from megatron_occ.convert.plan import model_config
 from megatron_occ.convert.source import read_config, read_json
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
@@ -100,11 +100,11 @@ def export_checkpoint(
     """
     found = read_checkpoint(checkpoint)
     origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
-    folder = like or origin_of(checkpoint)
+    folder = like or origin_of(checkpoint, tokenizer)
     kept = _config_to_keep(folder, architecture, is_given=like is not None)
     if like is None and folder is not None:
-        logger.info("config.json is that of %s", folder)
-        like = folder if has_this_tokenizer(folder, tokenizer) else None
+        logger.info("config.json and the files beside it are those of %s", folder)
+    like = folder
     reader: Reader = DistributedReader(checkpoint)
     if before_final_norm:
         reader = BeforeFinalNorm(reader)

@@ -12,7 +12,7 @@ from megatron_occ.convert.tokenizer_files import has_tokenizer
 from megatron_occ.data.tokenizers import HFTokenizer
 
 
-def origin_of(checkpoint: Path) -> Path | None:
+def origin_of(checkpoint: Path, tokenizer: dict[str, Any] | None) -> Path | None:
     """What lay beside the weights when they were imported: ``config.json``, tokenizer files.
 
     It is in the checkpoint if that is a converted one, in the folder of its run if that started
@@ -20,10 +20,21 @@ def origin_of(checkpoint: Path) -> Path | None:
 
     Args:
         checkpoint: folder, of a run ``RUN/checkpoints/PHASE/step_N``.
+        tokenizer: identity in its ``meta.json``; None: any will do.
 
     Returns:
-        None where nothing is known of such a folder, or it is gone.
+        None where nothing is known of such a folder, it is gone, or the checkpoint was trained
+        with another tokenizer than that of the folder.
     """
+    own = checkpoint / SIDE_FOLDER
+    if own.is_dir():
+        return own
+    found = _nearest(checkpoint)
+    return found if found is not None and _has_tokenizer(found, tokenizer) else None
+
+
+def _nearest(checkpoint: Path) -> Path | None:
+    """The folder that the run started from, or the run whose checkpoint it started from."""
     seen: set[Path] = set()
     here: Path | None = checkpoint.resolve()
     while here is not None and here not in seen:
@@ -36,13 +47,7 @@ def origin_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def has_this_tokenizer(folder: Path, state: dict[str, Any] | None) -> bool:
-    """Whether the tokenizer files of a folder are those that a checkpoint was trained with.
-
-    Args:
-        folder: Hugging Face's.
-        state: identity in ``meta.json``; None: any will do.
-    """
+def _has_tokenizer(folder: Path, state: dict[str, Any] | None) -> bool:
     if state is None:
         return True
     if state["kind"] != "hf" or not has_tokenizer(folder):
