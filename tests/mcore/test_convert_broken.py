@@ -226,6 +226,15 @@ def test_a_broken_folder_is_refused_by_file_and_tensor(folder, tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_an_output_layer_that_is_not_the_embedding_it_is_tied_to(tmp_path):
+    tied = make_folder(tmp_path / "hf", "llama tied")
+    tensors = read_tensors(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    write_tensors(tied, tensors)
+    with pytest.raises(FolderError, match=r"lm_head\.weight is not the same .*tie_word_embeddings"):
+        import_folder(tied, tmp_path / "mcore", mtp=MTPChoice("keep"))
+
+
 @pytest.fixture
 def checkpoint(folder, tmp_path):
     import_folder(folder, tmp_path / "mcore", mtp=MTPChoice("keep"))

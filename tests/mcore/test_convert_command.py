@@ -39,11 +39,12 @@ def edit_config(folder, **values):
         ("deepseek yarn", ("--dtype", "bfloat16"), ["trunk", "MTP depth 1"]),
         ("glm", ("--mtp", "expand:2"), ["MTP depth 1", "nothing to compare with"]),
         ("mimo", (), ["trunk", "MTP layers not compared"]),
-        ("llama", ("--mtp", "init:1"), ["trunk", "MTP layers not compared"]),
+        ("llama 3.1", ("--mtp", "init:1"), ["trunk", "with them, and no server", "were added"]),
+        ("glm flash", (), ["trunk", "not compared: transformers has none"]),
     ],
 )
 def test_verify_compares_with_transformers(tmp_path, capsys, name, options, found):
-    folder = make_folder(tmp_path / "hf", name, 0 if name == "llama" else 1)
+    folder = make_folder(tmp_path / "hf", name, 0 if name.startswith("llama") else 1)
     if name == "mimo":
         # as published: a model type that transformers does not know, and code that is not run
         edit_config(folder, model_type="mimo", auto_map={"AutoConfig": "mimo.MiMoConfig"})

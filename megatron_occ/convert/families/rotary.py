@@ -102,7 +102,10 @@ def rotary_base(hf: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
     outer, inner = hf.get("rope_theta"), entries.get("rope_theta")
     base = outer if inner is None else inner
     if base is None:
-        raise ValueError("rope_theta is missing")
+        raise ValueError(
+            "rope_theta is missing. transformers takes 10000.0 then: write into config.json what "
+            "the model was trained with"
+        )
     if base != int(base):
         raise ValueError(f"rope_theta={base}: is no whole number")
     return int(base)
