@@ -22,11 +22,15 @@ def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[
         data: fingerprint of each data source by name.
     """
     model = asdict(config.model)
+    # as it was before there were such things
     if config.model.mla.yarn.factor is None:
-        # as it was before there was such a thing
         del model["mla"]["yarn"]
     if config.model.mtp_reads == "after":
         del model["mtp_reads"]
+    if config.model.mla.norm_epsilon is None:
+        del model["mla"]["norm_epsilon"]
+    if config.model.rotary_scaling.factor is None:
+        del model["rotary_scaling"]
     return {
         "model": {name: value for name, value in model.items() if name not in _LEFT_OUT},
         "mtp_layers": config.mtp.num_layers,

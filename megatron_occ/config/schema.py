@@ -17,6 +17,11 @@ class TokenizerConfig:
     )
     alphabet: str | None = option(None, "characters of a char tokenizer (null: the task's own)")
     path: str | None = option(None, "folder of a Hugging Face tokenizer")
+    unused_rows: bool = option(
+        False,
+        "rows of the output layer beyond the tokenizer's ids take part in softmax and are drawn "
+        "(with a rollout server they always do)",
+    )
 
 
 @dataclass

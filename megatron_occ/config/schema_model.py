@@ -65,7 +65,26 @@ class MLAConfig:
     qk_head_dim: int = option(128, "width of a query/key head without position", minimum=1)
     qk_rope_head_dim: int = option(64, "width of a query/key head with position", minimum=2)
     v_head_dim: int = option(128, "width of a value head", minimum=1)
+    norm_epsilon: float | None = option(
+        None, "epsilon of the latents' norms (null: model.norm_epsilon)", above=0
+    )
     yarn: YarnConfig = section(YarnConfig, "scaled rotary embedding (YaRN, arXiv 2309.00071)")
+
+
+@dataclass
+class RotaryScalingConfig:
+    factor: float | None = option(
+        None, "what slow channels are slowed down by (null: not scaled)", minimum=1
+    )
+    low_freq_factor: float = option(
+        1.0, "turns in the original context, scaled up to there", above=0
+    )
+    high_freq_factor: float = option(
+        4.0, "turns in the original context, unscaled from there", above=0
+    )
+    original_max_position_embeddings: int = option(
+        8192, "longest sequence before scaling", minimum=2
+    )
 
 
 @dataclass
@@ -86,6 +105,9 @@ class ModelConfig:
     rotary_base: int = option(10000, "base period of the rotary embedding", above=0)
     rotary_percent: float = option(
         1.0, "share of each head that the rotary embedding rotates", above=0, maximum=1
+    )
+    rotary_scaling: RotaryScalingConfig = section(
+        RotaryScalingConfig, "scaled rotary embedding of Llama 3.1 (arXiv 2407.21783)"
     )
     vocab_size: int | None = option(
         None, "rows of embedding and output layer (null: as many as token ids)", minimum=2

@@ -17,6 +17,7 @@ def model_problems(config: Config) -> Iterator[str]:
     """
     model = config.model
     yield from _mla(model) if model.mla.enabled else _heads(model)
+    yield from _rotary_scaling(model)
     yield from _moe(model)
     if config.fp8.format != "none" and config.precision != "bf16":
         yield (
@@ -77,10 +78,27 @@ def _mla(model: ModelConfig) -> Iterator[str]:
             f"an even width. Give {model.mla.qk_rope_head_dim + 1}"
         )
     yarn = model.mla.yarn
-    if yarn.beta_fast <= yarn.beta_slow:
+    if yarn.beta_fast < yarn.beta_slow:
         yield (
-            f"model.mla.yarn.beta_fast={yarn.beta_fast}: is not above model.mla.yarn.beta_slow="
+            f"model.mla.yarn.beta_fast={yarn.beta_fast}: is below model.mla.yarn.beta_slow="
             f"{yarn.beta_slow}. Swap them"
+        )
+
+
+def _rotary_scaling(model: ModelConfig) -> Iterator[str]:
+    scaling = model.rotary_scaling
+    if scaling.factor is None:
+        return
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield (
+            f"model.rotary_scaling.high_freq_factor={scaling.high_freq_factor}: is not above "
+            f"model.rotary_scaling.low_freq_factor={scaling.low_freq_factor}. Swap them"
+        )
+    if model.mla.enabled:
+        yield (
+            f"model.rotary_scaling.factor={scaling.factor}: multi-head latent attention "
+            "(model.mla.enabled=true) is scaled by model.mla.yarn. Set "
+            "model.rotary_scaling.factor=null"
         )
 
 

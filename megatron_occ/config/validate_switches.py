@@ -78,11 +78,12 @@ SWITCHES = (
         "model.mla.yarn.factor",
     ),
     Switch(
-        "fp8.format",
-        _is("none"),
-        ("fp8.scaling",),
-        "fp8.format=hybrid or e4m3",
+        "model.rotary_scaling.factor",
+        _is(None),
+        _all_but("model.rotary_scaling", "factor"),
+        "model.rotary_scaling.factor",
     ),
+    Switch("fp8.format", _is("none"), ("fp8.scaling",), "fp8.format=hybrid or e4m3"),
     Switch(
         "mtp.num_layers",
         _is(0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
 from megatron_occ.convert.families.dense import MIMO
-from megatron_occ.convert.importing import SIDE_FOLDER
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
+from megatron_occ.convert.origin import origin_of
 from megatron_occ.convert.plan import model_config
 from megatron_occ.convert.source import read_config, read_json
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import CharTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def export_checkpoint(
         target: folder to write.
         architecture: family; None: that of ``like``, or the one that fits the model.
         like: folder whose config and tokenizer files to keep; None: those that came with the
-            weights, where the checkpoint is a converted one.
+            weights, see :func:`origin_of`.
         drop_mtp: leave the MTP layers behind.
         dtype: of the weights; None: as they are.
         shard: bytes of a file at most.
@@ -97,10 +100,12 @@ def export_checkpoint(
         FolderError: what does not fit, or the target is there.
     """
     found = read_checkpoint(checkpoint)
-    kept = _config_to_keep(checkpoint, like, architecture)
-    if like is None and (checkpoint / SIDE_FOLDER).is_dir():
-        like = checkpoint / SIDE_FOLDER
     origin, tokenizer = found.meta.get("source", {}), found.meta.get("tokenizer")
+    folder = like or origin_of(checkpoint, tokenizer)
+    kept = _config_to_keep(folder, architecture, is_given=like is not None)
+    if like is None and folder is not None:
+        logger.info("config.json and the files beside it are those of %s", folder)
+    like = folder
     reader: Reader = DistributedReader(checkpoint)
     reads = found.config.model.mtp_reads
     plan = plan_export(
@@ -136,18 +141,17 @@ def export_checkpoint(
 
 
 def _config_to_keep(
-    checkpoint: Path, like: Path | None, architecture: str | None
+    folder: Path | None, architecture: str | None, *, is_given: bool
 ) -> dict[str, Any] | None:
-    """``config.json`` of ``like``, or that which came with the weights if it is of this kind."""
-    folder = like or checkpoint / SIDE_FOLDER
-    if like is None and not folder.is_dir():
+    """``config.json`` of a folder; of one that was not asked for only if it is of this kind."""
+    if folder is None:
         return None
     content = read_config(folder)
     if architecture in (None, *content.get("architectures", ())):
         return content
-    if like is not None:
+    if is_given:
         raise FolderError(
-            f"--architecture {architecture}: {like / 'config.json'} has another one. Leave out "
+            f"--architecture {architecture}: {folder / 'config.json'} has another one. Leave out "
             "--like, or --architecture"
         )
     # another architecture is described anew

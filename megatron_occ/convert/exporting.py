@@ -7,20 +7,17 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_occ.config.identity import FREE
-from megatron_occ.config.load import flat_values
-from megatron_occ.config.schema import Config
-from megatron_occ.config.schema_model import MLAConfig, ModelConfig, MoEConfig
+from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.described import as_family, content_of, special_ids
 from megatron_occ.convert.dtypes import dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_for, family_of
-from megatron_occ.convert.plan import model_config
+from megatron_occ.convert.families.dense import MIMO
 from megatron_occ.convert.shards import (
     Output,
     shard_name,
@@ -29,9 +26,8 @@ from megatron_occ.convert.shards import (
     write_shard,
 )
 from megatron_occ.convert.slots import Slot, model_slots
+from megatron_occ.convert.source import MTP_FILE
 from megatron_occ.convert.table import Family, Move, expand
-from megatron_occ.convert.transforms import head_sizes
-from megatron_occ.data.tokenizers import CharTokenizer
 from megatron_occ.observe.progress import Progress
 
 SHARD = 5 << 30
@@ -73,6 +69,13 @@ class ExportPlan:
     content: dict[str, Any]
     fits_head: bool
 
+    @property
+    def beside(self) -> list[Output]:
+        """Tensors of MTP layers that go to a file of their own."""
+        if not self.family.mtp_beside:
+            return []
+        return [o for o in self.outputs if self.places[o.name][0].slot.name.startswith("mtp.")]
+
 
 def default_architecture(model: ModelConfig, depths: int) -> str:
     """The family that has what a model has.
@@ -83,12 +86,14 @@ def default_architecture(model: ModelConfig, depths: int) -> str:
     """
     if model.mla.enabled:
         return "DeepseekV3ForCausalLM"
+    if model.moe.num_experts is not None and model.moe.score_function == "softmax":
+        return "Qwen3MoeForCausalLM"
     if model.moe.num_experts is not None:
         return "Glm4MoeForCausalLM"
-    if depths:
-        return "MiMoForCausalLM"
     if model.qk_layernorm:
         return "Qwen3ForCausalLM"
+    if depths:
+        return "MiMoForCausalLM"
     return "Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"
 
 
@@ -119,20 +124,20 @@ def plan_export(
         dtype: of the weights; None: as they are.
         expert_bias: dtype of the biases in the choice of experts.
         tokenizer: identity of the tokenizer, for the ids of special tokens; None: not known.
-        mtp_reads: side of the final norm whose states the reader hands to MTP layers; None: the
-            family's.
+        mtp_reads: side of the final norm whose states the reader hands to MiMo's MTP layers; None:
+            as published.
 
     Raises:
         FolderError: the model does not fit the family, or ``like``, or lacks tensors.
     """
     try:
         family = _family(model, depths, architecture, like)
-        more = {} if mtp_reads is None else {"mtp_reads": mtp_reads}
-        wanted = _as_family(family, model, depths, vocab_size, more)
+        more = {"mtp_reads": mtp_reads} if mtp_reads is not None and family is MIMO else {}
+        wanted = as_family(family, model, depths, vocab_size, more)
         slots = model_slots(wanted, depths, vocab_size)
         present = model_slots(model, depths, vocab_size).keys()
         moves = list(expand(family, wanted, slots))
-        content = _content(family, wanted, depths, vocab_size, like and {**like, **more}) | more
+        content = content_of(family, wanted, depths, vocab_size, like and {**like, **more}) | more
     except ValueError as error:
         raise FolderError(str(error)) from None
     reader.check([slot for slot in slots.values() if slot.name in present])
@@ -145,7 +150,7 @@ def plan_export(
             outputs.append(replace(by_name[original], name=name))
             places[name] = places[original]
     if like is None and tokenizer is not None:
-        content |= _special_ids(tokenizer)
+        content |= special_ids(tokenizer)
     content["torch_dtype"] = dtype_name(usual_dtype(o.dtype for o in outputs))
     content.pop("dtype", None)
     absent = frozenset(slots.keys() - present)
@@ -157,15 +162,8 @@ def _family(
     model: ModelConfig, depths: int, architecture: str | None, like: Mapping[str, Any] | None
 ) -> Family:
     if architecture is not None or like is None:
-        family = family_for(architecture or default_architecture(model, depths))
-    else:
-        family = family_of(like)
-    if depths and family.depths_key is None:
-        raise ValueError(
-            f"{family.architecture} has no MTP layers, the checkpoint has {depths}: give "
-            "--mtp drop, or another --architecture"
-        )
-    return family
+        return family_for(architecture or default_architecture(model, depths))
+    return family_of(like)
 
 
 def _dtypes(
@@ -206,7 +204,9 @@ def write_weights(
     Returns:
         The number of shards.
     """
-    shards = split_into_shards(plan.outputs, shard)
+    beside = plan.beside
+    apart = {output.name for output in beside}
+    shards = split_into_shards([o for o in plan.outputs if o.name not in apart], shard)
     parts = _Parts(plan, reader)
     done = 0
     with Progress(len(plan.outputs), "export", enabled=not quiet) as progress:
@@ -223,7 +223,9 @@ def write_weights(
                 done += len(outputs)
                 continue
             write_shard(file, outputs, read)
-    write_index(folder, shards)
+        if beside and not (folder / MTP_FILE).is_file():
+            write_shard(folder / MTP_FILE, beside, read)
+    write_index(folder, shards, always=bool(beside))
     (folder / "config.json").write_text(json.dumps(plan.content, indent=1))
     for file in folder.glob("*.safetensors"):
         # readable by others, as config.json is: a server may be another user
@@ -254,90 +256,3 @@ class _Parts:
             name = "embedding.word_embeddings.weight"
             return self._reader.tensor(replace(slot, name=name, key=name))
         return torch.zeros(slot.shape)
-
-
-def _as_family(
-    family: Family, model: ModelConfig, depths: int, vocab_size: int, more: Mapping[str, Any]
-) -> ModelConfig:
-    """The model with what this family always has; what it never has is refused.
-
-    Queries, keys and values without bias are the same as with one of zeros, an output layer that
-    is tied to the embedding the same as a copy of it.
-    """
-    wanted = replace(model, vocab_size=vocab_size, from_hf=None)
-    if family.always_biased:
-        wanted = replace(wanted, qkv_bias=True)
-    if family.always_untied:
-        wanted = replace(wanted, tie_embeddings=False)
-    content = family.describe(wanted) | {"vocab_size": vocab_size} | more
-    theirs_model = model_config(family.settings(content)).model
-    if not depths or theirs_model.mtp_reads == "before":
-        # nothing reads it, or what does is fitted to it: see ``before_norm``
-        wanted = replace(wanted, mtp_reads=theirs_model.mtp_reads)
-    ours, theirs = (_spelled_out(m) for m in (wanted, theirs_model))
-    problems = [
-        f"{key}={ours[key]!r}, {family.architecture} makes it {theirs[key]!r}"
-        for key in ours
-        if ours[key] != theirs[key]
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return wanted
-
-
-def _spelled_out(model: ModelConfig) -> dict[str, Any]:
-    """Values by key, defaults that depend on other values filled in."""
-    _, groups, channels = head_sizes(model)
-    moe = model.moe
-    if moe.num_experts is None:
-        moe = MoEConfig()
-    else:
-        width = moe.ffn_hidden_size or model.ffn_hidden_size
-        factor = moe.scaling_factor or 1.0
-        moe = replace(moe, ffn_hidden_size=width, scaling_factor=factor, bias_update_rate=0.0)
-    mla = model.mla if model.mla.enabled else MLAConfig()
-    heads = dict(num_query_groups=groups, kv_channels=None if mla.enabled else channels)
-    values = flat_values(Config(model=replace(model, moe=moe, mla=mla, **heads)))
-    return {key: value for key, value in values.items() if key.startswith("model.")}
-
-
-def _content(
-    family: Family,
-    model: ModelConfig,
-    depths: int,
-    vocab_size: int,
-    like: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """``config.json``; the number of MTP layers is that of the tensors that are written."""
-    described = family.describe(model) | {"vocab_size": vocab_size}
-    if like is None:
-        content = {
-            "architectures": [family.architecture],
-            "model_type": family.model_type,
-            **described,
-        }
-    else:
-        theirs = _spelled_out(model_config(family.settings(like)).model)
-        differing = [
-            f"{key}={value!r}, there {theirs[key]!r}"
-            for key, value in _spelled_out(model).items()
-            if value != theirs[key] and key.removeprefix("model.") not in FREE
-        ]
-        if differing:
-            raise ValueError(
-                f"the model is not that of the config.json to keep: {'; '.join(differing)}"
-            )
-        content = {k: v for k, v in like.items() if k != "quantization_config"}
-    if family.depths_key is not None:
-        content.pop("num_mtp_layers", None)
-        content[family.depths_key] = depths
-    return content
-
-
-def _special_ids(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    known = CharTokenizer if tokenizer["kind"] == "char" else SimpleNamespace(**tokenizer)
-    return {
-        "bos_token_id": None,
-        "eos_token_id": known.eos_id,
-        "pad_token_id": known.pad_id,
-    }

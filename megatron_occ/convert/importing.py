@@ -162,10 +162,16 @@ def _compare_duplicates(source: Source, plan: ImportPlan) -> None:
     for name, original in plan.duplicates.items():
         entry, other = source.entries[name], source.entries[original]
         same = (entry.shape, entry.dtype) == (other.shape, other.dtype)
-        if not same or not torch.equal(source.tensor(name), source.tensor(original)):
-            problems.append(
-                f"{entry.file}: {name} is not the same as {original} ({other.file.name}), which "
-                "MTP layers of this family share with the trunk"
+        if same and torch.equal(source.tensor(name), source.tensor(original)):
+            continue
+        reason = "which MTP layers of this family share with the trunk"
+        if name == "lm_head.weight":
+            reason = (
+                "to which config.json ties it (tie_word_embeddings=true). If the model has an "
+                "output layer of its own, set that to false"
             )
+        problems.append(
+            f"{entry.file}: {name} is not the same as {original} ({other.file.name}), {reason}"
+        )
     if problems:
         raise FolderError(problems)

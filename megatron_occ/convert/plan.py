@@ -15,6 +15,13 @@ import torch
 from megatron_occ.config import ConfigError, load_config
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.depths import (
+    MTPChoice,
+    below,
+    mtp_prefix,
+    source_depths,
+    wanted_depths,
+)
 from megatron_occ.convert.dtypes import FP8, dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_of
@@ -25,34 +32,6 @@ from megatron_occ.convert.table import Family, Move, expand
 
 # of a list of tensors in a message
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class MTPChoice:
-    """What becomes of the MTP layers.
-
-    Args:
-        kind: ``keep``, ``drop``, ``init`` (there are none: add fresh ones) or ``expand`` (add
-            copies of the last depth).
-        depths: K afterwards, with ``init`` and ``expand``.
-    """
-
-    kind: str
-    depths: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> MTPChoice:
-        """From ``keep``, ``drop``, ``init:K`` or ``expand:K``.
-
-        Raises:
-            ValueError: anything else.
-        """
-        kind, _, number = text.partition(":")
-        if kind in ("keep", "drop") and not number:
-            return cls(kind)
-        if kind in ("init", "expand") and number.isdigit() and int(number) > 0:
-            return cls(kind, int(number))
-        raise ValueError(f"--mtp {text}: is none of keep, drop, init:K, expand:K (K at least 1)")
 
 
 @dataclass(frozen=True)
@@ -110,8 +89,8 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
             another shape or dtype than ``config.json`` says.
     """
     family, config = read_model(source.folder, source.config)
-    found = _source_depths(source, family, config)
-    depths = _depths(mtp, found, family)
+    found = source_depths(source, family, config, mtp)
+    depths = wanted_depths(mtp, found, family)
     config.mtp.num_layers = depths
     model, rows = config.model, config.model.vocab_size
     assert rows is not None, "every family reads it"
@@ -122,7 +101,7 @@ def plan_import(source: Source, mtp: MTPChoice, dtype: torch.dtype | None) -> Im
     dropped = [
         name
         for depth in range(kept, found)
-        for name in _below(source, _mtp_prefix(family, model.num_layers, depth))
+        for name in below(source, mtp_prefix(family, model.num_layers, depth))
     ]
     _account(source, family, moves, [*duplicates, *dropped])
     _check(source, moves, config)
@@ -143,7 +122,7 @@ def read_model(folder: Path, content: Mapping[str, Any]) -> tuple[Family, Config
     file = folder / "config.json"
     try:
         family = family_of(content)
-        config = model_config(family.settings(content))
+        config = model_config(family.read(content))
         config.mtp.num_layers = family.stated_depths(content)
         return family, config
     except ConfigError as error:
@@ -158,59 +137,12 @@ def model_config(settings: dict[str, Any]) -> Config:
     return load_config([], given)
 
 
-def _mtp_prefix(family: Family, layers: int, depth: int) -> str:
-    return family.mtp_prefix.format(n=layers + depth, k=depth)
-
-
-def _below(source: Source, prefix: str) -> list[str]:
-    return [name for name in source.entries if name.startswith(prefix)]
-
-
 def _duplicates(source: Source, family: Family, model: ModelConfig, depths: int) -> dict[str, str]:
     """Tensors of the folder that repeat another one."""
     names = family.duplicate_names(model, depths)
     if model.tie_embeddings:
         names["lm_head.weight"] = family.embedding
     return {name: original for name, original in names.items() if name in source.entries}
-
-
-def _source_depths(source: Source, family: Family, config: Config) -> int:
-    """MTP depths that the folder has tensors of; ``config.json`` has to agree."""
-    if family.depths_key is None:
-        return 0
-    said, layers, found = config.mtp.num_layers, config.model.num_layers, 0
-    while _below(source, _mtp_prefix(family, layers, found)):
-        found += 1
-    if said != found:
-        prefix = _mtp_prefix(family, layers, min(said, found))
-        raise FolderError(
-            f"{source.folder / 'config.json'}: {family.depths_key}={said}, but there are tensors "
-            f"of {found} MTP layers ({prefix}* and so on). Correct the entry, or get the whole "
-            "checkpoint"
-        )
-    return found
-
-
-def _depths(mtp: MTPChoice, found: int, family: Family) -> int:
-    """K afterwards."""
-    if mtp.kind == "keep":
-        return found
-    if mtp.kind == "drop":
-        return 0
-    if mtp.kind == "init" and found:
-        raise FolderError(
-            f"--mtp init:{mtp.depths}: {family.architecture} brings {found} MTP layers. Use keep, "
-            f"or expand:{found + mtp.depths} to add copies of the last one"
-        )
-    if mtp.kind == "expand" and found == 0:
-        raise FolderError(
-            f"--mtp expand:{mtp.depths}: there is no MTP layer to copy. Use init:{mtp.depths}"
-        )
-    if mtp.kind == "expand" and mtp.depths <= found:
-        raise FolderError(
-            f"--mtp expand:{mtp.depths}: there are {found} MTP layers already. Give a larger number"
-        )
-    return mtp.depths
 
 
 def _more_depths(

@@ -92,9 +92,15 @@ def write_shard(file: Path, outputs: Sequence[Output], read: Callable[[str], Ten
     temporary.replace(file)
 
 
-def write_index(folder: Path, shards: Sequence[Sequence[Output]]) -> None:
-    """``model.safetensors.index.json``, where there is more than one shard."""
-    if len(shards) == 1:
+def write_index(folder: Path, shards: Sequence[Sequence[Output]], *, always: bool = False) -> None:
+    """``model.safetensors.index.json``, where there is more than one shard.
+
+    Args:
+        folder: exists.
+        shards: tensors of each.
+        always: for one shard too: a reader then leaves other safetensors files alone.
+    """
+    if len(shards) == 1 and not always:
         return
     weight_map = {
         output.name: shard_name(number, len(shards))

@@ -22,7 +22,9 @@ from megatron_occ.convert.kinds import MODEL_FILE, what_it_is
 from megatron_occ.convert.transforms import dequantize_blocks
 
 SCALE = "_scale_inv"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# of MTP layers, beside an index that does not name it: GLM-4.6 has it, transformers leaves it alone
+MTP_FILE = "mtp.safetensors"
 # largest header that safetensors itself accepts
 _LARGEST_HEADER = 100_000_000
 
@@ -122,15 +124,22 @@ class Source:
             missing = [n for n in names if not (self.folder / _plain(n, index)).is_file()]
             if missing:
                 raise FolderError([f"{index}: names {n}, which is not there" for n in missing])
-            return [self.folder / name for name in names]
-        found = sorted(self.folder.glob("*.safetensors"))
+            beside = [] if MTP_FILE in names else self._beside()
+            return [self.folder / name for name in names] + beside
+        beside = self._beside()
+        found = sorted(set(self.folder.glob("*.safetensors")) - set(beside))
         if len(found) == 1:
-            return found
+            return found + beside
         if found:
             raise FolderError(f"{index}: is missing, and there are {len(found)} safetensors files")
         pickled = sorted(self.folder.glob("*.bin"))
         hint = f": {pickled[0].name} is a pickle, which is never opened" if pickled else ""
         raise FolderError(f"{self.folder}: has no safetensors{hint}")
+
+    def _beside(self) -> list[Path]:
+        """The file of MTP layers, if there is one."""
+        file = self.folder / MTP_FILE
+        return [file] if file.is_file() else []
 
     def _check_index(self) -> None:
         if self.index is None:
@@ -143,7 +152,7 @@ class Source:
             elif entry.file.name != shard:
                 problems.append(f"{file}: has {name} in {shard}, it is in {entry.file.name}")
         for name, entry in self.entries.items():
-            if name not in self.index:
+            if name not in self.index and entry.file.name != MTP_FILE:
                 problems.append(f"{entry.file}: {name} is not in {INDEX}")
         if problems:
             raise FolderError(problems)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.entries import Entries
 from megatron_occ.convert.slots import Slot
 from megatron_occ.convert.transforms import RENAME, Transform
 
@@ -46,7 +47,7 @@ class Family:
         settings: values of our section ``model`` from ``config.json``; refuses what we cannot
             represent with a ValueError.
         describe: content of ``config.json`` from our section, but for what all families share.
-        depths_key: entry of ``config.json`` with the number of MTP depths; None: no MTP.
+        depths_key: entry of ``config.json`` with the number of MTP depths.
         top: rules outside of layers.
         layer: rules below ``layer_prefix``; the block of an MTP layer has them too.
         layer_prefix: of a trunk layer.
@@ -58,13 +59,15 @@ class Family:
         writes_duplicates: whether checkpoints of this family have the duplicates.
         always_biased: queries, keys and values have a bias, be it of zeros.
         always_untied: the output layer is written, be it a copy of the embedding.
+        mtp_beside: MTP layers are written to a file of their own (``source.MTP_FILE``), and only
+            this project reads them: the architecture has none.
     """
 
     architecture: str
     model_type: str
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]
     describe: Callable[[ModelConfig], dict[str, Any]]
-    depths_key: str | None
+    depths_key: str
     top: tuple[Rule, ...]
     layer: tuple[Rule, ...]
     layer_prefix: str = "model.layers.{n}."
@@ -75,10 +78,23 @@ class Family:
     writes_duplicates: bool = False
     always_biased: bool = False
     always_untied: bool = False
+    mtp_beside: bool = False
+
+    def read(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of our section ``model`` from a ``config.json``, every entry of it accounted for.
+
+        Raises:
+            ValueError: what we cannot represent, or do not know.
+        """
+        entries = Entries(content)
+        found = self.settings(entries)
+        entries.check(frozenset((self.depths_key, "num_mtp_layers")))
+        return found
 
     def stated_depths(self, content: Mapping[str, Any]) -> int:
         """MTP depths that a ``config.json`` states."""
-        return (content.get(self.depths_key) or 0) if self.depths_key is not None else 0
+        # transformers has a name of its own for it, and reads both
+        return content.get(self.depths_key) or content.get("num_mtp_layers") or 0
 
     @property
     def embedding(self) -> str:

@@ -16,7 +16,7 @@ from megatron_occ.convert.importing import Imported
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, MODEL_FILE, what_it_is
 from megatron_occ.convert.plan import ImportPlan, MTPChoice, open_source, plan_import
 from megatron_occ.convert.slots import model_slots
-from megatron_occ.convert.source import Source
+from megatron_occ.convert.source import MTP_FILE, Source
 
 # what an interpreter with torch takes before any tensor is read
 _RUNTIME = 400 * 10**6
@@ -54,10 +54,16 @@ def done_text(done: Imported, target: Path) -> str:
     again = (
         f", {done.parts - done.written} of them from before" if done.written < done.parts else ""
     )
+    drafts = (
+        f"; {plan.family.architecture} has no MTP layers of its own: this project drafts with "
+        "them, and no server"
+        if plan.family.mtp_beside and plan.config.mtp.num_layers
+        else ""
+    )
     layers = f"{plan.config.mtp.num_layers} MTP layers (of {plan.source_depths} there)"
     return (
         f"{target}: {plan.family.architecture}, {len(plan.moves)} parameters, "
-        f"{human(plan.bytes)}, {layers}, {done.parts} files{again}"
+        f"{human(plan.bytes)}, {layers}, {done.parts} files{again}{drafts}"
     )
 
 
@@ -125,11 +131,17 @@ def _first_of_each_key(slots: Iterable) -> list:
 
 def _written(plan: ExportPlan) -> str:
     size = human(sum(output.bytes for output in plan.outputs))
-    note = ""
+    written = f"{len(plan.outputs)} tensors, {size}"
     if plan.fits_head:
-        note = (
-            "; MTP layers of this folder read the trunk's state before its final norm, the "
-            "checkpoint's that after it: drafts will be nearly the same. For the same ones train "
-            "with model.mtp_reads=before, or give --reader sglang"
+        return (
+            f"{written}; MTP layers of this folder read the trunk's state before its final norm, "
+            "those of the checkpoint after it: drafts will be nearly the same. For the same ones "
+            "train with model.mtp_reads=before, or give --reader sglang"
         )
-    return f"{len(plan.outputs)} tensors, {size}{note}"
+    if not plan.beside:
+        return written
+    return (
+        f"{written}; the MTP layers are in {MTP_FILE}, from where this project takes them back: "
+        f"{plan.family.architecture} has none, so transformers and servers run the trunk and draft "
+        "with none of them"
+    )

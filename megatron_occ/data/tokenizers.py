@@ -7,15 +7,20 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 # JSON can spell half of a pair, as in "\ud83d", and Python keeps it; UTF-8 has no such character.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
-    """What the package needs from a tokenizer. ``encode`` adds no special tokens."""
+    """What the package needs from a tokenizer. ``encode`` adds no special tokens.
+
+    ``vocab_size`` is the highest id and one: with holes it is more than there are tokens.
+    """
 
     vocab_size: int
     eos_id: int
@@ -97,7 +102,7 @@ class CharTokenizer:
     def _character(self, id_: int) -> str:
         if self._FIRST_CHARACTER <= id_ < self.vocab_size:
             return self.alphabet[id_ - self._FIRST_CHARACTER]
-        return "\N{REPLACEMENT CHARACTER}"
+        return _UNKNOWN
 
 
 class HFTokenizer:
@@ -126,7 +131,9 @@ class HFTokenizer:
         if inner.eos_token_id is None:
             raise ValueError(f"the tokenizer in {name!r} has no eos token: set eos_token in it")
         self._inner = inner
-        self.vocab_size = len(inner)
+        self._known = frozenset(inner.get_vocab().values())
+        # not their number: there may be holes, and the highest id needs a row of the embedding
+        self.vocab_size = max(self._known) + 1
         self.eos_id = inner.eos_token_id
         self.pad_id = inner.eos_token_id if inner.pad_token_id is None else inner.pad_token_id
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *_folder_stop_ids(Path(name)))))
@@ -152,12 +159,19 @@ class HFTokenizer:
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens, spaces left as they are."""
-        return self._inner.decode(
-            [int(id_) for id_ in ids],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        """Text without special tokens, spaces left as they are.
+
+        An id that no token has becomes U+FFFD: the library would drop it, and a wrong answer with
+        one in it could be verified as correct.
+        """
+        texts = []
+        for is_known, part in groupby((int(id_) for id_ in ids), key=self._known.__contains__):
+            found = list(part)
+            texts.append(self._text(found) if is_known else _UNKNOWN * len(found))
+        return "".join(texts)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def special_id(self, text: str) -> int | None:
         """Id of a special token that is written so; None where there is none."""

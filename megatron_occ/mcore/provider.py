@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import round_up
+from megatron_occ.mcore.adjust import adjusted
 from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
 from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
 from megatron_occ.mcore.model import OCCGPTModel
@@ -40,51 +41,58 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
 
     Args:
         config: the run's configuration.
-        vocab_size: ids of the tokenizer; padded here to a multiple of the tensor-parallel size.
+        vocab_size: ids of the tokenizer. Rows of the output layer beyond them, of
+            ``model.vocab_size`` or padding to a multiple of the tensor-parallel size, take no part
+            in the softmax unless ``tokenizer.unused_rows`` says so.
         device: of the parameters; "meta" counts them without allocating any.
 
     Raises:
         ValueError: what this machine can't do, or a size that does not fit the vocabulary.
     """
     check_machine(config, device)
-    ids = _vocabulary(config, vocab_size)
+    rows, ids = _vocabulary(config, vocab_size)
     megatron = transformer_config(config)
     layers = "TransformerEngine" if uses_transformer_engine() else "local layers, torch's kernels"
     logger.info("layer spec: %s", layers)
     virtual = config.parallel.virtual_pipeline
     stages = [None] if virtual == 1 else list(range(virtual))
-    chunks = [_build_chunk(config, megatron, ids, stage).to(device) for stage in stages]
+    chunks = [_build_chunk(config, megatron, (rows, ids), stage).to(device) for stage in stages]
     if device.type != "meta":
         _draw_experts_apart(chunks, config)
     return chunks
 
 
-def _vocabulary(config: Config, vocab_size: int) -> int:
-    """Ids that take part in the softmax."""
-    ids, tensor = config.model.vocab_size or vocab_size, config.parallel.tensor
-    if ids < vocab_size:
+def _vocabulary(config: Config, vocab_size: int) -> tuple[int, int]:
+    """Rows of embedding and output layer, and how many of them take part in the softmax."""
+    rows, tensor = config.model.vocab_size or vocab_size, config.parallel.tensor
+    if rows < vocab_size:
         raise ValueError(
-            f"model.vocab_size={ids}: the tokenizer has {vocab_size} ids: give at least as many"
+            f"model.vocab_size={rows}: the tokenizer has {vocab_size} ids: give at least as many"
         )
-    if (tensor - 1) * -(-ids // tensor) >= ids:
+    # a server draws from all rows, whatever the trainer does
+    is_served = config.rl.rollout.engine != "megatron"
+    ids = rows if config.tokenizer.unused_rows or is_served else vocab_size
+    if (tensor - 1) * -(-rows // tensor) >= ids:
         raise ValueError(
             f"parallel.tensor={tensor} leaves a rank without any of the {ids} token ids: "
             "use a smaller tensor-parallel size"
         )
-    return ids
+    return rows, ids
 
 
 def _build_chunk(
-    config: Config, megatron: TransformerConfig, ids: int, vp_stage: int | None
+    config: Config, megatron: TransformerConfig, sizes: tuple[int, int], vp_stage: int | None
 ) -> OCCGPTModel:
+    """A chunk; ``sizes`` are those of the vocabulary, see :func:`_vocabulary`."""
+    rows, ids = sizes
     model, tensor = config.model, config.parallel.tensor
     mtp = _mtp_spec(megatron, vp_stage)
     place = dict(ignore_virtual=False, vp_stage=vp_stage)
-    return OCCGPTModel(
+    chunk = OCCGPTModel(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, vp_stage),
         mtp_block_spec=mtp,
-        vocab_size=round_up(ids, tensor),
+        vocab_size=round_up(rows, tensor),
         valid_vocab_size=ids,
         mtp_reads=model.mtp_reads,
         max_sequence_length=model.max_position_embeddings,
@@ -95,13 +103,22 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
         vp_stage=vp_stage,
-        build_mtp=lambda: MultiTokenPredictionBlock(
-            config=_quiet(megatron),
-            spec=mtp,
-            vp_stage=vp_stage,
-            # 0.19 hands the collection on to the layers, and its default has but two groups
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        ),
+        build_mtp=lambda: adjusted(_second_mtp(megatron, mtp, vp_stage), model),
+    )
+    return adjusted(chunk, model)
+
+
+def _second_mtp(
+    megatron: TransformerConfig,
+    spec: MultiTokenPredictionBlockSubmodules | None,
+    vp_stage: int | None,
+) -> MultiTokenPredictionBlock:
+    return MultiTokenPredictionBlock(
+        config=_quiet(megatron),
+        spec=spec,
+        vp_stage=vp_stage,
+        # 0.19 hands the collection on to the layers, and its default has but two groups
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
 
@@ -206,7 +223,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
     model = config.model
 
     def build() -> OCCGPTModel:
-        return OCCGPTModel(
+        generating = OCCGPTModel(
             config=megatron,
             transformer_layer_spec=block,
             mtp_block_spec=mtp,
@@ -223,6 +240,7 @@ def build_inference_chunk(chunk: OCCGPTModel, config: Config) -> InferenceChunk:
             vp_stage=chunk.vp_stage,
             pg_collection=groups,
         )
+        return adjusted(generating, model)
 
     return InferenceChunk(SharedCopy(chunk, build))
 

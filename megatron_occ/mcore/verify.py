@@ -17,7 +17,7 @@ from megatron_occ.convert.families import family_of
 from megatron_occ.convert.families.dense import MIMO
 from megatron_occ.convert.plan import read_model
 from megatron_occ.convert.slots import model_slots
-from megatron_occ.convert.source import read_config
+from megatron_occ.convert.source import MTP_FILE, read_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.mcore.head_request import HeadRequest
@@ -62,7 +62,8 @@ def verify(folder: Path, checkpoint: Path) -> Comparison:
     ours = _ours(found, ids)
     slots = model_slots(found.config.model, 0, found.vocab_size)
     dtype = DistributedReader(checkpoint).dtype(slots["embedding.word_embeddings.weight"])
-    theirs, missing = _theirs(folder, ids, len(ours) - 1, dtype)
+    brought = found.meta["source"]["mtp_layers"]
+    theirs, missing = _theirs(folder, ids, len(ours) - 1, dtype, brought=brought)
     gaps = []
     for depth, logits in enumerate(theirs):
         length = TOKENS - 1 - depth
@@ -129,8 +130,18 @@ def _reference_config(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _theirs(folder: Path, ids: Tensor, depths: int, dtype: torch.dtype) -> tuple[list[Tensor], str]:
-    """Logits by transformers on weights rounded to ``dtype``, and what it cannot run."""
+def _theirs(
+    folder: Path, ids: Tensor, depths: int, dtype: torch.dtype, *, brought: int
+) -> tuple[list[Tensor], str]:
+    """Logits by transformers on weights rounded to ``dtype``, and what it cannot run.
+
+    Args:
+        folder: Hugging Face's.
+        ids: [rows, tokens].
+        depths: MTP depths that we have.
+        dtype: of our weights.
+        brought: MTP depths of the folder.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -148,6 +159,10 @@ def _theirs(folder: Path, ids: Tensor, depths: int, dtype: torch.dtype) -> tuple
     found = [output.logits]
     if depths == 0:
         return found, ""
+    if (folder / MTP_FILE).is_file():
+        return found, f"MTP layers not compared: transformers does not read {MTP_FILE}"
+    if not brought:
+        return found, "MTP layers not compared: they were added"
     heads = _mtp_model(model, folder, depths)
     reads = read_model(folder, read_config(folder))[1].model.mtp_reads
     hidden = before[0] if reads == "before" else output.hidden_states[-1]
@@ -178,7 +193,9 @@ def _mtp_model(model: Any, folder: Path, depths: int) -> Any:
     family = family_of(read_config(folder))
     if family is MIMO:
         return MiMoHeads(folder, model.model, depths)
-    if family.mtp_prefix != family.layer_prefix or family.depths_key is None:
+    if family.mtp_prefix != family.layer_prefix:
+        return None
+    if getattr(model.config, "num_mtp_layers", None) is None:
         return None
     first = model.config.num_hidden_layers
     # where it looks for them; its classes name the layer numbers of the published sizes

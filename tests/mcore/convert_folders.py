@@ -7,86 +7,17 @@ of MTP layers are written out here after the published checkpoints.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    Glm4MoeConfig,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-VOCABULARY, WIDTH, LAYERS = 23, 32, 3
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=WIDTH,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-4,
-    rope_theta=500.0,
-    tie_word_embeddings=False,
-    eos_token_id=1,
-)
-EPSILON = dict(rms_norm_eps=1e-6)
-YARN = dict(
-    type="yarn",
-    factor=4.0,
-    original_max_position_embeddings=16,
-    beta_fast=4.0,
-    beta_slow=0.05,
-    mscale=1.0,
-    mscale_all_dim=1.0,
-)
-HEADS = dict(num_key_value_heads=2, head_dim=8)
-EXPERTS = dict(
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    n_shared_experts=2,
-    first_k_dense_replace=1,
-    routed_scaling_factor=1.5,
-)
-LATENT = dict(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
-
-
-def _groups():
-    return EXPERTS | dict(n_group=2, topk_group=1)
-
-
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES, **HEADS),
-    "llama tied": lambda: LlamaConfig(**SIZES | {"tie_word_embeddings": True}, **HEADS),
-    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
-    "qwen3": lambda: Qwen3Config(**SIZES, **HEADS | {"head_dim": 16}),
-    "mimo": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
-    "deepseek": lambda: DeepseekV3Config(**SIZES | EPSILON, **_groups(), **LATENT),
-    "deepseek whole queries": lambda: DeepseekV3Config(
-        **SIZES | EPSILON,
-        **EXPERTS | dict(n_group=1, topk_group=1),
-        **LATENT | {"q_lora_rank": None},
-    ),
-    "deepseek yarn": lambda: DeepseekV3Config(
-        **SIZES | EPSILON | dict(rope_theta=10000.0),
-        **_groups(),
-        **LATENT | dict(qk_rope_head_dim=16),
-        rope_scaling=YARN,
-    ),
-    "glm": lambda: Glm4MoeConfig(
-        **SIZES, **HEADS, **EXPERTS, attention_bias=True, use_qk_norm=True
-    ),
-    "glm groups": lambda: Glm4MoeConfig(**SIZES, **HEADS, **_groups(), use_qk_norm=True),
-    "glm air": lambda: Glm4MoeConfig(**SIZES, **HEADS, **EXPERTS, attention_bias=True),
-}
-FAMILIES_WITH_MTP = {"mimo": (1, 2), "deepseek": (1, 2), "glm": (1, 2), "glm air": (1,)}
+from tests.mcore.convert_configs import CONFIGS, LAYERS, WIDTH
 
 
 def make_folder(folder: Path, name: str, depths: int = 0, *, shards: int = 1) -> Path:
@@ -170,6 +101,8 @@ def _repeat(name: str, tensors: dict, depths: int) -> None:
 @torch.no_grad()
 def reference_logits(folder: Path, ids: torch.Tensor, depths: int, *, swapped=False) -> list:
     """[1 + K] logits [b, s - k, v] of trunk and depths, by transformers or by formula."""
+    if depths and "Lite" in _architecture(folder):
+        folder = _as_deepseek(folder)
     model = load_model(folder)
     before = []
     model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
@@ -210,7 +143,23 @@ def _config(folder: Path):
 
 
 def _is_mimo(folder: Path) -> bool:
-    return "MiMo" in json.loads((folder / "config.json").read_text())["architectures"][0]
+    return "MiMo" in _architecture(folder)
+
+
+def _architecture(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["architectures"][0]
+
+
+def _as_deepseek(folder: Path) -> Path:
+    """GLM-4.7-Flash by another name: of that one transformers has no MTP layers."""
+    target = folder.with_name("as_deepseek")
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    content = json.loads((folder / "config.json").read_text())
+    del content["mlp_layer_types"]
+    content |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    content["first_k_dense_replace"] = 1
+    (target / "config.json").write_text(json.dumps(content))
+    return target
 
 
 def _mtp_heads(model, depths):
@@ -245,46 +194,3 @@ def mimo_heads(folder: Path, model, swapped: bool):
         return norm(state[0] if isinstance(state, tuple) else state, "final_layernorm")
 
     return run
-
-
-def as_ling2(source: Path, target: Path, depths: int) -> Path:
-    """A GLM folder with norms of queries and keys and without bias, in Ling 2.0's naming.
-
-    What the two compute is the same: attention over groups with a norm on each head, a rotary
-    embedding of half a head, sigmoid scores with a bias and groups of experts.
-    """
-    target.mkdir()
-    names = {
-        "embed_tokens": "word_embeddings",
-        "self_attn.q_norm": "attention.query_layernorm",
-        "self_attn.k_norm": "attention.key_layernorm",
-        "self_attn.o_proj": "attention.dense",
-        "gate.e_score_correction_bias": "gate.expert_bias",
-        "shared_head.norm": "final_layernorm",
-    }
-    tensors, found = read_tensors(source), {}
-    repeated = (".shared_head.head.", *(f"layers.{LAYERS + k}.embed" for k in range(depths)))
-    for name, tensor in tensors.items():
-        if any(part in name for part in (*repeated, "k_proj", "v_proj")):
-            continue
-        if "q_proj" in name:
-            parts = [
-                tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
-            ]
-            tensor, name = torch.cat(parts), name.replace("self_attn.q_proj", _FUSED)
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        found[name] = tensor
-    content = json.loads((source / "config.json").read_text())
-    moved = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
-    content = {moved.get(key, key): value for key, value in content.items()}
-    content |= {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe"}
-    content |= {"score_function": "sigmoid", "use_qkv_bias": False}
-    for key in ("attention_bias", "scoring_func"):
-        content.pop(key, None)
-    (target / "config.json").write_text(json.dumps(content))
-    write_tensors(target, found)
-    return target
-
-
-_FUSED = "attention.query_key_value"

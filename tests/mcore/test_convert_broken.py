@@ -116,8 +116,12 @@ BROKEN = {
         "Step3p5ForCausalLM can't be converted: each of its MTP depths has an output layer",
     ),
     "scaled rotary embedding": (
-        edit(CONFIG, lambda c: c.update(rope_scaling={"type": "linear", "factor": 40})),
+        edit(CONFIG, lambda c: c.update(rope_parameters={"type": "linear", "factor": 40})),
         r"config\.json: rope_scaling has the type 'linear': only 'yarn' can be converted",
+    ),
+    "setting that nobody looks at": (
+        edit(CONFIG, lambda c: c.update(logit_scale=0.5)),
+        r"config\.json: logit_scale=0\.5: not known for this architecture, and may change",
     ),
     "unknown setting": (
         edit(CONFIG, lambda c: c.update(hidden_act="gelu")),
@@ -220,6 +224,15 @@ def test_a_broken_folder_is_refused_by_file_and_tensor(folder, tmp_path, kind):
     assert str(folder) in str(caught.value) or "layers have different" in str(caught.value)
     # neither half a checkpoint nor one that a second call would take for checked
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_output_layer_that_is_not_the_embedding_it_is_tied_to(tmp_path):
+    tied = make_folder(tmp_path / "hf", "llama tied")
+    tensors = read_tensors(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    write_tensors(tied, tensors)
+    with pytest.raises(FolderError, match=r"lm_head\.weight is not the same .*tie_word_embeddings"):
+        import_folder(tied, tmp_path / "mcore", mtp=MTPChoice("keep"))
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_occ.convert.checkpoints import export_checkpoint, read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
@@ -46,6 +48,50 @@ def test_drop_leaves_the_layers_behind_and_says_so(tmp_path, name):
     assert content["num_nextn_predict_layers"] == 0
     export_checkpoint(tmp_path / "keep", tmp_path / "also", drop_mtp=True)
     assert read_tensors(tmp_path / "also").keys() == read_tensors(tmp_path / "back").keys()
+
+
+def mtp_file(folder, name="mtp.safetensors"):
+    """Move the tensors of the MTP layers into a file that the index does not name."""
+    tensors = read_tensors(folder)
+    last = {key: tensors.pop(key) for key in list(tensors) if f"layers.{LAYERS}." in key}
+    write_tensors(folder, tensors, shards=2)
+    save_file(last, folder / name)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "glm"])
+def test_a_model_that_transformers_saved_has_lost_its_layers(tmp_path, name):
+    folder = make_folder(tmp_path / "hf", name, 1)
+    mtp_file(folder)
+    (folder / "mtp.safetensors").unlink()
+    with pytest.raises(FolderError, match=r"predict_layers=1, but .* of 0 .*--mtp drop .*init:K"):
+        convert(folder, tmp_path / "keep")
+    assert not any(key.startswith("mtp.") for key in convert(folder, tmp_path / "drop", "drop"))
+    fresh = depth(convert(folder, tmp_path / "init", "init:2"), 1)
+    assert torch.equal(fresh["enorm.weight"], torch.ones(32))
+    with pytest.raises(FolderError, match=r"no MTP layer to copy\. Use init:2"):
+        convert(folder, tmp_path / "expand", "expand:2")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_layers_in_a_file_that_the_index_does_not_name_are_read(tmp_path, shards):
+    whole = make_folder(tmp_path / "whole", "glm", 1)
+    apart = make_folder(tmp_path / "apart", "glm", 1)
+    mtp_file(apart)
+    if shards == 1:
+        rest = {k: v for k, v in read_tensors(whole).items() if f"layers.{LAYERS}." not in k}
+        layer = (apart / "mtp.safetensors").read_bytes()
+        write_tensors(apart, rest)
+        (apart / "mtp.safetensors").write_bytes(layer)
+    expected, found = (convert(f, tmp_path / f"{f.name} m") for f in (whole, apart))
+    assert found.keys() == expected.keys() and depth(found, 0)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_another_file_that_the_index_does_not_name_is_left_alone(tmp_path):
+    folder = make_folder(tmp_path / "hf", "glm", 1)
+    mtp_file(folder, "consolidated.safetensors")
+    with pytest.raises(FolderError, match="tensors of 0 MTP layers"):
+        convert(folder, tmp_path / "mcore")
 
 
 @pytest.mark.parametrize("name", ["mimo", "glm"])
@@ -125,10 +171,41 @@ def test_a_choice_is_spelled_right_or_refused(text):
         MTPChoice.parse(text)
 
 
-def test_a_model_with_added_depths_needs_a_family_that_has_them(tmp_path):
+@pytest.mark.parametrize("shard", [10**9, 20_000])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "qwen3 moe"])
+def test_added_depths_leave_beside_the_model_and_come_back(tmp_path, name, shard):
+    """The trunk is the folder as it was; transformers reads nothing else."""
+    folder = make_folder(tmp_path / "hf", name)
+    trained = convert(folder, tmp_path / "mcore", "init:2")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "out", shard=shard)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["num_nextn_predict_layers"] == 2
+    beside = load_file(tmp_path / "out" / "mtp.safetensors")
+    prefix = "model.mtp_layers.1."
+    assert torch.equal(beside[f"{prefix}eh_proj.weight"], depth(trained, 1)["eh_proj.weight"])
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    source = read_tensors(folder)
+    assert index["weight_map"].keys() == source.keys()
+    assert read_tensors(tmp_path / "out").keys() == source.keys() | beside.keys()
+    again = convert(tmp_path / "out", tmp_path / "again")
+    assert again.keys() == trained.keys()
+    assert all(torch.equal(again[key], trained[key]) for key in trained)
+    ids = torch.arange(12).view(1, -1)
+    run = AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        expected, found = (run(f)(ids).logits for f in (folder, tmp_path / "out"))
+    assert torch.equal(found, expected)
+
+
+def test_without_added_depths_a_folder_says_nothing_of_them(tmp_path):
     convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
-    with pytest.raises(FolderError, match="LlamaForCausalLM has no MTP layers, the checkpoint has"):
-        export_checkpoint(tmp_path / "mcore", tmp_path / "back")
+    export_checkpoint(tmp_path / "mcore", tmp_path / "back", drop_mtp=True)
+    assert not (tmp_path / "back" / "mtp.safetensors").exists()
+    assert "predict_layers" not in (tmp_path / "back" / "config.json").read_text()
+
+
+def test_added_depths_of_a_plain_model_may_leave_as_mimo(tmp_path):
+    convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
     export_checkpoint(tmp_path / "mcore", tmp_path / "mimo", architecture="MiMoForCausalLM")
     found, source = read_tensors(tmp_path / "mimo"), read_tensors(tmp_path / "hf")
     assert all(torch.equal(found[key], source[key]) for key in source)

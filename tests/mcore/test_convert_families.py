@@ -16,11 +16,8 @@ from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import positions, random_ids
+from tests.mcore.convert_configs import CONFIGS, FAMILIES_WITH_MTP, VOCABULARY
 from tests.mcore.convert_folders import (
-    CONFIGS,
-    FAMILIES_WITH_MTP,
-    VOCABULARY,
-    as_ling2,
     chosen,
     load_model,
     make_folder,
@@ -28,6 +25,7 @@ from tests.mcore.convert_folders import (
     reference_logits,
     write_tensors,
 )
+from tests.mcore.convert_renamed import as_ling2
 
 CASES = [(name, 0) for name in CONFIGS] + [
     (name, depths) for name, each in FAMILIES_WITH_MTP.items() for depths in each

@@ -18,8 +18,8 @@ from megatron_occ.mcore.checkpoint import load_weights, save_checkpoint
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import head_masks
 from tests.mcore.conftest import random_ids
+from tests.mcore.convert_configs import VOCABULARY
 from tests.mcore.convert_folders import (
-    VOCABULARY,
     chosen,
     make_folder,
     read_tensors,

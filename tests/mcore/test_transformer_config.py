@@ -9,10 +9,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.mcore.transformer_config import transformer_config
-from tests.mcore.conftest import VOCABULARY
+from tests.mcore.conftest import VOCABULARY, positions, random_ids
 
 MOE = ("model.moe.num_experts=8", "model.moe.ffn_hidden_size=24", "model.num_layers=4")
 SIGMOID = (*MOE, "model.moe.score_function=sigmoid", "model.moe.expert_bias=true")
@@ -74,6 +75,8 @@ ELSEWHERE = {
     "parallel.pipeline_layout",
     "parallel.overlap_grad_reduce",
     "parallel.distributed_optimizer",
+    # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
+    "model.mla.norm_epsilon",
 }
 
 
@@ -124,7 +127,31 @@ def test_rotary_percent_turns_that_part_of_a_head(layout):
     assert model.rotary_pos_emb.inv_freq.numel() == 24 * 0.5 / 2
 
 
-def test_vocab_size_gives_the_rows_of_the_embedding(layout):
-    config = load_config([], ["model.vocab_size=40"])
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [
+        ((), VOCABULARY),
+        (("tokenizer.unused_rows=true",), 40),
+        # a server draws from all rows
+        (("rl.rollout.engine=vllm", "rl.rollout.server.urls=[http://a]"), 40),
+    ],
+)
+def test_rows_beyond_the_tokenizer_take_part_where_asked_for(layout, given, ids):
+    config = load_config([], ["model.vocab_size=40", *given])
     (model,) = build_chunks(config, VOCABULARY, layout.device)
-    assert model.embedding.word_embeddings.weight.size(0) == model.valid_vocab_size == 40
+    assert model.embedding.word_embeddings.weight.size(0) == 40
+    assert model.valid_vocab_size == ids
+    tokens = random_ids(1, 6)
+    targets = torch.arange(ids).view(-1, 1).expand(-1, 6)
+    request = HeadRequest(targets.unsqueeze(0))
+    rows = tokens.expand(ids, -1)
+    with torch.no_grad():
+        found = model.eval()(rows, positions(rows), None, request=request).logprobs
+    torch.testing.assert_close(found.exp().sum(0), torch.ones(6))
+
+
+def test_a_rank_without_an_id_is_refused(layout):
+    config = load_config([], ["model.vocab_size=60"])
+    config.parallel.tensor = 2
+    with pytest.raises(ValueError, match="leaves a rank without any of the 23 token ids"):
+        build_chunks(config, VOCABULARY, layout.device)

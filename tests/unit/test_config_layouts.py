@@ -243,6 +243,21 @@ MODELS = [
     (f"{MLA} model.qkv_bias=true", "model.qkv_bias=true: multi-head latent", "qkv_bias=false"),
     (f"{MLA} model.rotary_percent=0.5", "model.rotary_percent=0.5: with model.mla", "=1.0"),
     ("model.mla={enabled: true, qk_rope_head_dim: 5}", "model.mla.qk_rope_head_dim=5", "Give 6"),
+    (
+        f"{MLA} model.mla.yarn.factor=4 model.mla.yarn.beta_fast=0.5",
+        "model.mla.yarn.beta_fast=0.5: is below model.mla.yarn.beta_slow=1.0",
+        "Swap them",
+    ),
+    (
+        "model.rotary_scaling.factor=8 model.rotary_scaling.high_freq_factor=1",
+        "model.rotary_scaling.high_freq_factor=1.0: is not above",
+        "Swap them",
+    ),
+    (
+        f"{MLA} model.rotary_scaling.factor=8",
+        "model.rotary_scaling.factor=8.0: multi-head latent attention",
+        "model.rotary_scaling.factor=null",
+    ),
     (f"{MOE} model.moe.top_k=9", "model.moe.top_k=9: is more than model.moe.num_ex", "Lower"),
     (f"{MOE} model.moe.first_dense_layers=2", "model.moe.first_dense_layers=2: leaves", "Lower"),
     (
@@ -292,6 +307,7 @@ def test_an_architecture_that_contradicts_itself_is_the_one_problem_reported(giv
         f"{MOE} model.moe.groups=4 model.moe.top_groups=2",
         f"{MOE} model.moe.score_function=sigmoid model.moe.expert_bias=true",
         "model.rotary_percent=0.3",  # of 8 channels 2.4, so 2
+        f"{MLA} model.mla.yarn.factor=4 model.mla.yarn.beta_fast=1",  # as Kimi K2 has it
         "fp8.format=hybrid precision=bf16",
         "model.num_query_groups=2 model.vocab_size=64",
     ],

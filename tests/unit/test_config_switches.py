@@ -128,6 +128,11 @@ SWITCHED_OFF = [
         ("", f"model.mla.yarn.{key}=7", "model.mla.yarn.factor=null", "model.mla.yarn.factor")
         for key in ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale")
     ),
+    ("", "model.mla.norm_epsilon=1e-6", "model.mla.enabled=false", "norm_epsilon=null"),
+    *(
+        ("", f"model.rotary_scaling.{key}=7", "rotary_scaling.factor=null", "rotary_scaling.factor")
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",

@@ -98,6 +98,20 @@ def test_hf_tokenizer_reads_local_files(hf_folder):
     assert build_tokenizer("hf", path=hf_folder).state() != state
 
 
+def test_a_vocabulary_with_holes_is_as_large_as_its_highest_id(hf_folder):
+    text = (hf_folder / "tokenizer.json").read_text().replace('"two": 4', '"two": 9')
+    (hf_folder / "tokenizer.json").write_text(text)
+    tokenizer = build_tokenizer("hf", path=hf_folder)
+    assert tokenizer.vocab_size == 10
+    assert tokenizer.encode("two one") == [9, 3]
+    # ids that no token has are seen: the library would drop them
+    assert (
+        tokenizer.decode([3, 7, 11, 9, 1])
+        == "one\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}two"
+    )
+    assert tokenizer.decode([]) == ""
+
+
 def test_hf_tokenizer_without_eos_or_files_is_refused(hf_folder, tmp_path_factory):
     pytest.importorskip("transformers")
     (hf_folder / "tokenizer_config.json").write_text(

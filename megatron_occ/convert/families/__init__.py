@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_occ.convert.families.deepseek_v3 import DEEPSEEK_V3
+from megatron_occ.convert.families.deepseek_v3 import DEEPSEEK_V3, GLM4_MOE_LITE
 from megatron_occ.convert.families.dense import LLAMA, MIMO, QWEN2, QWEN3
 from megatron_occ.convert.families.glm4_moe import GLM4_MOE
 from megatron_occ.convert.families.ling2 import LING2
+from megatron_occ.convert.families.qwen3_moe import QWEN3_MOE
 from megatron_occ.convert.table import Family
 
 FAMILIES = {
     family.architecture: family
-    for family in (MIMO, DEEPSEEK_V3, GLM4_MOE, LING2, LLAMA, QWEN2, QWEN3)
+    for family in (
+        MIMO,
+        DEEPSEEK_V3,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        LING2,
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+    )
 }
 _LINEAR = (
     "three of four layers are gated delta nets, and attention is gated: the model of this project "
     "has neither"
 )
+_SPARSE = "its attention is sparse (an indexer chooses the keys)"
 # known, and not representable: beginnings of an architecture's name, and why
 REFUSED = {
     "Qwen3Next": _LINEAR,
@@ -31,8 +43,22 @@ REFUSED = {
     "Nemotron3": "it is a hybrid of Mamba and attention layers",
     "Longcat": "its layers have two attention blocks and zero-computation experts",
     "BailingHybrid": "most of its layers are linear attention",
-    "DeepseekV32": "its attention is sparse (an indexer chooses the keys)",
-    "DeepseekV4": "its attention is sparse (an indexer chooses the keys)",
+    "BailingMoeV2_5": "most of its layers are linear attention",
+    "BailingMoeV3": "most of its layers are Kimi's delta attention",
+    "KimiLinear": "most of its layers are Kimi's delta attention",
+    "KimiK25": "its text model, of DeepSeek-V3's architecture, lies below language_model. beside a "
+    "vision tower, and its experts are published as packed int4 numbers",
+    "DeepseekV2": "its experts are chosen by other scores than DeepSeek-V3's: softmax without a "
+    "bias, not normalised",
+    "DeepseekV32": _SPARSE,
+    "DeepseekV4": _SPARSE,
+    "GlmMoeDsa": _SPARSE,
+    "Qwen2Moe": "its shared expert has a gate of its own",
+    "Mixtral": "its experts have other names, and there is no table for them",
+    "Gemma": "its norms are stored minus one and its embedding is scaled",
+    "GptOss": "its attention has sinks and sliding windows, its experts biases",
+    "Llama4": "some of its layers have no rotary embedding, and its attention is in chunks",
+    "MiniMax": "its layers have linear attention, or norms over all heads at once",
 }
 
 

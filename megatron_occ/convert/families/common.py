@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.families.rotary import describe_rotary_scaling, rotary_settings
 from megatron_occ.convert.table import Rule
 from megatron_occ.convert.transforms import GATE_UP, QKV, head_sizes
 
@@ -70,6 +71,13 @@ MTP = (
     Rule("eh_proj.weight", "eh_proj.weight"),
     Rule("final_layernorm.weight", "shared_head.norm.weight"),
 )
+# in a file of its own beside a model whose authors gave it none, after Megatron-Core's names
+MTP_BESIDE = (
+    Rule("enorm.weight", "enorm.weight"),
+    Rule("hnorm.weight", "hnorm.weight"),
+    Rule("eh_proj.weight", "eh_proj.weight"),
+    Rule("final_layernorm.weight", "final_layernorm.weight"),
+)
 # embedding and output layer, which the layers of MTP share with the trunk
 MTP_DUPLICATES = (
     ("model.layers.{n}.embed_tokens.weight", "model.embed_tokens.weight"),
@@ -91,7 +99,7 @@ def dense_settings(
 
     Args:
         hf: content of ``config.json``.
-        rotary: reads the rotary embedding; None: unscaled ones alone.
+        rotary: reads the rotary embedding; None: unscaled ones, and those of Llama 3.1.
 
     Raises:
         ValueError: an entry that is missing, or that Megatron-Core's GPT as built here has not.
@@ -99,8 +107,9 @@ def dense_settings(
     for key, allowed in (
         ("hidden_act", ("silu",)),
         ("mlp_bias", (False,)),
-        ("use_sliding_window", (False,)),
         ("use_bias", (False,)),
+        ("add_cross_attention", (False,)),
+        ("is_encoder_decoder", (False,)),
         ("attention_dropout", (0, 0.0)),
     ):
         accept(hf, key, *allowed)
@@ -126,76 +135,23 @@ def head_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def rotary_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and part of the rotary embedding, from where any release of transformers puts them.
+def full_attention(hf: Mapping[str, Any]) -> None:
+    """Refuse layers of sliding-window attention; the other entries of one are then idle.
 
     Raises:
-        ValueError: no base, or a scaled embedding.
+        ValueError: names entry and value.
     """
-    kind, _ = rotary_scaling(hf)
-    if kind != "default":
-        raise ValueError(
-            f"rope_scaling has the type {kind!r}: this architecture's rotary embedding is not "
-            "scaled here, and every position would be wrong. Only unscaled ones can be converted"
-        )
-    return rotary_base(hf)
+    accept(hf, "use_sliding_window", False)
+    kinds = hf.get("layer_types")
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        raise ValueError(f"layer_types={kinds!r}: only 'full_attention' can be converted")
+    idle(hf, "sliding_window", "max_window_layers")
 
 
-def rotary_scaling(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Kind of scaling, ``default`` where there is none, and its entries."""
-    scaling = hf.get("rope_scaling")
-    if scaling:
-        return scaling.get("rope_type", scaling.get("type", "not given")), scaling
-    parameters = hf.get("rope_parameters") or {}
-    return parameters.get("rope_type", "default"), parameters
-
-
-def rotary_base(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and part of the rotary embedding.
-
-    Raises:
-        ValueError: there is no base, or it is no whole number.
-    """
-    parameters = hf.get("rope_parameters") or {}
-    base = parameters.get("rope_theta", hf.get("rope_theta"))
-    if base is None:
-        raise ValueError("rope_theta is missing")
-    if base != int(base):
-        raise ValueError(f"rope_theta={base}: is no whole number")
-    part = parameters.get("partial_rotary_factor")
-    if part is None:
-        part = hf.get("partial_rotary_factor")
-    return {"rotary_base": int(base), "rotary_percent": 1.0 if part is None else float(part)}
-
-
-def expert_settings(hf: Mapping[str, Any], experts: str = "n_routed_experts") -> dict[str, Any]:
-    """Experts of DeepSeek-V3's kind: sigmoid scores with a bias, shared experts, groups."""
-    accept(hf, "scoring_func", "sigmoid")
-    accept(hf, "score_function", "sigmoid")
-    accept(hf, "topk_method", "noaux_tc")
-    accept(hf, "norm_topk_prob", True)
-    accept(hf, "moe_layer_freq", 1)
-    width, groups = need(hf, "moe_intermediate_size"), need(hf, "n_group")
-    chosen, top_k = need(hf, "topk_group"), need(hf, "num_experts_per_tok")
-    if chosen < groups and top_k != 2 * chosen:
-        raise ValueError(
-            f"topk_group={chosen} with num_experts_per_tok={top_k}: a group's score is that of its "
-            "best two experts in this architecture, in Megatron-Core of its best "
-            "num_experts_per_tok / topk_group. Only where that is two it can be converted"
-        )
-    shared = hf.get("n_shared_experts", hf.get("num_shared_experts")) or 0
-    return {
-        "moe.num_experts": need(hf, experts),
-        "moe.top_k": top_k,
-        "moe.ffn_hidden_size": width,
-        "moe.shared_ffn_hidden_size": shared * width or None,
-        "moe.first_dense_layers": need(hf, "first_k_dense_replace"),
-        "moe.score_function": "sigmoid",
-        "moe.expert_bias": True,
-        "moe.scaling_factor": need(hf, "routed_scaling_factor"),
-        "moe.groups": groups if groups > 1 else None,
-        "moe.top_groups": chosen if groups > 1 else None,
-    }
+def idle(hf: Mapping[str, Any], *keys: str) -> None:
+    """Look at entries that change nothing where the others are as they were accepted."""
+    for key in keys:
+        hf.get(key)
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
@@ -231,6 +187,7 @@ def describe_dense(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": float(model.rotary_base),
+        **describe_rotary_scaling(model.rotary_scaling),
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "attention_dropout": 0.0,
@@ -244,36 +201,3 @@ def describe_heads(model: ModelConfig) -> dict[str, Any]:
     """Entries of grouped-query attention."""
     heads, groups, channels = head_sizes(model)
     return {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": channels}
-
-
-def describe_experts(model: ModelConfig) -> dict[str, Any]:
-    """Entries of DeepSeek-V3's experts.
-
-    Raises:
-        ValueError: experts of another kind.
-    """
-    moe = model.moe
-    if moe.score_function != "sigmoid" or not moe.expert_bias:
-        raise ValueError(
-            f"model.moe.score_function={moe.score_function}, model.moe.expert_bias="
-            f"{str(moe.expert_bias).lower()}: this architecture has sigmoid scores with a bias"
-        )
-    width = moe.ffn_hidden_size or model.ffn_hidden_size
-    shared = moe.shared_ffn_hidden_size or 0
-    if shared % width:
-        raise ValueError(
-            f"model.moe.shared_ffn_hidden_size={shared}: is no multiple of the experts' width, "
-            f"{width}, which this architecture has"
-        )
-    return {
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": width,
-        "n_shared_experts": shared // width,
-        "first_k_dense_replace": moe.first_dense_layers,
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": moe.scaling_factor or 1.0,
-        "n_group": moe.groups or 1,
-        "topk_group": moe.top_groups or 1,
-    }

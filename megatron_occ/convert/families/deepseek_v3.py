@@ -1,11 +1,15 @@
-"""DeepSeek-V3 and -R1 (arXiv 2412.19437): latent attention, experts, fp8 weights, MTP layers."""
+"""DeepSeek-V3 and -R1 (arXiv 2412.19437): latent attention, experts, fp8 weights, MTP layers.
+
+Kimi K2 (arXiv 2507.20534) is the same architecture without MTP layers. GLM-4.7-Flash is it with
+another entry for the layers without experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_occ.config.schema_model import ModelConfig, YarnConfig
+from megatron_occ.config.schema_model import ModelConfig
 from megatron_occ.convert.families.common import (
     DENSE_MLP,
     EXPERT_MLP,
@@ -15,110 +19,59 @@ from megatron_occ.convert.families.common import (
     ROTARY_TABLES,
     TOP,
     accept,
-    dense_settings,
-    describe_dense,
-    describe_experts,
-    expert_settings,
     need,
-    rotary_base,
-    rotary_scaling,
 )
+from megatron_occ.convert.families.experts import describe_experts, expert_settings
+from megatron_occ.convert.families.latent import describe_latent, latent_settings
 from megatron_occ.convert.table import Family
 
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
-    accept(hf, "attention_bias", False)
-    # Megatron-Core's latent attention turns neighbouring channels, as this entry says
-    accept(hf, "rope_interleave", True)
-    # that of the latents' norms, whatever the entry says; Megatron-Core has one for all norms
-    accept(hf, "rms_norm_eps", 1e-6)
-    return (
-        dense_settings(hf, _rotary)
-        | expert_settings(hf)
-        | {
-            "qk_layernorm": True,
-            "mla.enabled": True,
-            "mla.q_lora_rank": hf.get("q_lora_rank"),
-            "mla.kv_lora_rank": need(hf, "kv_lora_rank"),
-            "mla.qk_head_dim": need(hf, "qk_nope_head_dim"),
-            "mla.qk_rope_head_dim": need(hf, "qk_rope_head_dim"),
-            "mla.v_head_dim": need(hf, "v_head_dim"),
-        }
-    )
-
-
-def _rotary(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Base, and YaRN's entries."""
-    kind, scaling = rotary_scaling(hf)
-    if kind == "default":
-        return rotary_base(hf)
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling has the type {kind!r}: only 'yarn' can be converted")
-    scale = scaling.get("mscale", 1.0)
-    if scaling.get("mscale_all_dim") != scale:
-        raise ValueError(
-            f"rope_scaling has mscale={scale} and mscale_all_dim={scaling.get('mscale_all_dim')}: "
-            "only equal ones can be converted, as DeepSeek-V3 has them"
-        )
-    accept(scaling, "truncate", True)
-    accept(scaling, "attention_factor", 1.0)
-    return {
-        **rotary_base(hf),
-        "mla.yarn.factor": float(need(scaling, "factor")),
-        "mla.yarn.original_max_position_embeddings": need(
-            scaling, "original_max_position_embeddings"
-        ),
-        "mla.yarn.beta_fast": float(scaling.get("beta_fast", 32)),
-        "mla.yarn.beta_slow": float(scaling.get("beta_slow", 1)),
-        "mla.yarn.mscale": float(scale),
-    }
-
-
-def _describe_rotary(yarn: YarnConfig) -> dict[str, Any]:
-    if yarn.factor is None:
-        return {}
-    scaling = {
-        "type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_max_position_embeddings,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale,
-    }
-    return {"rope_scaling": scaling}
+    return latent_settings(hf) | expert_settings(hf)
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
-    mla = model.mla
-    return (
-        describe_dense(model)
-        | describe_experts(model)
-        | {
-            "num_key_value_heads": model.num_attention_heads,
-            "attention_bias": False,
-            "rope_interleave": True,
-            "topk_method": "noaux_tc",
-            "q_lora_rank": mla.q_lora_rank,
-            "kv_lora_rank": mla.kv_lora_rank,
-            "qk_nope_head_dim": mla.qk_head_dim,
-            "qk_rope_head_dim": mla.qk_rope_head_dim,
-            "v_head_dim": mla.v_head_dim,
-            **_describe_rotary(mla.yarn),
-        }
+    return describe_latent(model) | describe_experts(model) | {"topk_method": "noaux_tc"}
+
+
+def _lite_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = hf.get("mlp_layer_types")
+    if kinds is None:
+        # transformers makes the first layer dense, others read the number: so it has to be one
+        accept(hf, "first_k_dense_replace", 1)
+        return latent_settings(hf) | expert_settings(hf, dense=1)
+    dense = kinds.count("dense")
+    layers = need(hf, "num_hidden_layers")
+    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise ValueError(
+            f"mlp_layer_types={kinds!r}: only 'dense' first and 'sparse' behind it, "
+            f"{layers} in all, can be converted"
+        )
+    accept(hf, "first_k_dense_replace", dense)
+    return latent_settings(hf) | expert_settings(hf, dense=dense)
+
+
+def _describe_lite(model: ModelConfig) -> dict[str, Any]:
+    dense = model.moe.first_dense_layers
+    kinds = ["dense"] * dense + ["sparse"] * (model.num_layers - dense)
+    return _describe(model) | {"mlp_layer_types": kinds}
+
+
+def _family(architecture: str, model_type: str, settings: Any, describe: Any) -> Family:
+    return Family(
+        architecture,
+        model_type,
+        settings,
+        describe,
+        depths_key="num_nextn_predict_layers",
+        top=TOP,
+        layer=LATENT_ATTENTION + DENSE_MLP + EXPERT_MLP,
+        mtp=MTP,
+        duplicates=MTP_DUPLICATES,
+        ignored=ROTARY_TABLES,
+        writes_duplicates=True,
     )
 
 
-DEEPSEEK_V3 = Family(
-    "DeepseekV3ForCausalLM",
-    "deepseek_v3",
-    _settings,
-    _describe,
-    depths_key="num_nextn_predict_layers",
-    top=TOP,
-    layer=LATENT_ATTENTION + DENSE_MLP + EXPERT_MLP,
-    mtp=MTP,
-    duplicates=MTP_DUPLICATES,
-    ignored=ROTARY_TABLES,
-    writes_duplicates=True,
-)
+DEEPSEEK_V3 = _family("DeepseekV3ForCausalLM", "deepseek_v3", _settings, _describe)
+GLM4_MOE_LITE = _family("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _lite_settings, _describe_lite)

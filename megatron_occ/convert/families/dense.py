@@ -17,29 +17,36 @@ from megatron_occ.config.schema_model import ModelConfig
 from megatron_occ.convert.families.common import (
     ATTENTION,
     DENSE_MLP,
+    MTP_BESIDE,
     ROTARY_TABLES,
     TOP,
     accept,
     dense_settings,
     describe_dense,
     describe_heads,
+    full_attention,
     head_settings,
+    need,
 )
+from megatron_occ.convert.families.rotary import whole_heads
 from megatron_occ.convert.table import Family, Rule
 from megatron_occ.convert.transforms import SWAP_HALVES
 
 
 def _whole_heads(hf: Mapping[str, Any], biased: bool) -> dict[str, Any]:
     accept(hf, "attention_bias", biased)
-    accept(hf, "partial_rotary_factor", 1.0)
+    whole_heads(hf)
     return dense_settings(hf) | head_settings(hf) | {"qkv_bias": biased}
 
 
 def _llama_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    accept(hf, "rope_interleaved", False)
     return _whole_heads(hf, False)
 
 
 def _qwen2_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    accept(hf, "use_mrope", False)
+    full_attention(hf)
     return _whole_heads(hf, True)
 
 
@@ -49,6 +56,10 @@ def _mimo_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers has numbers of its own where these are missing
+    for key in ("head_dim", "num_key_value_heads"):
+        need(hf, key)
+    full_attention(hf)
     return _whole_heads(hf, False) | {"qk_layernorm": True}
 
 
@@ -62,15 +73,17 @@ def _dense(architecture: str, model_type: str, settings: Any, **more: Any) -> Fa
         model_type,
         settings,
         _describe,
-        **{"depths_key": None, "ignored": ROTARY_TABLES, **more},
+        **{"mtp": MTP_BESIDE, "ignored": ROTARY_TABLES, **more},
+        depths_key="num_nextn_predict_layers",
         top=TOP,
         layer=ATTENTION + DENSE_MLP,
+        mtp_prefix="model.mtp_layers.{k}.",
     )
 
 
-LLAMA = _dense("LlamaForCausalLM", "llama", _llama_settings)
-QWEN2 = _dense("Qwen2ForCausalLM", "qwen2", _qwen2_settings, always_biased=True)
-QWEN3 = _dense("Qwen3ForCausalLM", "qwen3", _qwen3_settings)
+LLAMA = _dense("LlamaForCausalLM", "llama", _llama_settings, mtp_beside=True)
+QWEN2 = _dense("Qwen2ForCausalLM", "qwen2", _qwen2_settings, always_biased=True, mtp_beside=True)
+QWEN3 = _dense("Qwen3ForCausalLM", "qwen3", _qwen3_settings, mtp_beside=True)
 MIMO = _dense(
     "MiMoForCausalLM",
     # whose settings it has: transformers and servers then need no code from the folder
@@ -79,8 +92,6 @@ MIMO = _dense(
     always_biased=True,
     # MTP layers of servers read an output layer of their own
     always_untied=True,
-    depths_key="num_nextn_predict_layers",
-    mtp_prefix="model.mtp_layers.{k}.",
     mtp=(
         Rule("enorm.weight", "token_layernorm.weight"),
         Rule("hnorm.weight", "hidden_layernorm.weight"),

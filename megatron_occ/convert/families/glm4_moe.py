@@ -16,19 +16,18 @@ from megatron_occ.convert.families.common import (
     TOP,
     dense_settings,
     describe_dense,
-    describe_experts,
     describe_heads,
-    expert_settings,
     head_settings,
 )
+from megatron_occ.convert.families.experts import describe_experts, expert_settings
+from megatron_occ.convert.families.rotary import rotary_settings
 from megatron_occ.convert.table import Family
 
 
 def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers turns half of a head where nothing is said
-    hf = {**hf, "partial_rotary_factor": hf.get("partial_rotary_factor") or 0.5}
     return (
-        dense_settings(hf)
+        # transformers turns half of a head where nothing is said
+        dense_settings(hf, lambda hf: rotary_settings(hf, 0.5))
         | head_settings(hf)
         | expert_settings(hf)
         | {

@@ -17,13 +17,18 @@ from megatron_occ.convert.families.common import (
     accept,
     dense_settings,
     describe_dense,
-    describe_experts,
     describe_heads,
-    expert_settings,
+    full_attention,
     head_settings,
     need,
     with_lines,
 )
+from megatron_occ.convert.families.experts import (
+    describe_experts,
+    expert_settings,
+    shared_experts,
+)
+from megatron_occ.convert.families.rotary import rotary_settings
 from megatron_occ.convert.table import Family, Rule
 from megatron_occ.convert.transforms import PLAIN_QKV
 
@@ -34,18 +39,29 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     accept(hf, "moe_router_enable_expert_bias", True)
     accept(hf, "norm_head", False)
     accept(hf, "use_rmsnorm", True)
-    shared = (hf.get("num_shared_experts") or 0) * (hf.get("moe_intermediate_size") or 0)
+    for key in ("norm_softmax", "using_split_qkv_in_self_attention"):
+        accept(hf, key, False)
+    for key in ("embedding_dropout", "output_dropout"):
+        accept(hf, key, 0.0)
+    shared = shared_experts(hf) * (hf.get("moe_intermediate_size") or 0)
     accept(hf, "moe_shared_expert_intermediate_size", shared)
-    if hf.get("rotary_dim") is not None:
-        part = hf["rotary_dim"] / need(hf, "head_dim")
-        accept(hf, "partial_rotary_factor", part)
-        hf = {**hf, "partial_rotary_factor": part}
+    accept(hf, "moe_router_topk_scaling_factor", hf.get("routed_scaling_factor"))
+    full_attention(hf)
     return (
-        dense_settings(hf)
+        dense_settings(hf, _rotary)
         | head_settings(hf)
         | expert_settings(hf, "num_experts")
         | {"qk_layernorm": bool(need(hf, "use_qk_norm"))}
     )
+
+
+def _rotary(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Its code reads the part of a head that is turned from either of two entries."""
+    if hf.get("rotary_dim") is None:
+        return rotary_settings(hf)
+    part = hf["rotary_dim"] / need(hf, "head_dim")
+    accept(hf, "partial_rotary_factor", part)
+    return rotary_settings(hf, part)
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def norm_before(linear: Any, module: Any) -> Tensor | None:
     return fused if fused is not None else tensor_of(module)
 
 
+def epsilon_before(linear: Any, module: Any, usual: float) -> float:
+    """Epsilon of the norm in front of a linear layer; the usual one where there is no norm."""
+    fused = getattr(linear, "eps", None)
+    return fused if fused is not None else getattr(module, "eps", usual)
+
+
 def attend_by_spans(
     query: Tensor,
     tokens: Tokens,
@@ -160,7 +166,10 @@ class LatentAttention:
     """
 
     def __init__(self, module: Any, config: Any, group: ProcessGroup) -> None:
-        self.group, self.eps = group, config.layernorm_epsilon
+        self.group = group
+        self.eps = epsilon_before(
+            module.linear_kv_up_proj, module.kv_layernorm, config.layernorm_epsilon
+        )
         self.heads = config.num_attention_heads // group.size()
         self.rank, self.rotary = config.kv_lora_rank, config.qk_pos_emb_head_dim
         self.plain, self.q_rank = config.qk_head_dim, config.q_lora_rank

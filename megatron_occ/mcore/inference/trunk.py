@@ -89,17 +89,20 @@ class Trunk:
         """Rotary table for positions below ``length``."""
         config, chunk = self.config, self.chunks[0]
         if config.multi_latent_attention:
-            width = part = config.qk_pos_emb_head_dim
+            width = config.qk_pos_emb_head_dim
             heads = dict(turned=1, kept=0)
         else:
             width = config.kv_channels
-            part = int(width * chunk.rotary_percent)
             # queries and key of a group, and its value beside them
             heads = dict(turned=config.num_attention_heads // config.num_query_groups + 1, kept=1)
-        exponents = torch.arange(0, part, 2, dtype=torch.float32, device=device) / part
-        frequencies = 1.0 / (chunk.rotary_base**exponents)
-        if config.multi_latent_attention and config.rope_type == "yarn":
-            frequencies = yarn_frequencies(frequencies, config)
+        if not config.multi_latent_attention:
+            # as the training forward has them, scaled or not
+            frequencies = chunk.rotary_pos_emb.inv_freq.to(device)
+        else:
+            exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+            frequencies = 1.0 / (chunk.rotary_base**exponents)
+            if config.rope_type == "yarn":
+                frequencies = yarn_frequencies(frequencies, config)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
         return Rotary(angles, width, **heads, dtype=self.dtype)
 

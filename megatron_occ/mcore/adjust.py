@@ -1,0 +1,60 @@
+"""Settings of the model that Megatron-Core's configuration has no place for, set in its modules."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor, nn
+
+from megatron_occ.config.schema_model import ModelConfig, RotaryScalingConfig
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# where the norm of a latent is: fused into the projection behind it, or on its own
+_LATENT_NORMS = ("linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+
+
+def adjusted(module: ModuleT, model: ModelConfig) -> ModuleT:
+    """The module with ``model.rotary_scaling`` and ``model.mla.norm_epsilon``.
+
+    Args:
+        module: Megatron's GPT, or a part of it; changed in place.
+        model: section ``model``.
+    """
+    rotary = getattr(module, "rotary_pos_emb", None)
+    if rotary is not None and model.rotary_scaling.factor is not None:
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rotary_scaling)
+    if model.mla.norm_epsilon is not None:
+        for part in module.modules():
+            if isinstance(part, MLASelfAttention):
+                _set_epsilon(part, model.mla.norm_epsilon)
+    return module
+
+
+def _set_epsilon(attention: MLASelfAttention, epsilon: float) -> None:
+    for name in _LATENT_NORMS:
+        norm = getattr(attention, name, None)
+        if hasattr(norm, "eps"):
+            norm.eps = epsilon
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RotaryScalingConfig) -> Tensor:
+    """Frequencies of Llama 3.1's longer context, in the order of operations of transformers.
+
+    Channels that turn often in the original context stay, those that hardly turn are divided by
+    the factor, a ramp between them. Megatron-Core has the same for one set of numbers alone.
+
+    Args:
+        frequencies: [width / 2] of the original context.
+        scaling: section ``model.rotary_scaling``, with a factor.
+    """
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
+    waves = 2 * math.pi / frequencies
+    found = torch.where(waves > original / low, frequencies / factor, frequencies)
+    share = (original / waves - low) / (high - low)
+    ramp = (1 - share) * found / factor + share * found
+    is_between = ~(waves < original / high) & ~(waves > original / low)
+    return torch.where(is_between, ramp, found)
