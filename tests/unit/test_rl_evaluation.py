@@ -15,12 +15,12 @@ from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
 from tests.unit.rl_setup import LetterTask, has_an_a, in_turn, make_source, rl_config
 
 
-def measured(responses, *overrides, score=has_an_a, layout=None, stream=None, seed=0, part=0):
+def measured(responses, *overrides, score=has_an_a, layout=None, stream=None, sets=None, part=0):
     config = rl_config("rl.validation.samples=3", *overrides)
     actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
     sampler = make_source(config, actor, score).sampler
-    stream = stream or PromptStream(LetterTask(), split="validation")
-    return evaluate(sampler, stream, config.rl.validation, seed, part=part), actor
+    sets = sets or {"": stream or PromptStream(LetterTask(), split="validation")}
+    return evaluate(sampler, sets, config.rl.validation, 0, part=part), actor
 
 
 def validation(responses, *overrides, **options):
@@ -64,7 +64,7 @@ def test_drafts_are_told_where_there_were_any(drafts, expected):
     config = rl_config()
     sampler = make_source(config, actor).sampler
     stream = PromptStream(LetterTask(), split="validation")
-    metrics, _ = evaluate(sampler, stream, config.rl.validation, 0)
+    metrics, _ = evaluate(sampler, {"": stream}, config.rl.validation, 0)
     found = {name: value for name, value in metrics.items() if name.startswith("draft/")}
     assert found == pytest.approx({f"draft/{name}": value for name, value in expected.items()})
 
