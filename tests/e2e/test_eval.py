@@ -89,7 +89,9 @@ def test_two_ranks_write_what_one_writes(run, pretrained, sets):
     done = torchrun(run.folder / "ranks", 2, *given)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (folder / "eval" / "rl_step_000001" for folder in (alone, run.folder / "ranks"))
-    for mine, theirs in zip(*(read_lines(each / "responses.jsonl") for each in (one, two))):
+    for mine, theirs in zip(
+        *(read_lines(each / "responses.jsonl") for each in (one, two)), strict=True
+    ):
         assert {**mine, "checkpoint": ""} == {**theirs, "checkpoint": ""}
     assert results(one)["rows"][0]["sets"] == results(two)["rows"][0]["sets"]
 
