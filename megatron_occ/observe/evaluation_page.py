@@ -43,8 +43,7 @@ def write_pages(folder: Path, results: Mapping[str, Any]) -> Path:
     """
     for old in folder.glob("responses_*.html"):
         old.unlink()
-    lists = _lists(folder, _title(results))
-    return write_page(folder / PAGE_FILE, render(results, lists))
+    return write_page(folder / PAGE_FILE, render(results, _lists(folder)))
 
 
 def render(results: Mapping[str, Any], lists: Mapping[tuple[str, str], str]) -> str:
@@ -126,7 +125,7 @@ def _set_section(
     return section(entry["name"], "".join(parts), source)
 
 
-def _lists(folder: Path, title: str) -> dict[tuple[str, str], str]:
+def _lists(folder: Path) -> dict[tuple[str, str], str]:
     """The problems of each checkpoint and set: themselves, or links to pages that have them."""
     path = folder / RESPONSES_FILE
     fits = path.stat().st_size <= PAGE_BYTES
@@ -141,7 +140,7 @@ def _lists(folder: Path, title: str) -> dict[tuple[str, str], str]:
         links = []
         for numbers, html in _chunks(problems):
             pages += 1
-            links.append(_further_page(folder, pages, f"{title}: {key[1]}", numbers, html))
+            links.append(_further_page(folder, pages, ": ".join(key), numbers, html))
         found[key] = f'<ul class="pages">{"".join(links)}</ul>'
     return found
 
