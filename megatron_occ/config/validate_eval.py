@@ -11,7 +11,9 @@ from megatron_occ.config.keys import spell
 from megatron_occ.config.schema import Config
 
 _KEY = "data.validation_prompts"
-# a part of metrics' names, and of places in a page
+# of a table's last column
+_AVERAGE = "average"
+# a part of metrics' names
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
 
@@ -32,6 +34,8 @@ def set_problems(sets: Any) -> Iterator[str]:
                 f"{_KEY}: {name!r} is no name for a set: it has letters, digits, '.', '_', '+' and "
                 f"'-' only, and begins with a letter or digit. Give {{name: {path}}}"
             )
+        elif name == _AVERAGE:
+            yield f"{_KEY}.{name}={path}: is the column of means over sets. Give another name"
 
 
 def eval_problems(config: Config) -> Iterator[str]:

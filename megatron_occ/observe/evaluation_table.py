@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_occ.observe.text import format_number, format_percent
@@ -67,21 +67,18 @@ def cell(row: Mapping[str, Any], column: str, name: str) -> Mapping[str, Any] | 
 def table_text(results: Mapping[str, Any]) -> str:
     """The table for a terminal: a line for each figure and checkpoint, a column for each set."""
     heads, several = columns(results), len(results["rows"]) > 1
-    lines = [["", *heads]]
+    labels = [["", ""] if several else [""]]
+    cells = [heads]
     for name in shown_figures(results):
         for number, row in enumerate(results["rows"]):
-            label = figure_title(name)
-            if several:
-                label = f"{label if number == 0 else ''}\t{row['name']}"
-            lines.append([label, *(_cell_text(row, head, name) for head in heads)])
-    settings = settings_text(results)
-    table = _aligned([[*line[0].split("\t"), *line[1:]] for line in _padded(lines)])
-    return "\n".join([settings, "", *table, *notes_of(results)])
-
-
-def _padded(lines: list[list[str]]) -> list[list[str]]:
-    tabs = max(line[0].count("\t") for line in lines)
-    return [[line[0] + "\t" * (tabs - line[0].count("\t")), *line[1:]] for line in lines]
+            title = figure_title(name) if number == 0 else ""
+            labels.append([title, row["name"]] if several else [title])
+            cells.append([_cell_text(row, head, name) for head in heads])
+    lines = [
+        "  ".join((*left, *right)).rstrip()
+        for left, right in zip(_aligned(labels, str.ljust), _aligned(cells, str.rjust), strict=True)
+    ]
+    return "\n".join([", ".join(settings_facts(results)), "", *lines, *notes_of(results)])
 
 
 def _cell_text(row: Mapping[str, Any], column: str, name: str) -> str:
@@ -89,23 +86,10 @@ def _cell_text(row: Mapping[str, Any], column: str, name: str) -> str:
     return f"{value} ± {error}" if error else value
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    labels = len(lines[0]) - sum(1 for text in lines[0] if text)
-    texts = []
-    for line in lines:
-        cells = [
-            text.ljust(width) if place < labels else text.rjust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        texts.append("  ".join(cells).rstrip())
-    return texts
-
-
-def settings_text(results: Mapping[str, Any]) -> str:
-    """How responses were drawn, in a line."""
-    return ", ".join(settings_facts(results))
+def _aligned(lines: Sequence[Sequence[str]], fill: Callable[[str, int], str]) -> list[list[str]]:
+    """The same with all texts of a column as wide as the widest."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [[fill(text, width) for text, width in zip(line, widths, strict=True)] for line in lines]
 
 
 def settings_facts(results: Mapping[str, Any]) -> list[str]:

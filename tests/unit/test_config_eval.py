@@ -55,6 +55,11 @@ def test_null_is_what_rl_says():
             "data.validation_prompts: 'a/b' is no name for a set",
             "{name: x.jsonl}",
         ),
+        (
+            [*FILES, "data.validation_prompts={average: x.jsonl}"],
+            "data.validation_prompts.average=x.jsonl: is the column",
+            "another name",
+        ),
         ([*FILES], "data.validation_prompts=null: there is nothing to validate on", "Hold out"),
     ],
 )
