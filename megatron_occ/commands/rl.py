@@ -37,7 +37,13 @@ def train(config: Config, *, resume: bool) -> None:
         from megatron_occ.phases.start import checked_inputs
 
         check_first_weights(run)
-        inputs = checked_inputs(run, pretrains=pretrains_first(config), trains=True, validates=True)
+        inputs = checked_inputs(
+            run,
+            pretrains=pretrains_first(config),
+            trains=True,
+            validates=True,
+            evaluates=config.eval.after_rl,
+        )
         check_same_files(run, inputs)
         run.open_folder()
         keep_fingerprints(run, inputs)

@@ -26,6 +26,7 @@ _CHANGEABLE = (
     "rl.rollout.server.",
     "rl.validation.",
     "rl.save_every",
+    "eval.",
 )
 
 

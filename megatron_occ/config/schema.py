@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_occ.config.options import option, section
+from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
 
@@ -56,7 +57,9 @@ class DataConfig:
     prompts: str | dict[str, Any] | None = option(
         None, "RL prompts: jsonl, json or parquet, or several, {a.jsonl: 2, b.parquet: 1} by weight"
     )
-    validation_prompts: str | None = option(None, "held-out prompts: jsonl, json or parquet")
+    validation_prompts: str | dict[str, Any] | None = option(
+        None, "held-out prompts: jsonl, json or parquet, or several sets, {aime24: a.jsonl} by name"
+    )
     fields: FieldsConfig = section(FieldsConfig, "which fields of a record hold what")
     chat: ChatConfig = section(ChatConfig, "chat template and text around prompts")
     max_prompt_tokens: int | None = option(
@@ -232,7 +235,7 @@ class OverlongConfig:
 @dataclass
 class ValidationConfig:
     every: int = option(25, "RL steps between validations (0: only before and after)", minimum=0)
-    problems: int = option(512, "held-out problems", minimum=1)
+    problems: int = option(512, "held-out problems of each set", minimum=1)
     samples: int = option(1, "samples per problem, the k of avg@k and pass@k", minimum=1)
     temperature: float = option(1.0, "sampling temperature (0: greedy)", minimum=0)
 
@@ -297,3 +300,4 @@ class Config:
     mtp: MTPConfig = section(MTPConfig, "multi-token prediction in RL")
     pretrain: PretrainConfig = section(PretrainConfig, "pretraining")
     rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")
+    eval: EvalConfig = section(EvalConfig, "evaluation, where it differs from RL's validation")

@@ -13,6 +13,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.validate_eval import eval_problems, set_problems
 from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
@@ -73,10 +74,12 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from _pretraining(config)
     if command != "pretrain" or config.pretrain.validate_every > 0:
         yield from _verifiers(config)
-        yield from _prompts(config)
+        yield from _prompts(config, trains=command != "eval")
         yield from _responses(config)
         yield from _speculation(config)
         yield from server_problems(config)
+    if command == "eval" or (command in ("rl", "demo") and config.eval.after_rl):
+        yield from eval_problems(config)
     if trains:
         yield from _reinforcement(config)
         yield from mtp_problems(config)
@@ -138,15 +141,18 @@ def _source(config: Config, key: str, path: Any, use: str) -> Iterator[str]:
         )
 
 
-def _prompts(config: Config) -> Iterator[str]:
+def _prompts(config: Config, *, trains: bool) -> Iterator[str]:
     data = config.data
-    yield from _source(config, "data.prompts", data.prompts, "RL")
-    if data.prompts is not None and data.task.name is None and data.validation_prompts is None:
+    if trains or data.prompts is not None:
+        yield from _source(config, "data.prompts", data.prompts, "RL")
+    has_others = data.prompts is not None or not trains
+    if has_others and data.task.name is None and data.validation_prompts is None:
         yield (
             "data.validation_prompts=null: there is nothing to validate on. Hold out some lines "
             "of data.prompts and give them as data.validation_prompts"
         )
     yield from _weights(data.prompts)
+    yield from set_problems(data.validation_prompts)
     if data.task.name is None and data.chat.apply == "always" and config.tokenizer.kind != "hf":
         yield (
             f"data.chat.apply=always: tokenizer.kind={config.tokenizer.kind} has no chat template. "
@@ -154,10 +160,14 @@ def _prompts(config: Config) -> Iterator[str]:
         )
     if data.validation_prompts is not None and data.task.name is not None:
         yield (
-            f"data.validation_prompts={data.validation_prompts}: data.task.name={data.task.name} "
-            "makes its own held-out problems. Set data.task.name=null or "
+            f"data.validation_prompts={_plain(data.validation_prompts)}: data.task.name="
+            f"{data.task.name} makes its own held-out problems. Set data.task.name=null or "
             "data.validation_prompts=null"
         )
+
+
+def _plain(value: Any) -> str:
+    return spell(value) if isinstance(value, dict) else str(value)
 
 
 def _weights(prompts: Any) -> Iterator[str]:

@@ -26,6 +26,7 @@ _TIME_PHASES = (
     ("time/validation", "validation", 4),
 )
 _OTHER_COLOR = 7
+_SET_COLORS = 7
 
 
 def rl_cards(run: RunData) -> list[str]:
@@ -49,7 +50,8 @@ def rl_cards(run: RunData) -> list[str]:
         "Response length": _length_panels(run),
         "Rollout": _rollout_panels(run),
     }
-    cards = [_accuracy_card(run)] + [card(title, group) for title, group in panels.items()]
+    cards = [_accuracy_card(run), _sets_card(run)]
+    cards += [card(title, group) for title, group in panels.items()]
     return [text for text in cards if text]
 
 
@@ -93,6 +95,24 @@ def _accuracy_card(run: RunData) -> str:
         series.append(Series(f"validation {name}", points, color, name != main, smoothed=False))
     hint = "Points: the validation problems. Curve: the prompts of each RL step."
     return card("Accuracy", [Panel(series, percent=True)], hint, wide=True)
+
+
+def _sets_card(run: RunData) -> str:
+    """Accuracy on each of several sets of validation problems."""
+    main, sets = run.accuracy_metric, run.validation_sets
+    if main is None or len(sets) < 2:
+        return ""
+    series = [
+        Series(
+            name,
+            run.points("validation", f"{name}/{main}"),
+            1 + place % _SET_COLORS,
+            smoothed=False,
+        )
+        for place, name in enumerate(sets)
+    ]
+    hint = f"Validation {main}; the curve above is their mean."
+    return card("Accuracy by set", [Panel(series, percent=True)], hint, wide=True)
 
 
 def _mean_scores(run: RunData) -> list[Series]:

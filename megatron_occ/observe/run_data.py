@@ -90,6 +90,12 @@ class RunData:
         return None if same else name
 
     @property
+    def validation_sets(self) -> list[str]:
+        """Names of the sets that validation was on; none where there is one without a name."""
+        end = "/problems"
+        return [n.removesuffix(end) for n in self.names("validation") if n.endswith(end)]
+
+    @property
     def _average(self) -> str | None:
         names = self.series.get("validation", {})
         averages = [n for n in names if n.startswith("avg@") and n[4:].isdecimal()]
@@ -226,16 +232,31 @@ def accuracy_basis(run: RunData) -> str:
     The standard error of the difference of two means over n problems is at most
     sqrt((p(1-p) + q(1-q)) / n): the same problems in both only make it smaller. Shares are taken
     with one success and one failure more than there were, so that 0 of 8 is not taken for certain.
+    Of the mean over S sets it is the root of the sum of squares, divided by S.
     """
     name = run.accuracy_metric or ""
     parts = [name] if name.startswith("avg@") else []
-    problems, change = run.points("validation", "problems"), accuracy_change(run)
-    if problems and problems[-1][1] >= 1 and change:
-        count = problems[-1][1]
-        shares = [(p * count + 1) / (count + 2) for p in change]
-        error = math.sqrt(max(0.0, sum(p * (1 - p) for p in shares)) / count)
-        parts += [f"{count:g} problems", f"standard error ≤ {format_percent(error)[:-1]} points"]
+    prefixes = [f"{each}/" for each in run.validation_sets] or [""]
+    counts = [run.points("validation", f"{prefix}problems") for prefix in prefixes]
+    curves = [run.points("validation", f"{prefix}{name}") for prefix in prefixes]
+    if not all(count and count[-1][1] >= 1 for count in counts) or not all(curves):
+        return ", ".join(parts)
+    sizes = [count[-1][1] for count in counts]
+    ends = [(curve[0][1], curve[-1][1]) for curve in curves]
+    squares = sum(_spread(size, change) for size, change in zip(sizes, ends, strict=True))
+    of_sets = f" of {len(sizes)} sets" if len(sizes) > 1 else ""
+    error = math.sqrt(squares) / len(sizes)
+    parts += [
+        f"{sum(sizes):g} problems{of_sets}",
+        f"standard error ≤ {format_percent(error)[:-1]} points",
+    ]
     return ", ".join(parts)
+
+
+def _spread(count: float, change: tuple[float, float]) -> float:
+    """Bound of the squared standard error of a set's difference."""
+    shares = [(p * count + 1) / (count + 2) for p in change]
+    return max(0.0, sum(p * (1 - p) for p in shares)) / count
 
 
 def samples_per_second(run: RunData) -> float | None:

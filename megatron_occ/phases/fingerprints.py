@@ -39,9 +39,9 @@ def keep_fingerprints(run: Run, inputs: Inputs) -> None:
 
 
 def _fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
-    streams = {"prompts": inputs.train, "validation_prompts": inputs.held_out}
+    groups = {"prompts": inputs.training(), "validation_prompts": inputs.held_out.values()}
     return {
-        key: {file.path: file.fingerprint for file in stream.files}
-        for key, stream in streams.items()
-        if stream is not None
+        key: {file.path: file.fingerprint for stream in streams for file in stream.files}
+        for key, streams in groups.items()
+        if streams
     }

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from megatron_occ.config.files import file_names
+from megatron_occ.config.files import files_of, sets_of
 from megatron_occ.config.schema import Config, DataConfig
 from megatron_occ.data.chat import ChatFormat, Template
 from megatron_occ.data.fields import Messages
@@ -27,27 +27,53 @@ from megatron_occ.rl.rewards import get_verifier, register_verifiers, verifier_n
 FIRST_RECORDS = 100
 
 
-def open_prompts(
-    config: Config, task: Task | None, tokenizer: Tokenizer, split: str
-) -> PromptStream:
-    """The prompts of a split, "train" or "validation": of the files of ``data``, or of the task.
+def open_training(config: Config, task: Task | None, tokenizer: Tokenizer) -> PromptStream:
+    """The training prompts: of the files of ``data.prompts``, or of the task.
 
     Raises:
         ValueError: a bad file, an unknown verifier, or fewer prompts than one step takes.
     """
-    key = "prompts" if split == "train" else "validation_prompts"
-    given = getattr(config.data, key)
+    given = config.data.prompts
     if given is None:
-        assert task is not None, "validate refuses a run without prompts and task"
-        return PromptStream(task, config.seed, split)
+        return _generated(config, task, "train")
+    weights = given if isinstance(given, dict) else {given: None}
+    stream = _open(config, weights, tokenizer, "train")
+    _check_step(config, stream)
+    return stream
+
+
+def open_held_out(
+    config: Config, task: Task | None, tokenizer: Tokenizer
+) -> dict[str, PromptStream]:
+    """The sets of held-out prompts by name; a task's, and a file that has none, under "".
+
+    Raises:
+        ValueError: a bad file, or an unknown verifier.
+    """
+    sets = sets_of(config.data.validation_prompts)
+    if not sets:
+        return {"": _generated(config, task, "validation")}
+    return {
+        name: _open(config, {path: None}, tokenizer, "validation") for name, path in sets.items()
+    }
+
+
+def _generated(config: Config, task: Task | None, split: str) -> PromptStream:
+    assert task is not None, "validate refuses a run without prompts and task"
+    return PromptStream(task, config.seed, split)
+
+
+def _open(
+    config: Config, weights: Mapping[str, float | None], tokenizer: Tokenizer, split: str
+) -> PromptStream:
+    """The files of a split, "train" or "validation", by weight."""
+    key = "prompts" if split == "train" else "validation_prompts"
     try:
-        files = _files(config, given, tokenizer, is_training=split == "train")
+        files = _files(config, weights, tokenizer, is_training=split == "train")
         stream = PromptStream(files, config.seed, split)
     except ValueError as error:
         raise ValueError(f"data.{key}: {error}") from error
     _check_names(config, stream.task_names(), key)
-    if split == "train":
-        _check_step(config, stream)
     return stream
 
 
@@ -62,9 +88,12 @@ def _check_step(config: Config, stream: PromptStream) -> None:
 
 
 def _files(
-    config: Config, given: str | dict[str, float | None], tokenizer: Tokenizer, *, is_training: bool
+    config: Config,
+    weights: Mapping[str, float | None],
+    tokenizer: Tokenizer,
+    *,
+    is_training: bool,
 ) -> list[PromptFile]:
-    weights = given if isinstance(given, dict) else {given: None}
     options = _options(config, _template(tokenizer))
     seen: dict[str, str] | None = {} if is_training else None
     files = []
@@ -93,7 +122,7 @@ def check_first_records(config: Config) -> None:
     register_verifiers(data.verifiers)
     options = _options(config, _AnyTemplate())
     for key in ("prompts", "validation_prompts"):
-        for path in filter(os.path.exists, file_names(getattr(data, key))):
+        for path in filter(os.path.exists, files_of(f"data.{key}", getattr(data, key))):
             try:
                 records = first_prompts(path, FIRST_RECORDS, options)
             except ValueError as error:

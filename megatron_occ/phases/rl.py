@@ -12,6 +12,7 @@ from megatron_occ.config.warnings import regime_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.observe import RolloutLog
+from megatron_occ.phases.evaluation import evaluate_policy
 from megatron_occ.phases.inputs import RL_PART, Inputs
 from megatron_occ.phases.pretraining import pretrain
 from megatron_occ.phases.sampling import measure, rollout_source
@@ -76,7 +77,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
     config = run.config
     train, held_out = inputs.train, inputs.held_out
     assert train is not None, "inputs of another command"
-    assert held_out is not None, "inputs of another command"
+    assert held_out, "inputs of another command"
     actor = build_policy(run, start)
     if config.rl.loss.kl_coefficient > 0:
         actor.keep_reference()
@@ -102,6 +103,10 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             rollout_log.truncate_after(trainer.step)
         _say_what_is_not_drafted(run, trainer.step)
         trainer.fit()
+        if config.eval.after_rl:
+            text = evaluate_policy(run, rollouts.sampler, held_out, trainer.step)
+            if run.layout.is_main:
+                print(text, end="\n\n")
     rollout_log.close()
 
 

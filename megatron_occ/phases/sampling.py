@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 
+from megatron_occ.config.evaluation import EvalSettings
 from megatron_occ.data.from_config import read_stops
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -75,23 +77,42 @@ def rollout_source(
 
 @contextmanager
 def validation(
-    run: Run, actor: MegatronGPTActor, held_out: PromptStream | None, part: int
+    run: Run, actor: MegatronGPTActor, held_out: Mapping[str, PromptStream], part: int
 ) -> Iterator[Callable[[], Validation]]:
     """A function that measures the actor on a part of the held-out problems."""
     samplers: list[Sampler] = []
     with ExitStack() as opened:
 
         def validate() -> Validation:
-            assert held_out is not None, "nothing is measured without held-out problems"
+            assert held_out, "nothing is measured without held-out problems"
             # with the first measurement, if there is any: servers may be waited for
             if not samplers:
-                samplers.append(opened.enter_context(sampling(run, actor, held_out)))
+                samplers.append(opened.enter_context(sampling(run, actor, first_of(held_out))))
             return measure(run, samplers[0], held_out, part)
 
         yield validate
 
 
-def measure(run: Run, sampler: Sampler, held_out: PromptStream, part: int) -> Validation:
+def measure(
+    run: Run, sampler: Sampler, held_out: Mapping[str, PromptStream], part: int
+) -> Validation:
     """Pass rates of a sampler's actor on a part of the held-out problems."""
     config = run.config
     return evaluate(sampler, held_out, config.rl.validation, config.seed, part=part)
+
+
+def first_of(sets: Mapping[str, PromptStream]) -> PromptStream:
+    """The prompts of the first set."""
+    return next(iter(sets.values()))
+
+
+def sampler_for(settings: EvalSettings, run: Run, sampler: Sampler) -> Sampler:
+    """A sampler on the same engine and verifiers that draws as ``eval`` says."""
+    changed = replace(
+        sampler.sampling,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_response_length=settings.max_response_length,
+    )
+    room = run.config.model.max_position_embeddings - settings.max_response_length
+    return replace(sampler, sampling=changed, max_prompt_length=room)

@@ -18,7 +18,12 @@ from megatron_occ.run import Run
 
 
 def checked_inputs(
-    run: Run, *, pretrains: bool = False, trains: bool = False, validates: bool = False
+    run: Run,
+    *,
+    pretrains: bool = False,
+    trains: bool = False,
+    validates: bool = False,
+    evaluates: bool = False,
 ) -> Inputs:
     """Read and check what a command needs; called by all ranks.
 
@@ -26,7 +31,8 @@ def checked_inputs(
         run: the folder, the tokenizer and the task.
         pretrains: the command pretrains, unless a resumed run is past it.
         trains: it samples training prompts.
-        validates: it samples held-out ones.
+        validates: it samples held-out ones, as ``rl.validation`` says.
+        evaluates: it samples held-out ones, as ``eval`` says.
 
     Raises:
         ValueError: bad data (see ``read_inputs`` and ``check_lengths``).
@@ -39,11 +45,13 @@ def checked_inputs(
         pretrains=pretrains and config.pretrain.steps > 0 and not run.is_in_rl,
         trains=trains,
         validates=validates,
+        evaluates=evaluates,
     )
     # by one rank: a long file takes a while, and several cores
     MainRank().run(lambda: check_lengths(config, inputs, run.tokenizer))
     stops = read_stops(config, run.task, run.tokenizer)
-    notes = [*inputs.notes, *([f"responses end at {stops}"] if trains or validates else [])]
+    samples = trains or validates or evaluates
+    notes = [*inputs.notes, *([f"responses end at {stops}"] if samples else [])]
     if run.layout.is_main:
         for note in notes:
             print(note, file=sys.stderr, flush=True)

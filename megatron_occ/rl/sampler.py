@@ -112,7 +112,7 @@ class Sampler:
             )
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
-            answers = [self._without_stop(text) for text in texts]
+            answers = [self.without_stop(text) for text in texts]
             scores, problems, failures = self._score(records, answers)
         failures.check()
         return Samples(
@@ -153,7 +153,7 @@ class Sampler:
         scores = layout.broadcast_model_parallel(scores)
         return scores.tolist(), problems, failures.over_ranks(layout)
 
-    def _without_stop(self, text: str) -> str:
+    def without_stop(self, text: str) -> str:
         """What verifiers read: a response up to the text that ended it."""
         ends = [text.find(stop) for stop in self.sampling.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
@@ -163,8 +163,8 @@ class Sampler:
         if not 0 < len(prompt) <= self.max_prompt_length:
             raise ValueError(
                 f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
-                f"are 1 to {self.max_prompt_length}: shorten it, lower "
-                f"rl.rollout.max_response_length={self.sampling.max_response_length} or raise "
-                "model.max_position_embeddings"
+                f"are 1 to {self.max_prompt_length}: shorten it, lower the length of responses "
+                f"({self.sampling.max_response_length}: rl.rollout.max_response_length, or "
+                "eval.max_response_length) or raise model.max_position_embeddings"
             )
         return prompt

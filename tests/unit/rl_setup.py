@@ -9,7 +9,7 @@ from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_update import build_updater
-from megatron_occ.rl.rewards import VerifierResult
+from megatron_occ.rl.rewards import VerifierResult, Votes
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.sampler import Sampler
 from megatron_occ.rl.trainer import GRPOTrainer
@@ -51,6 +51,9 @@ class FakeVerifiers:
     def score(self, items):
         self.items += items
         return [self.result(self.function(text, answer)) for _, text, answer in items]
+
+    def votes(self, questions):
+        return [Votes(problem=f"verifier {each.name!r} reads no answers") for each in questions]
 
     @staticmethod
     def result(found):

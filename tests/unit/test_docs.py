@@ -175,7 +175,7 @@ def test_the_configuration_of_the_page_on_data_reads_published_files(tmp_path, m
         ["train.yaml"], ["model.from_hf=null", "rl.prompts_per_step=1", "rl.validation.problems=1"]
     )
     inputs = read_inputs(config, None, HFTokenizer("tokenizer"), trains=True, validates=True)
-    (train,), (held_out,) = inputs.train.records(1), inputs.held_out.records(1)
+    (train,), (held_out,) = inputs.train.records(1), inputs.held_out[""].records(1)
     suffix = "\nPut the final answer in \\boxed{}."
     assert train.prompt == f"<user>12 * 12?{suffix}<end><model>"
     assert (train.answer, train.task_name) == ("144", "math_dapo")

@@ -220,3 +220,54 @@ def test_a_file_that_changes_between_resumed_runs_is_refused(tmp_path):
     write(train, "a", "b", "c")
     with pytest.raises(ValueError, match=r"^data\.prompts: .*t\.jsonl has changed since"):
         check_same_files(run, read(config))
+
+
+def set_config(tmp_path, *overrides):
+    """Three prompts in one set, one that is longer in the other."""
+    write(tmp_path / "one.jsonl", "a", "b", "c")
+    write(tmp_path / "two.jsonl", "abcd")
+    train = write(tmp_path / "train.jsonl", "ab", "c")
+    sets = f"{{one: {tmp_path / 'one.jsonl'}, two: {tmp_path / 'two.jsonl'}}}"
+    return file_config(train, sets, *overrides)
+
+
+def test_several_sets_are_read_by_name(tmp_path):
+    inputs = read(set_config(tmp_path))
+    assert {name: stream.size for name, stream in inputs.held_out.items()} == {"one": 3, "two": 1}
+    assert [note.split(":")[0] for note in inputs.notes] == [
+        *("data.prompts", "data.validation_prompts.one", "data.validation_prompts.two")
+    ]
+    (warning,) = inputs.warnings
+    assert warning.startswith("1 of the 3 validation prompts of one are also training prompts")
+
+
+def test_an_evaluation_needs_room_for_its_own_responses(tmp_path):
+    config = set_config(tmp_path, "eval.max_response_length=7")
+    alone = {"trains": False, "validates": False, "evaluates": True}
+    for command in (alone, {"evaluates": True}):
+        with pytest.raises(ValueError, match=r"two\.jsonl:1: .* allowed are 1 to 3") as refused:
+            read(config, **command)
+        assert "lower eval.max_response_length=7" in str(refused.value)
+    # of RL's validation there is room for the longer ones of RL
+    assert read(config).held_out["two"].size == 1
+    longer = set_config(tmp_path, "eval.max_response_length=3", "rl.rollout.max_response_length=8")
+    assert read(longer, **alone).evaluates
+
+
+def test_an_evaluation_of_more_problems_than_a_task_has_is_refused():
+    config = rl_config("data.task={name: reversed_addition, params: {digits: 1, terms: 2}}")
+    config.eval.problems = 1000
+    task = read_task(config)
+    with pytest.raises(ValueError, match=r"^eval\.problems=1000: validation problem"):
+        read_inputs(config, task, read_tokenizer(config, task), evaluates=True)
+
+
+def test_a_resumed_run_goes_on_with_the_same_sets(tmp_path):
+    config = set_config(tmp_path)
+    layout = SimpleNamespace(is_main=True)
+    run = SimpleNamespace(folder=tmp_path, resume=True, layout=layout)
+    keep_fingerprints(run, read(config))
+    check_same_files(run, read(config))
+    write(tmp_path / "two.jsonl", "dcba")
+    with pytest.raises(ValueError, match=r"^data\.validation_prompts: .*two\.jsonl has changed"):
+        check_same_files(run, read(config))

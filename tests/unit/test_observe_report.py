@@ -321,3 +321,22 @@ def test_no_success_in_eight_problems_is_not_certain():
     # shares 1/10 and 1/10: sqrt(2 * 0.09 / 8) = 0.15
     basis = accuracy_basis(RunData("run", {"validation": values}))
     assert basis == "8 problems, standard error ≤ 15.0 points"
+
+
+def test_several_sets_have_curves_and_a_standard_error_of_their_own(tmp_path):
+    """1/2 of 8 problems twice, and 1/4 and 3/4 of 2, with one more of each kind."""
+    sets = {"small": (2.0, (0.25, 0.75)), "large": (8.0, (0.5, 0.5))}
+    lines = []
+    for place, step in enumerate((0, 4)):
+        line = validation(step, (0.375, 0.625)[place], name="pass@1") | {"problems": 10.0}
+        for name, (count, rates) in sets.items():
+            line |= {f"{name}/pass@1": rates[place], f"{name}/problems": count}
+        lines.append(line)
+    put(tmp_path, "metrics.jsonl", lines)
+    run = load_run(tmp_path)
+    assert run.validation_sets == ["large", "small"]
+    squares = 2 * 0.25 / 8 + (0.375 * 0.625 + 0.625 * 0.375) / 2
+    expected = 100 * squares**0.5 / 2
+    _, page, words = page_of(tmp_path)
+    assert f"10 problems of 2 sets, standard error ≤ {expected:.1f} points" in words
+    assert "Accuracy by set" in page.text

@@ -15,12 +15,12 @@ from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
 from tests.unit.rl_setup import LetterTask, has_an_a, in_turn, make_source, rl_config
 
 
-def measured(responses, *overrides, score=has_an_a, layout=None, stream=None, seed=0, part=0):
+def measured(responses, *overrides, score=has_an_a, layout=None, stream=None, sets=None, part=0):
     config = rl_config("rl.validation.samples=3", *overrides)
     actor = ScriptedActor(responses, layout=layout) if responses else FakeActor(layout=layout)
     sampler = make_source(config, actor, score).sampler
-    stream = stream or PromptStream(LetterTask(), split="validation")
-    return evaluate(sampler, stream, config.rl.validation, seed, part=part), actor
+    sets = sets or {"": stream or PromptStream(LetterTask(), split="validation")}
+    return evaluate(sampler, sets, config.rl.validation, 0, part=part), actor
 
 
 def validation(responses, *overrides, **options):
@@ -64,7 +64,7 @@ def test_drafts_are_told_where_there_were_any(drafts, expected):
     config = rl_config()
     sampler = make_source(config, actor).sampler
     stream = PromptStream(LetterTask(), split="validation")
-    metrics, _ = evaluate(sampler, stream, config.rl.validation, 0)
+    metrics, _ = evaluate(sampler, {"": stream}, config.rl.validation, 0)
     found = {name: value for name, value in metrics.items() if name.startswith("draft/")}
     assert found == pytest.approx({f"draft/{name}": value for name, value in expected.items()})
 
@@ -141,3 +141,48 @@ def test_parts_of_a_file_differ_in_random_numbers_alone(tmp_path):
     calls = [validation(None, stream=stream, part=part)[1].calls[0] for part in (0, 1)]
     assert calls[0]["prompts"] == calls[1]["prompts"]
     assert len({*calls[0]["seeds"], *calls[1]["seeds"]}) == 18
+
+
+def two_sets(tmp_path):
+    """Right of three: 3 and 0 in "first", 1 in "second.b"."""
+    files = {"first": "ab", "second.b": "c"}
+    for name, letters in files.items():
+        lines = [f'{{"prompt": "{c}", "answer": "a"}}\n' for c in letters]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    paths = {name: tmp_path / f"{name}.jsonl" for name in files}
+    return {name: PromptStream(path, split="validation") for name, path in paths.items()}
+
+
+def test_several_sets_are_told_each_and_as_their_mean(tmp_path):
+    texts = {"a": ["a."], "b": ["b."], "c": ["b.", "a.", "b."]}
+    metrics, _ = validation(in_turn(texts.get), sets=two_sets(tmp_path))
+    assert metrics == pytest.approx(
+        {"avg@3": 5 / 12, "pass@1": 5 / 12, "pass@3": 3 / 4, "problems": 3}
+        | {"first/avg@3": 1 / 2, "first/pass@1": 1 / 2, "first/pass@3": 1 / 2, "first/problems": 2}
+        | {"second.b/avg@3": 1 / 3, "second.b/pass@1": 1 / 3, "second.b/pass@3": 1}
+        | {"second.b/problems": 1}
+    )
+
+
+def test_several_sets_on_several_ranks(tmp_path):
+    sets = two_sets(tmp_path)
+    alone, _ = validation(None, sets=sets)
+    for metrics, _ in run_ranks(2, lambda layout: validation(None, sets=sets, layout=layout)):
+        assert metrics == pytest.approx(alone, rel=1e-12)
+
+
+def test_a_set_draws_the_same_whatever_other_sets_there_are(tmp_path):
+    sets = two_sets(tmp_path)
+    _, both = validation(None, sets=sets)
+    _, one = validation(None, sets={"second.b": sets["second.b"]})
+    assert [call["seeds"] for call in both.calls][1] == one.calls[0]["seeds"]
+    first, second = ({*call["seeds"]} for call in both.calls)
+    assert not first & second
+
+
+def test_warnings_name_their_set(tmp_path):
+    error = VerifierResult(0.0, "error", "KeyError: 'b'")
+    texts = in_turn({"a": ["a."], "b": ["b."], "c": ["a."]}.get)
+    found = measured(texts, score=lambda t, _: error if "b" in t else 1.0, sets=two_sets(tmp_path))
+    (event,) = found[0].events
+    assert event.startswith("first: 3 of 6 responses scored 0 because their verifier failed")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_occ.rl.rewards.pool import VerifierPool, VerifierResult, cores_of_rank
+from megatron_occ.rl.rewards.pool import (
+    Question,
+    VerifierPool,
+    VerifierResult,
+    Votes,
+    cores_of_rank,
+)
 from megatron_occ.rl.rewards.registry import (
     FULL_SCORE,
     Verifier,
@@ -14,9 +20,11 @@ from megatron_occ.rl.rewards.registry import (
 
 __all__ = [
     "FULL_SCORE",
+    "Question",
     "Verifier",
     "VerifierPool",
     "VerifierResult",
+    "Votes",
     "cores_of_rank",
     "get_verifier",
     "register_verifier",

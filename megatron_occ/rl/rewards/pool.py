@@ -6,10 +6,10 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_occ.rl.rewards.registry import RegisteredVerifier, lookup
 from megatron_occ.rl.rewards.worker import VerifierWorker, WorkerDied, WorkerTimeout
@@ -18,6 +18,7 @@ from megatron_occ.rl.rewards.worker import VerifierWorker, WorkerDied, WorkerTim
 MAX_RESPONSE_CHARS = 2_000_000
 
 Item = tuple[str, str, str]
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,39 @@ class VerifierResult:
     score: float
     status: Literal["ok", "error", "timeout"]
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of several responses to a prompt agree.
+
+    Args:
+        name: of the verifier or task.
+        responses: whole texts.
+        answer: the reference.
+        right: of each response, whether it was scored as correct.
+    """
+
+    name: str
+    responses: Sequence[str]
+    answer: str
+    right: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Answers that were read of responses, and which of them agree.
+
+    Args:
+        answers: text of each; "" where none was read.
+        groups: of each: 0 where the response is correct, -1 without an answer, and from 1 on a
+            number that wrong answers which say the same have in common.
+        problem: why there are none; "" where there are.
+    """
+
+    answers: Sequence[str] = ()
+    groups: Sequence[int] = ()
+    problem: str = ""
 
 
 def cores_of_rank() -> int:
@@ -99,14 +133,53 @@ class VerifierPool:
                 for entry, (_, response, answer) in zip(entries, items, strict=True)
             ]
             waiting = deque(i for i, result in enumerate(results) if result is None)
-            self._score_in_processes(entries, items, results, waiting)
+
+            def ask(worker: VerifierWorker, position: int) -> VerifierResult:
+                _, response, answer = items[position]
+                path = entries[position].path
+                limit = self._timeout
+                return self._scored(path, lambda: worker.ask(path, response, answer, limit))
+
+            self._in_processes(ask, results, waiting)
         return results
 
-    def _score_in_processes(
+    def votes(self, questions: Sequence[Question]) -> list[Votes]:
+        """Which responses agree; of a verifier that does not know answers, that it does not.
+
+        The time limit holds for each response, of a question's for all together. Nothing that
+        becomes of a question raises.
+
+        Raises:
+            ValueError: an unknown verifier, or the pool is closed.
+        """
+        paths = [lookup(question.name).votes for question in questions]
+        with self._lock:
+            if self._closed:
+                raise ValueError("the verifier pool is closed: make a new one")
+            found: list[Votes | None] = [
+                None if path else Votes(problem=f"verifier {question.name!r} reads no answers")
+                for path, question in zip(paths, questions, strict=True)
+            ]
+
+            def ask(worker: VerifierWorker, position: int) -> Votes:
+                question, path = questions[position], paths[position]
+                assert path is not None, "only what has one waits"
+                texts = [_short(text) for text in question.responses]
+                given = (texts, question.answer, list(question.right))
+                limit = self._timeout * len(texts)
+                reply = self._reply(path, lambda: worker.call(path, given, limit))
+                if isinstance(reply, VerifierResult):
+                    return Votes(problem=reply.detail)
+                return Votes(*zip(*reply["value"], strict=True))
+
+            waiting = deque(i for i, votes in enumerate(found) if votes is None)
+            self._in_processes(ask, found, waiting)
+        return found
+
+    def _in_processes(
         self,
-        entries: list[RegisteredVerifier],
-        items: Sequence[Item],
-        results: list[VerifierResult | None],
+        ask: Callable[[VerifierWorker, int], Reply],
+        results: list[Reply | None],
         waiting: deque[int],
     ) -> None:
         """Fill in the results of the ``waiting`` positions, each worker taking the next one."""
@@ -117,9 +190,7 @@ class VerifierPool:
                     position = waiting.popleft()
                 except IndexError:
                     return
-                _, response, answer = items[position]
-                path = entries[position].path
-                results[position] = self._ask(worker, path, response, answer)
+                results[position] = ask(worker, position)
 
         workers = self._workers[: len(waiting)]
         if len(workers) == 1:
@@ -128,9 +199,16 @@ class VerifierPool:
             with ThreadPoolExecutor(max_workers=len(workers)) as threads:
                 list(threads.map(serve, workers))
 
-    def _ask(self, worker: VerifierWorker, path: str, response: str, answer: str) -> VerifierResult:
+    def _scored(self, path: str, ask: Callable[[], dict[str, Any]]) -> VerifierResult:
+        reply = self._reply(path, ask)
+        return reply if isinstance(reply, VerifierResult) else VerifierResult(reply["score"], "ok")
+
+    def _reply(
+        self, path: str, ask: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | VerifierResult:
+        """What a worker says; where that is no answer, the failed result."""
         try:
-            reply = worker.ask(path, response, answer, self._timeout)
+            reply = ask()
         except WorkerTimeout as error:
             return VerifierResult(0.0, "timeout", str(error))
         except WorkerDied as error:
@@ -142,9 +220,12 @@ class VerifierPool:
                 raise
             return VerifierResult(0.0, "error", str(error))
         self._loaded_once.add(path)
-        if "error" in reply:
-            return VerifierResult(0.0, "error", reply["error"])
-        return VerifierResult(reply["score"], "ok")
+        return VerifierResult(0.0, "error", reply["error"]) if "error" in reply else reply
+
+
+def _short(text: str) -> str:
+    """A response that is no response is taken for an empty one, as scoring takes it for wrong."""
+    return text if len(text) <= MAX_RESPONSE_CHARS else ""
 
 
 def _score_here(entry: RegisteredVerifier, response: str, answer: str) -> VerifierResult | None:

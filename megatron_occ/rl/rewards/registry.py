@@ -26,10 +26,12 @@ class NotAScore(ValueError):
 @dataclass(frozen=True)
 class RegisteredVerifier:
     """``path`` ("module:function") for a worker process to import; ``inline`` when set is the
-    function itself, safe to call in the trainer's own process."""
+    function itself, safe to call in the trainer's own process. ``votes`` is the path of what reads
+    and groups the answers of several responses, where the verifier knows answers."""
 
     path: str
     inline: Verifier | None = None
+    votes: str | None = None
 
 
 def import_path(function: Verifier) -> str:
@@ -81,9 +83,15 @@ _ARITHMETIC = RegisteredVerifier(import_path(arithmetic_verifier), inline=arithm
 _VERIFIERS: dict[str, RegisteredVerifier] = {
     "exact": _EXACT,
     "arithmetic": _ARITHMETIC,
-    "math": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_verifier"),
+    "math": RegisteredVerifier(
+        "megatron_occ.rl.rewards.math.verifier:math_verifier",
+        votes="megatron_occ.rl.rewards.math.votes:math_votes",
+    ),
     # the `data_source` of DAPO's prompts
-    "math_dapo": RegisteredVerifier("megatron_occ.rl.rewards.math.verifier:math_dapo_verifier"),
+    "math_dapo": RegisteredVerifier(
+        "megatron_occ.rl.rewards.math.verifier:math_dapo_verifier",
+        votes="megatron_occ.rl.rewards.math.votes:math_dapo_votes",
+    ),
     # The generated tasks: `task_name` in the data picks the verifier.
     "reversed_multiplication": _ARITHMETIC,
     "reversed_addition": _ARITHMETIC,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 # A new interpreter and not a fork: forking a process with torch's or CUDA's threads can deadlock.
@@ -50,6 +51,14 @@ class VerifierWorker:
         """
         self._ensure_loaded(path)
         return self._exchange({"path": path, "response": response, "answer": answer}, timeout)
+
+    def call(self, path: str, arguments: Sequence[Any], timeout: float) -> dict[str, Any]:
+        """Call a function of this package with what JSON can hold: ``{"value"}`` or ``{"error"}``.
+
+        Raises as :meth:`ask`.
+        """
+        self._ensure_loaded(path)
+        return self._exchange({"path": path, "arguments": arguments}, timeout)
 
     def kill(self) -> None:
         """End the process and all that it started."""

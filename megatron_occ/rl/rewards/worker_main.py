@@ -7,9 +7,10 @@ import os
 import resource
 import signal
 import traceback
+from collections.abc import Callable
 from typing import IO, Any
 
-from megatron_occ.rl.rewards.registry import NotAScore, Verifier, checked_score, load_verifier
+from megatron_occ.rl.rewards.registry import NotAScore, checked_score, load_verifier
 
 _MAX_DETAIL_CHARS = 500
 # Only Linux tells a process its address space here, and only Linux enforces a limit on it.
@@ -20,10 +21,11 @@ def main(memory_bytes: int | None) -> None:
     """Serve requests until standard input ends, which it does when the trainer is gone.
 
     A request is ``{"path", "response", "answer", "limit"}``, or without response and answer to
-    import the verifier only. A reply is ``{"score"}`` or ``{"error"}``.
+    import the verifier only; ``{"path", "arguments", "limit"}`` is a call of another function. A
+    reply is ``{"score"}``, of such a call ``{"value"}``, or ``{"error"}``.
     """
     requests, replies = _private_channel()
-    verifiers: dict[str, Verifier] = {}
+    verifiers: dict[str, Callable[..., Any]] = {}
     for line in requests:
         request = json.loads(line)
         # The trainer kills a process that is late. Should the trainer itself be gone, the alarm
@@ -36,7 +38,7 @@ def main(memory_bytes: int | None) -> None:
 
 
 def _serve(
-    request: dict[str, Any], verifiers: dict[str, Verifier], memory_bytes: int | None
+    request: dict[str, Any], verifiers: dict[str, Callable[..., Any]], memory_bytes: int | None
 ) -> dict[str, Any]:
     path = request["path"]
     try:
@@ -44,6 +46,8 @@ def _serve(
             _allow_memory(None)
             verifiers[path] = load_verifier(path)
             _allow_memory(memory_bytes)
+        if "arguments" in request:
+            return {"value": verifiers[path](*request["arguments"])}
         if "response" not in request:
             return {"score": 0.0}
         return {"score": checked_score(verifiers[path](request["response"], request["answer"]))}

@@ -6,6 +6,7 @@ exact arithmetic or at points to 60 digits; numbers too large to be an answer ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 from megatron_occ.data.boxes import is_empty_box
@@ -67,19 +68,37 @@ def reference(answer: str) -> Answer:
 
 
 def _is_right(response: str, gold: Answer, order: str) -> bool:
-    """Whether the first candidate that is of the reference's kind says what it says."""
+    """Whether a candidate that the response commits to says what the reference says."""
+    tried = commitments(response, gold, order)
+    return any(equal(gold, each) for _, readings in tried for each in readings)
+
+
+def commitments(
+    response: str, gold: Answer, order: str
+) -> Iterator[tuple[tuple[str, ...], list[Answer]]]:
+    """What is taken for a response's answer: the first candidate that is of the reference's kind.
+
+    Where the reference is a group, a box that is none is followed by the boxes beside it.
+
+    Args:
+        response: whole text.
+        gold: reading of the reference.
+        order: of ``candidates``.
+
+    Returns:
+        Texts of the answer and its readings, one of which at least.
+    """
     for texts, in_words in candidates(response, order):
         if sum(map(len, texts)) > MAX_ANSWER_CHARS:
-            return False
+            return
         readings = [
             each
             for each in read_answers(texts, in_words=in_words)
             if gold.is_text or not each.is_text
         ]
-        if any(equal(gold, each) for each in readings):
-            return True
+        if readings:
+            yield texts, readings
         # a box commits, and so does whatever is of the right kind
         is_last = not isinstance(gold, Group) or len(texts) > 1 or in_words
         if readings and is_last:
-            return False
-    return False
+            return
