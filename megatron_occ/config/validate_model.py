@@ -111,6 +111,12 @@ def _moe(model: ModelConfig) -> Iterator[str]:
             f"model.moe.top_k={moe.top_k}: is more than model.moe.num_experts={moe.num_experts}. "
             "Lower it"
         )
+    if moe.top_k == 1 and moe.score_function == "softmax":
+        yield (
+            "model.moe.top_k=1: the weight of a single expert is 1 under "
+            "model.moe.score_function=softmax, and the router gets no gradient. Give "
+            "model.moe.top_k=2, or model.moe.score_function=sigmoid"
+        )
     if moe.first_dense_layers >= model.num_layers:
         yield (
             f"model.moe.first_dense_layers={moe.first_dense_layers}: leaves no MoE layer among "

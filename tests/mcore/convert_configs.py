@@ -77,9 +77,6 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, **HEADS | {"head_dim": 16}),
     "qwen3 llama3": lambda: Qwen3Config(**SIZES, **HEADS, rope_scaling=LLAMA3),
     "qwen3 moe": lambda: Qwen3MoeConfig(**SIZES, **HEADS, **SOFTMAX, mlp_only_layers=[0]),
-    "qwen3 moe one expert": lambda: Qwen3MoeConfig(
-        **SIZES, **HEADS, **SOFTMAX | {"num_experts_per_tok": 1}
-    ),
     "mimo": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
     "deepseek": lambda: DeepseekV3Config(**SIZES | EPSILON, **_groups(), **LATENT),
     # an epsilon so large that it would be noticed in the norms of the latents

@@ -68,7 +68,7 @@ def test_a_model_that_transformers_saved_has_lost_its_layers(tmp_path, name):
     assert not any(key.startswith("mtp.") for key in convert(folder, tmp_path / "drop", "drop"))
     fresh = depth(convert(folder, tmp_path / "init", "init:2"), 1)
     assert torch.equal(fresh["enorm.weight"], torch.ones(32))
-    with pytest.raises(FolderError, match=r"no MTP layer to copy\. Use init:2"):
+    with pytest.raises(FolderError, match="tensors of 0 MTP layers"):
         convert(folder, tmp_path / "expand", "expand:2")
 
 

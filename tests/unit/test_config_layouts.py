@@ -259,6 +259,11 @@ MODELS = [
         "model.rotary_scaling.factor=null",
     ),
     (f"{MOE} model.moe.top_k=9", "model.moe.top_k=9: is more than model.moe.num_ex", "Lower"),
+    (
+        f"{MOE} model.moe.top_k=1",
+        "model.moe.top_k=1: the weight of a single expert is 1",
+        "model.moe.score_function=sigmoid",
+    ),
     (f"{MOE} model.moe.first_dense_layers=2", "model.moe.first_dense_layers=2: leaves", "Lower"),
     (
         f"{MOE} model.moe.expert_bias=true",

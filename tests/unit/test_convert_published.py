@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 
+from megatron_occ.config import load_config
+from megatron_occ.config.validate_model import model_problems
 from megatron_occ.convert.families import family_of
 from megatron_occ.convert.plan import model_config
+from megatron_occ.convert.settings import folder_settings
 from megatron_occ.convert.transforms import head_sizes
 from tests.unit.published_configs import (
     GLM_47_FLASH,
@@ -46,6 +50,16 @@ def test_an_entry_that_nobody_looks_at_is_refused_by_name(name):
         family_of(content).read(content)
     content["logit_softcap"] = None
     family_of(content).read(content)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_run_takes_its_model_from_the_folder(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    folder = folder_settings(tmp_path)
+    config = load_config([], [f"model.from_hf={tmp_path}"], folder=folder)
+    assert replace(config.model, from_hf=None) == read(PUBLISHED[name])
+    assert list(model_problems(config)) == []
+    assert config.mtp.num_layers == PUBLISHED[name].get("num_nextn_predict_layers", 0)
 
 
 def read(content):
@@ -103,6 +117,7 @@ MISREAD = [
     (QWEN3_8B, {"head_dim": None}, "head_dim is missing"),
     (QWEN3_30B, {"norm_topk_prob": False}, "norm_topk_prob=False: the weights"),
     (QWEN3_30B, {"norm_topk_prob": None}, "norm_topk_prob=None: the weights"),
+    (QWEN3_30B, {"num_experts_per_tok": 1}, "num_experts_per_tok=1: the weight of a single"),
     (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
     (QWEN3_30B, {"mlp_only_layers": [3]}, "mlp_only_layers=[3]: layers without experts"),
     (GLM_47_FLASH, {"num_experts_per_tok": 1}, "num_experts_per_tok=1: the weight of a single"),

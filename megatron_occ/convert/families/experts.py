@@ -75,6 +75,12 @@ def softmax_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"norm_topk_prob={hf.get('norm_topk_prob')!r}: the weights of the chosen experts do "
             "not sum to 1. Only True can be converted"
         )
+    top_k = need(hf, "num_experts_per_tok")
+    if top_k == 1:
+        raise ValueError(
+            "num_experts_per_tok=1: the weight of a single expert is 1 in this architecture, and "
+            "its router would not learn. Only more than one can be converted"
+        )
     accept(hf, "decoder_sparse_step", 1)
     accept(hf, "shared_expert_intermediate_size", 0)
     number = hf.get("num_experts")
@@ -88,7 +94,7 @@ def softmax_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         "moe.num_experts": number,
-        "moe.top_k": need(hf, "num_experts_per_tok"),
+        "moe.top_k": top_k,
         "moe.ffn_hidden_size": need(hf, "moe_intermediate_size"),
         "moe.first_dense_layers": len(dense),
         "moe.score_function": "softmax",
