@@ -16,6 +16,7 @@ ALPHABET = "0123456789+*=."
 FROM_FILES = ("data.task={name: null, params: {}}", f"tokenizer.alphabet={ALPHABET}")
 SMALL = (
     *("rl.prompts_per_step=2", "rl.mini_batches=1", "rl.samples_per_prompt=2", "rl.steps=1"),
+    "rl.micro_batch_size=2",
     "mtp.preset=detach",
 )
 
