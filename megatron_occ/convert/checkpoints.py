@@ -19,7 +19,11 @@ from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.convert.origin import origin_of
 from megatron_occ.convert.plan import model_config
 from megatron_occ.convert.source import read_config, read_json
-from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
+from megatron_occ.convert.tokenizer_files import (
+    copy_side_files,
+    has_tokenizer,
+    write_characters,
+)
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import CharTokenizer
 
@@ -129,7 +133,7 @@ def export_checkpoint(
     write_weights(plan, reader, workspace.folder, shard=shard)
     if like is not None:
         copy_side_files(like, workspace.folder)
-    elif tokenizer is not None:
+    if _lacks_characters(tokenizer, workspace.folder):
         write_characters(tokenizer["alphabet"], workspace.folder)
     workspace.publish()
     return plan
@@ -170,6 +174,10 @@ def _check_request(
             f"--reader vllm: is about the MTP layers of MiMo, this is {plan.family.architecture} "
             f"with {plan.depths}. Leave it out"
         )
+
+
+def _lacks_characters(tokenizer: dict[str, Any] | None, folder: Path) -> bool:
+    return tokenizer is not None and tokenizer["kind"] == "char" and not has_tokenizer(folder)
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
