@@ -20,7 +20,11 @@ from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.convert.origin import origin_of
 from megatron_occ.convert.plan import model_config
 from megatron_occ.convert.source import read_config, read_json
-from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
+from megatron_occ.convert.tokenizer_files import (
+    copy_side_files,
+    has_tokenizer,
+    write_characters,
+)
 from megatron_occ.convert.workspace import Workspace
 from megatron_occ.data.tokenizers import CharTokenizer
 
@@ -134,7 +138,7 @@ def export_checkpoint(
     write_weights(plan, reader, workspace.folder, shard=shard)
     if like is not None:
         copy_side_files(like, workspace.folder)
-    elif tokenizer is not None:
+    if _lacks_characters(tokenizer, workspace.folder):
         write_characters(tokenizer["alphabet"], workspace.folder)
     workspace.publish()
     return plan
@@ -180,6 +184,10 @@ def _check_reader(plan: ExportPlan, reads: str) -> None:
         f"norm; this is {plan.family.architecture} with {plan.depths} MTP layers, and "
         f"model.mtp_reads={reads}. Leave it out"
     )
+
+
+def _lacks_characters(tokenizer: dict[str, Any] | None, folder: Path) -> bool:
+    return tokenizer is not None and tokenizer["kind"] == "char" and not has_tokenizer(folder)
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

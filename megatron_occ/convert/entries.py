@@ -14,12 +14,13 @@ _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation _name_or_path architectures attn_implementation auto_map
     chunk_size_feed_forward cross_attention_hidden_size custom_pipelines dtype
-    experts_implementation finetuning_task id2label is_decoder is_llama_config label2id license
-    model_type name_or_path num_labels output_attentions output_hidden_states output_router_logits
-    output_scores problem_type pruned_heads quantization_config return_dict
-    return_dict_in_generate task_specific_params tf_legacy_loss tie_encoder_decoder
-    tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
+    experts_implementation finetuning_task id2label is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id license model_type name_or_path num_labels
+    output_attentions output_hidden_states output_router_logits output_scores problem_type
+    pruned_heads quantization_config return_dict return_dict_in_generate task_specific_params
+    tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16
+    use_cache
 """
 _TOKENS = """
     begin_suppress_tokens bos_token bos_token_id cls_token_id decoder_start_token_id eos_token
@@ -33,8 +34,8 @@ _GENERATION = """
     repetition_penalty temperature top_k top_p typical_p
 """
 _TRAINING = """
-    aux_loss_alpha ep_size initializer_range mtp_loss_scaling_factor pretraining_tp
-    router_aux_loss_coef seq_aux
+    aux_loss_alpha ep_size gradient_checkpointing initializer_range max_sequence_length
+    mtp_loss_scaling_factor pretraining_tp router_aux_loss_coef seq_aux
 """
 HARMLESS = frozenset(f"{_BOOKKEEPING} {_TOKENS} {_GENERATION} {_TRAINING}".split())
 

@@ -149,7 +149,7 @@ def plan_export(
         for name, original in family.duplicate_names(wanted, depths).items():
             outputs.append(replace(by_name[original], name=name))
             places[name] = places[original]
-    if like is None and tokenizer is not None:
+    if tokenizer is not None and (like is None or tokenizer["kind"] == "char"):
         content |= special_ids(tokenizer)
     content["torch_dtype"] = dtype_name(usual_dtype(o.dtype for o in outputs))
     content.pop("dtype", None)

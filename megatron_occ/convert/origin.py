@@ -50,7 +50,10 @@ def _nearest(checkpoint: Path) -> Path | None:
 def _has_tokenizer(folder: Path, state: dict[str, Any] | None) -> bool:
     if state is None:
         return True
-    if state["kind"] != "hf" or not has_tokenizer(folder):
+    if state["kind"] == "char":
+        # written anew on the way out, where it takes no other's place
+        return not has_tokenizer(folder)
+    if not has_tokenizer(folder):
         return False
     try:
         return HFTokenizer(folder).state() == state

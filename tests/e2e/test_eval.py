@@ -14,7 +14,11 @@ from tests.e2e.conftest import metrics, read_lines, torchrun
 SUMS = ("1+2+3", "4+0+5", "2+2+2")
 ALPHABET = "0123456789+*=."
 FROM_FILES = ("data.task={name: null, params: {}}", f"tokenizer.alphabet={ALPHABET}")
-SMALL = ("rl.prompts_per_step=2", "rl.mini_batches=1", "rl.samples_per_prompt=2", "rl.steps=1")
+SMALL = (
+    *("rl.prompts_per_step=2", "rl.mini_batches=1", "rl.samples_per_prompt=2", "rl.steps=1"),
+    "rl.micro_batch_size=2",
+    "mtp.preset=detach",
+)
 
 
 def write(path, records):
@@ -146,7 +150,7 @@ def test_one_yaml_trains_a_folder_with_its_chat_template_and_evaluates_on_six_se
         "  micro_batch_size: 4, rollout: {max_response_length: 9, batch_size: 32}}\n"
         "eval: {after_rl: true, samples: 2, temperature: 0.6}\n"
     )
-    trained = run("rl", "run", config=config)
+    trained = run("rl", "run", "mtp.preset=detach", config=config)
     found = results(trained / "eval" / "rl_step_000001")
     assert [each["name"] for each in found["sets"]] == list(SHAPES)
     lines = read_lines(trained / "eval" / "rl_step_000001" / "responses.jsonl")

@@ -41,8 +41,12 @@ def test_a_run_that_started_from_a_checkpoint_asks_that(tmp_path, imported):
     first = make_run(tmp_path / "first", f"rl.init_from={imported}")
     second = make_run(tmp_path / "second", f"rl.init_from={first}")
     assert origin_of(second, None) == imported / "hugging_face"
-    # a tokenizer that the folder does not have: its files would be wrong
-    assert origin_of(second, {"kind": "char", "alphabet": "ab"}) is None
+    # characters are written anew; the files of another tokenizer would be wrong
+    characters = {"kind": "char", "alphabet": "ab"}
+    assert origin_of(second, characters) == imported / "hugging_face"
+    assert origin_of(second, {"kind": "hf", "vocab_sha256": "1"}) is None
+    (imported / "hugging_face" / "tokenizer.json").write_text("{}")
+    assert origin_of(second, characters) is None
 
 
 def test_runs_that_start_from_each_other_end(tmp_path):
