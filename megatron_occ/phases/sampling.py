@@ -115,4 +115,6 @@ def sampler_for(settings: EvalSettings, run: Run, sampler: Sampler) -> Sampler:
         max_response_length=settings.max_response_length,
     )
     room = run.config.model.max_position_embeddings - settings.max_response_length
-    return replace(sampler, sampling=changed, max_prompt_length=room)
+    return replace(
+        sampler, sampling=changed, max_prompt_length=room, length_key=settings.length_key
+    )

@@ -73,6 +73,7 @@ class Sampler:
         verifiers: pool that scores responses.
         sampling: of RL; validation has a temperature of its own.
         max_prompt_length: tokens of a prompt at most, so that both fit the position range.
+        length_key: of the configuration, which limits responses.
     """
 
     engine: RolloutEngine
@@ -81,6 +82,7 @@ class Sampler:
     verifiers: VerifierPool
     sampling: SamplingSettings
     max_prompt_length: int
+    length_key: str = "rl.rollout.max_response_length"
 
     def __call__(
         self,
@@ -163,8 +165,8 @@ class Sampler:
         if not 0 < len(prompt) <= self.max_prompt_length:
             raise ValueError(
                 f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
-                f"are 1 to {self.max_prompt_length}: shorten it, lower the length of responses "
-                f"({self.sampling.max_response_length}: rl.rollout.max_response_length, or "
-                "eval.max_response_length) or raise model.max_position_embeddings"
+                f"are 1 to {self.max_prompt_length}: shorten it, lower "
+                f"{self.length_key}={self.sampling.max_response_length} or raise "
+                "model.max_position_embeddings"
             )
         return prompt
