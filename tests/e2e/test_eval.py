@@ -121,7 +121,7 @@ def test_one_yaml_trains_a_folder_with_its_chat_template_and_evaluates_on_six_se
     run, pretrained, tmp_path
 ):
     folder = tmp_path / "model"
-    main(["convert", "export", str(pretrained(1)), str(folder), "--reader", "vllm"])
+    main(["convert", "export", str(pretrained(1)), str(folder)])
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}{{ m.content }}{% endfor %}="
     (folder / "tokenizer_config.json").write_text(
