@@ -189,6 +189,13 @@ CASES = (
         "parallel.pipeline_layout=Et*4|mm|L",
     ),
     _case(
+        "PP3, MTP reads before the norm, MTP stage of its own",
+        3,
+        DENSE + UNTIED + BEFORE + _depths(2),
+        "parallel.pipeline=3",
+        "parallel.pipeline_layout=Et*4|mm|L",
+    ),
+    _case(
         "PP3, head alone, MTP reads before the norm, MTP stage of its own",
         3,
         HEAD + UNTIED + BEFORE + _depths(2),

@@ -27,7 +27,7 @@ from megatron_occ.compare.runs import (
 from megatron_occ.compare.study import Study, read_study
 from megatron_occ.config import ConfigError
 
-HELP = "train several regimes x seeds from one checkpoint and compare them"
+HELP = "train regimes x seeds from one checkpoint and compare them"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

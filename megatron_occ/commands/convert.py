@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_occ.convert.errors import FolderError
 
-HELP = "convert checkpoints from and to Hugging Face folders: convert --help"
+HELP = "convert checkpoints from and to Hugging Face folders"
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"MB": 10**6, "GB": 10**9}
 

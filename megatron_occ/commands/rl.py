@@ -8,7 +8,7 @@ from megatron_occ.commands.configuration import add_config_options, add_resume, 
 from megatron_occ.commands.running import training
 from megatron_occ.config import Config, help_text, pretrains_first
 
-HELP = "run RL; pretrain first if neither rl.init_from nor model.from_hf is given"
+HELP = "run RL; pretrain first if no model or checkpoint is given"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,9 @@
 
 Megatron-Core's decoder gives the states after its final norm alone, and MTP layers get those. The
 MTP layers of MiMo read them before the norm (``model.mtp_reads=before``): both then leave the
-decoder, one behind the other along the sequence, and go through a pipeline's messages so where the
-MTP layers are on a later stage.
+decoder, one behind the other along the sequence. Where the MTP layers are on a later pipeline stage
+they go there so, and are parted before that stage's decoder sees them: it takes the length of the
+sequence from its input.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class FinalNorm:
     Args:
         decoder: Megatron's block of the trunk's layers on this stage.
         reads: ``after`` or ``before`` the final norm.
+        has_mtp: whether this stage has the MTP layers.
     """
 
-    def __init__(self, decoder: nn.Module, reads: str) -> None:
-        self._module = getattr(decoder, "final_layernorm", None)
+    def __init__(self, decoder: nn.Module, reads: str, *, has_mtp: bool) -> None:
+        # not registered a second time: this is no module
+        self._decoder, self._module = decoder, getattr(decoder, "final_layernorm", None)
         self._reads_before = reads == "before"
+        self._receives = self._reads_before and has_mtp and self._module is None
+        self._received: Tensor | None = None
         self._is_open = False
         if self._reads_before and self._module is not None:
             self._module.register_forward_hook(self._keep_input)
@@ -35,6 +40,8 @@ class FinalNorm:
     def for_depths(self, wanted: bool) -> Iterator[None]:
         """While it lasts the decoder's output is for :meth:`split`, if ``wanted``."""
         self._is_open = wanted and self._reads_before
+        if self._is_open and self._receives:
+            self._decoder.input_tensor, self._received = self._decoder.input_tensor.chunk(2)
         try:
             yield
         finally:
@@ -48,6 +55,10 @@ class FinalNorm:
         """
         if not self._reads_before:
             return hidden, hidden
+        if self._receives:
+            assert self._received is not None, "made while MTP layers were wanted"
+            read, self._received = self._received, None
+            return hidden, read
         after, before = hidden.chunk(2)
         return after, before
 

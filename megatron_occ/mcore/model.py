@@ -68,7 +68,7 @@ class OCCGPTModel(GPTModel):
         self._block_arguments: dict[str, Any] = {}
         self._build_mtp, self._frozen_mtp = build_mtp, None
         self.mtp_reads = mtp_reads
-        self._final_norm = FinalNorm(self.decoder, mtp_reads)
+        self._final_norm = FinalNorm(self.decoder, mtp_reads, has_mtp=self.mtp_process)
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         # not a submodule: it has no weights, and is the decoder for the time of one call
         kept = _KeptStates(self._final_norm)

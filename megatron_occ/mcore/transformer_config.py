@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch.nn import functional
 
-from megatron_occ.config.pipeline import parse_layout
+from megatron_occ.config.pipeline import model_chunks, parse_layout
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import YarnConfig
 from megatron_occ.mcore.capabilities import uses_transformer_engine
@@ -29,7 +29,17 @@ def transformer_config(config: Config) -> TransformerConfig:
     kind = MLATransformerConfig if config.model.mla.enabled else TransformerConfig
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return kind(**settings)
+        megatron = kind(**settings)
+    if _sends_two_states(config):
+        # so messages say their shape, as they do where Megatron finds MTP layers on a stage alone
+        megatron.mtp_standalone = True
+    return megatron
+
+
+def _sends_two_states(config: Config) -> bool:
+    """Whether MTP layers get the states on both sides of the final norm from another stage."""
+    apart = any("m" in chunk and "t" not in chunk for chunk in model_chunks(config))
+    return config.model.mtp_reads == "before" and apart
 
 
 def _architecture(config: Config) -> dict[str, Any]:

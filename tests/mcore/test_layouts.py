@@ -25,6 +25,7 @@ NAMES = (
     "PP2, head alone, distributed optimizer",
     "PP2 x VPP2, head alone",
     "PP3, head alone, MTP stage of its own",
+    "PP3, MTP reads before the norm, MTP stage of its own",
     "PP3, head alone, MTP reads before the norm, MTP stage of its own",
     "PP2 x VPP2, MTP reads before the norm, a chunk without layers",
     "CP2, packed, MTP reads before the norm",
