@@ -9,7 +9,7 @@ from megatron_occ.commands.configuration import add_config_options, checked_conf
 from megatron_occ.commands.running import running
 from megatron_occ.config import ConfigError, help_text
 
-HELP = "avg@k, pass@k and maj@k of checkpoints, every response to read"
+HELP = "evaluate checkpoints on held-out sets: avg@k, pass@k, maj@k"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
