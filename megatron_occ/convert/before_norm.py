@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_occ.convert.exporting import Reader
 from megatron_occ.convert.slots import Slot
+
+if TYPE_CHECKING:
+    from megatron_occ.convert.exporting import Reader
 
 
 class BeforeFinalNorm:
     """Weights for a reader whose MTP layer gets the trunk's state before the final norm.
 
-    Those of the model get it after (``model.mtp_reads=after``), MiMo's before. Norm after
+    The checkpoint's MTP layers get it after the norm (``model.mtp_reads=after``). A norm after a
     norm is one norm whose weight is the product, up to a factor that depends on the token, the root
     mean square of what the first one gives. That is near the root mean square of the first norm's
     weight, which is divided out here: drafts are nearly those of the trainer, and exactly

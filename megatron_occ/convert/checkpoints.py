@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from megatron_occ.config.schema import Config
-from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
-from megatron_occ.convert.exporting import SHARD, ExportPlan, Reader, plan_export, write_weights
+from megatron_occ.convert.exporting import SHARD, ExportPlan, plan_export, write_weights
 from megatron_occ.convert.families.dense import MIMO
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.convert.origin import origin_of
@@ -110,8 +109,7 @@ def export_checkpoint(
     if like is None and folder is not None:
         logger.info("config.json and the files beside it are those of %s", folder)
     like = folder
-    reader: Reader = DistributedReader(checkpoint)
-    reads = found.config.model.mtp_reads
+    reader = DistributedReader(checkpoint)
     plan = plan_export(
         reader,
         found.config.model,
@@ -123,13 +121,11 @@ def export_checkpoint(
         dtype=dtype,
         expert_bias=getattr(torch, origin.get("expert_bias") or "float32"),
         tokenizer=tokenizer,
-        mtp_reads="after" if for_sglang and reads == "after" else None,
+        for_sglang=for_sglang,
     )
     _check_request(plan, checkpoint, like, tokenizer)
     if for_sglang:
-        _check_reader(plan, reads)
-    if plan.fits_head:
-        reader = BeforeFinalNorm(reader)
+        _check_reader(plan, found.config.model.mtp_reads)
     if dry_run:
         return plan
     identity = [str(checkpoint.resolve()), plan.content, [str(o) for o in plan.outputs]]

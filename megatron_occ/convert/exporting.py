@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.schema_model import ModelConfig
+from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.described import as_family, content_of, special_ids
 from megatron_occ.convert.dtypes import dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
@@ -109,7 +110,7 @@ def plan_export(
     dtype: torch.dtype | None = None,
     expert_bias: torch.dtype = torch.float32,
     tokenizer: Mapping[str, Any] | None = None,
-    mtp_reads: str | None = None,
+    for_sglang: bool = False,
 ) -> ExportPlan:
     """Decide what is written.
 
@@ -124,15 +125,16 @@ def plan_export(
         dtype: of the weights; None: as they are.
         expert_bias: dtype of the biases in the choice of experts.
         tokenizer: identity of the tokenizer, for the ids of special tokens; None: not known.
-        mtp_reads: side of the final norm whose states the reader hands to MiMo's MTP layers; None:
-            as published.
+        for_sglang: the reader hands MiMo's MTP layers the state after the final norm, as SGLang
+            does; MTP layers that read it there are then written as they are.
 
     Raises:
         FolderError: the model does not fit the family, or ``like``, or lacks tensors.
     """
     try:
         family = _family(model, depths, architecture, like)
-        more = {"mtp_reads": mtp_reads} if mtp_reads is not None and family is MIMO else {}
+        is_after = for_sglang and family is MIMO and model.mtp_reads == "after"
+        more = {"mtp_reads": "after"} if is_after else {}
         wanted = as_family(family, model, depths, vocab_size, more)
         slots = model_slots(wanted, depths, vocab_size)
         present = model_slots(model, depths, vocab_size).keys()
@@ -206,6 +208,8 @@ def write_weights(
     """
     beside = plan.beside
     apart = {output.name for output in beside}
+    if plan.fits_head:
+        reader = BeforeFinalNorm(reader)
     shards = split_into_shards([o for o in plan.outputs if o.name not in apart], shard)
     parts = _Parts(plan, reader)
     done = 0

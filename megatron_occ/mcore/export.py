@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_occ.config.schema import Config
-from megatron_occ.convert.before_norm import BeforeFinalNorm
 from megatron_occ.convert.distributed import DistributedReader
-from megatron_occ.convert.exporting import Reader, plan_export, write_weights
+from megatron_occ.convert.exporting import plan_export, write_weights
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
 from megatron_occ.data.tokenizers import CharTokenizer, Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -53,7 +51,7 @@ class HuggingFaceExport:
             folder: exists.
         """
         config, tokenizer = self._actor.config, self._tokenizer
-        reader: Reader = DistributedReader(self._scratch)
+        reader = DistributedReader(self._scratch)
         vocab_size = config.model.vocab_size or tokenizer.vocab_size
         plan = plan_export(
             reader,
@@ -61,10 +59,8 @@ class HuggingFaceExport:
             config.mtp.num_layers,
             vocab_size,
             tokenizer=tokenizer.state(),
-            mtp_reads=_server_reads(config),
+            for_sglang=config.rl.rollout.engine == "sglang",
         )
-        if plan.fits_head:
-            reader = BeforeFinalNorm(reader)
         write_weights(plan, reader, folder, quiet=True)
         if isinstance(tokenizer, CharTokenizer):
             write_characters(tokenizer.alphabet, folder)
@@ -81,9 +77,3 @@ class HuggingFaceExport:
             raise EngineError(
                 f"rl.rollout.server.weights_dir: {self._scratch} can't be written: {error}"
             ) from error
-
-
-def _server_reads(config: Config) -> str | None:
-    """See ``plan_export``. SGLang hands MiMo's MTP layers the state after the norm."""
-    after = config.mtp.num_layers > 0 and config.model.mtp_reads == "after"
-    return "after" if after and config.rl.rollout.engine == "sglang" else None
