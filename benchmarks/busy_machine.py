@@ -57,7 +57,7 @@ def main() -> None:
     variants: dict[str, dict[str, str]] = {"as it is": {}}
     for text in options.env:
         name, _, values = text.partition(":")
-        variants[name] = dict(pair.split("=") for pair in values.split(",") if pair)
+        variants[name] = dict(pair.split("=", 1) for pair in values.split(",") if pair)
     found: dict[tuple[str, bool], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
         for name, environment in variants.items():

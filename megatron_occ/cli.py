@@ -15,8 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megatron_occ import __version__
 from megatron_occ.commands import COMMANDS, convert
+from megatron_occ.commands.children import end_with_parent
 from megatron_occ.commands.configuration import take_words
 from megatron_occ.config import ConfigError
+
+end_with_parent()
 
 _DESCRIPTION = (
     "Pretraining and reinforcement learning with verifiable rewards for language models with "

@@ -24,10 +24,12 @@ from megatron_occ.mcore.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from megatron_occ.mcore.cpu.threads import Threads, choose_threads
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
+from megatron_occ.rl.stopping import StopSignal
 from megatron_occ.rl.trainer import GRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,15 +41,18 @@ class Run:
 
     config: Config
     resume: bool = False
+    stop: StopSignal = field(default_factory=StopSignal)
     layout: Layout = field(init=False)
     task: Task | None = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     metrics: MetricsLogger = field(init=False)
+    threads: Threads = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
         register_verifiers(config.data.verifiers)
         self.layout = initialize(config)
+        self.threads = choose_threads(config, world_size=self.layout.world_size)
         self.task = read_task(config)
         self.tokenizer = read_tokenizer(config, self.task)
         self.folder = Path(config.run_dir)

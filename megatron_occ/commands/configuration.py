@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_occ.commands.dry_run import dry_run
+from megatron_occ.commands.run_lock import LOCK_FILE
 from megatron_occ.config import Config, ConfigError, load_config, to_yaml, validate
 
 
@@ -117,9 +118,7 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     Raises:
         ConfigError: see above.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run_dir={folder} is a file: name a folder with run_dir=...")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = any(entry.name != LOCK_FILE for entry in folder.iterdir()) if folder.is_dir() else False
     if used and not resume:
         raise ConfigError(
             f"run_dir={folder} is not empty: continue that run with --resume, or name another "

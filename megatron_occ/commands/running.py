@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_occ.commands.children import mark_parent
 from megatron_occ.commands.configuration import check_run_folder
+from megatron_occ.commands.run_lock import locked
 from megatron_occ.config import Config
 
 if TYPE_CHECKING:
+    from megatron_occ.rl.stopping import StopSignal
     from megatron_occ.run import Run
+
+# exit status of a run that stopped as asked, with a checkpoint: "try again later" of sysexits.h
+STOPPED = os.EX_TEMPFAIL
 
 
 @contextmanager
-def running(config: Config, *, resume: bool = False) -> Iterator[Run]:
+def running(
+    config: Config, *, resume: bool = False, stop: StopSignal | None = None
+) -> Iterator[Run]:
     """A run of a checked configuration; its process groups end with the block.
 
     Raises:
@@ -23,10 +33,11 @@ def running(config: Config, *, resume: bool = False) -> Iterator[Run]:
     """
     # imported late: these bring torch and Megatron-Core
     from megatron_occ.mcore.startup import shutdown
+    from megatron_occ.rl.stopping import StopSignal
     from megatron_occ.rollout import EngineError
     from megatron_occ.run import Run
 
-    run = Run(config, resume=resume)
+    run = Run(config, resume=resume, stop=stop or StopSignal())
     try:
         yield run
     except EngineError as error:
@@ -38,24 +49,37 @@ def running(config: Config, *, resume: bool = False) -> Iterator[Run]:
 
 @contextmanager
 def training(config: Config, *, resume: bool) -> Iterator[Run]:
-    """:func:`running` for a command that writes the run folder; Ctrl-C tells how to go on.
+    """:func:`running` for a command that writes the run folder.
+
+    No other process writes there meanwhile. Ctrl-C tells how to go on; SIGTERM and SIGUSR1 end the
+    run after the update under way, with a checkpoint and exit status :data:`STOPPED`.
 
     Raises:
         ConfigError: the run folder is another's, or there is none to resume.
     """
-    check_run_folder(Path(config.run_dir), resume)
-    with running(config, resume=resume) as run:
+    from megatron_occ.rl.stopping import StopRequested, StopSignal
+
+    folder, is_main, stop = Path(config.run_dir), os.environ.get("RANK", "0") == "0", StopSignal()
+    mark_parent()
+    with locked(folder), stop.installed(tells=is_main):
+        check_run_folder(folder, resume)
+        run = None
         try:
-            yield run
+            with running(config, resume=resume, stop=stop) as run:
+                yield run
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(_how_to_go_on(run)) from interrupt
+        except StopRequested:
+            if is_main:
+                print(f"megatron-occ: stopped as asked: {_how_to_go_on(run)}", file=sys.stderr)
+            sys.exit(STOPPED)
 
 
-def _how_to_go_on(run: Run) -> str:
+def _how_to_go_on(run: Run | None) -> str:
     """What --resume makes of an interrupted run."""
-    newest = run.latest("rl") or run.latest("pretrain")
+    newest = None if run is None else run.latest("rl") or run.latest("pretrain")
     if newest is not None:
         return f"the same command with --resume goes on from {newest}"
-    if run.folder.is_dir():
+    if run is not None and (run.folder / "config.yaml").is_file():
         return "it has no checkpoint yet: the same command with --resume begins anew"
     return "nothing was written yet"

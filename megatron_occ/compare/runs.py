@@ -44,7 +44,8 @@ class RunSpec:
     @property
     def state(self) -> str:
         """``missing``, ``unfinished`` or ``finished``, by the run's own log."""
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        # a run that was killed sooner has left its lock's file at most
+        if not (self.folder / "config.yaml").is_file():
             return "missing"
         last = None
         for record in read_records(self.folder / METRICS_FILE):

@@ -67,6 +67,14 @@ class Layout:
         """True where log-probs and losses are computed."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank of the run has the flag, on all of them."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor(flag, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(found, op=ReduceOp.MAX)
+        return bool(found)
+
     def all_reduce_data_parallel(self, values: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) of ``values`` over data-parallel ranks, in place; returns it.
 

@@ -32,7 +32,14 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
     phase = Phase(run, "pretrain", actor, meta)
     with validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate:
         trainer = PretrainTrainer(
-            config, actor, inputs.corpus, validate=validate, logger=run.metrics, save=phase.save
+            config,
+            actor,
+            inputs.corpus,
+            validate=validate,
+            logger=run.metrics,
+            save=phase.save,
+            stop=run.stop,
+            before_step=run.threads.follow,
         )
         phase.attach(trainer)
         trainer.fit()

@@ -93,6 +93,8 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             logger=run.metrics,
             rollout_log=rollout_log,
             save=phase.save,
+            stop=run.stop,
+            before_step=run.threads.follow,
         )
         phase.attach(trainer)
         _say_how_it_starts(run, start, trainer.step)

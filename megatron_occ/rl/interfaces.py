@@ -41,6 +41,10 @@ class Collectives(Protocol):
         """True on one of the ranks of each data-parallel share."""
         ...
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank of the run has the flag."""
+        ...
+
     def all_reduce_data_parallel(self, values: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over data-parallel ranks, in place."""
         ...

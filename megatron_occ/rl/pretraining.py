@@ -17,6 +17,7 @@ from megatron_occ.rl.batch import head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
+from megatron_occ.rl.stopping import StopRequested, StopSignal
 
 PASS_RATE = "pass@1"
 _BOTH = ((True, True),)
@@ -38,6 +39,8 @@ class PretrainTrainer:
         validate: measures ``pass@1`` on held-out problems.
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
+        stop: tells that the run is asked to end.
+        before_step: called before each step; returns what is to be told, if anything.
     """
 
     def __init__(
@@ -49,18 +52,32 @@ class PretrainTrainer:
         validate: Callable[[], Validation],
         logger: MetricsLogger,
         save: Callable[[int], None],
+        stop: StopSignal | None = None,
+        before_step: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.actor, self.corpus = config, actor, corpus
         self.validate, self.logger, self.save = validate, logger, save
+        self.stop, self.before_step = stop or StopSignal(), before_step
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
         self.step, self.finished = 0, False
 
     def fit(self) -> None:
-        """Run the remaining steps, or those until the pass rate is reached."""
+        """Run the remaining steps, or those until the pass rate is reached.
+
+        Raises:
+            StopRequested: the run was asked to end; the finished steps are in a checkpoint.
+        """
+        # nothing to cut short: a step is one update
+        with self.stop.watched(lambda: None):
+            self._run()
+
+    def _run(self) -> None:
         settings, layout = self.config.pretrain, self.actor.layout
         start, done = time.perf_counter(), self.step
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
             while not self.finished:
+                if (told := self.before_step()) is not None:
+                    self.logger.event(self.step + 1, told)
                 metrics = self.run_step()
                 self.step += 1
                 trained = time.perf_counter()
@@ -74,8 +91,16 @@ class PretrainTrainer:
                     times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
                     self.logger.log("pretrain", self.step, {**metrics, **times})
                     start, done = time.perf_counter(), self.step
-                if self.finished or self.step % settings.save_every == 0:
-                    self.save(self.step)
+                self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Save where it is due, and where the run is asked to end."""
+        ends = not self.finished and self.stop.is_asked_of_any(self.actor.layout)
+        if ends or self.finished or self.step % self.config.pretrain.save_every == 0:
+            self.save(self.step)
+        if ends:
+            self.logger.event(self.step, self.stop.sentence(), kind="stopped")
+            raise StopRequested
 
     def _measured(self) -> dict[str, float]:
         every = self.config.pretrain.validate_every

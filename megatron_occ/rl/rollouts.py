@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,19 @@ class RolloutSource:
         self.actor = sampler.actor
         self.position = 0
 
-    def generate(self, timers: Timers) -> Rollouts:
+    def abort(self) -> None:
+        """End a generation under way; what it returns then is of no use."""
+        self.sampler.engine.abort()
+
+    def generate(self, timers: Timers, after_round: Callable[[], None] = lambda: None) -> Rollouts:
         """Rollouts of one step.
 
         Groups count in the order of their prompts, whichever rank drew them: the first useful ones
         are taken, then the first of the others.
+
+        Args:
+            timers: of the parts.
+            after_round: called by all ranks before the responses of a round are looked at.
 
         Raises:
             ValueError: a prompt does not fit, or the verifier of every response of a round failed.
@@ -81,6 +90,7 @@ class RolloutSource:
         rounds = self.config.dynamic_sampling.max_rounds if self._is_dynamic else 1
         for _ in range(rounds):
             samples = self._round(timers)
+            after_round()
             drawn.extend(samples)
             useful += self._useful_groups(samples)
             if sum(useful) >= wanted:

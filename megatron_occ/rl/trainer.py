@@ -17,7 +17,8 @@ from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
-from megatron_occ.rl.rollouts import RolloutSource
+from megatron_occ.rl.rollouts import Rollouts, RolloutSource
+from megatron_occ.rl.stopping import StopRequested, StopSignal
 from megatron_occ.rl.update import PolicyUpdater
 
 # what the progress bar shows of what there is
@@ -41,6 +42,8 @@ class GRPOTrainer:
         logger: of metrics and events.
         rollout_log: of sampled responses.
         save: writes a checkpoint of the given finished step.
+        stop: tells that the run is asked to end.
+        before_step: called before each step; returns what is to be told, if anything.
     """
 
     def __init__(
@@ -53,36 +56,74 @@ class GRPOTrainer:
         logger: MetricsLogger,
         rollout_log: RolloutLog,
         save: Callable[[int], None],
+        stop: StopSignal | None = None,
+        before_step: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.updater, self.rollouts = config, updater, rollouts
         self.validate, self.save = validate, save
+        self.stop, self.before_step = stop or StopSignal(), before_step
         self.logger, self.rollout_log = logger, rollout_log
         self.layout = updater.actor.layout
         self.timers = Timers()
         self.step = 0
+        self.validation_is_due = True
+        self._saved_step = 0
         self._logged_at = time.perf_counter()
 
     def fit(self) -> None:
-        """Run the remaining steps."""
-        rl = self.config.rl
+        """Run the remaining steps.
+
+        Raises:
+            StopRequested: the run was asked to end. The finished steps are in a checkpoint; of the
+                one under way nothing stays, and it is drawn again identically.
+        """
         self._logged_at = time.perf_counter()
-        if self.step == 0:
-            self.run_validation()
+        with self.stop.watched(self.rollouts.abort):
+            try:
+                self._run()
+            except StopRequested:
+                if self.step > self._saved_step:
+                    self._save()
+                self.logger.event(self.step, self.stop.sentence(), kind="stopped")
+                raise
+
+    def _run(self) -> None:
+        rl = self.config.rl
+        self._finish_step()
         with Progress(rl.steps, "rl", self.step, enabled=self.layout.is_main) as progress:
             while self.step < rl.steps:
+                self._end_if_asked()
+                self._warn(self.step + 1, [text for text in (self.before_step(),) if text])
                 metrics = self.run_step()
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))
-                if self.step == rl.steps or _is_due(self.step, rl.validation.every):
-                    self.run_validation()
-                if self.step == rl.steps or _is_due(self.step, rl.save_every):
-                    with self.timers("save"):
-                        self.save(self.step)
+                is_last = self.step == rl.steps
+                self.validation_is_due = is_last or _is_due(self.step, rl.validation.every)
+                self._finish_step()
+
+    def _finish_step(self) -> None:
+        """What follows a step, at a resumption too: validation and checkpoint if due."""
+        rl = self.config.rl
+        if self.validation_is_due:
+            self.run_validation()
+            self.validation_is_due = False
+        is_due = self.step == rl.steps or _is_due(self.step, rl.save_every)
+        if is_due and self.step > self._saved_step:
+            self._save()
+
+    def _save(self) -> None:
+        with self.timers("save"):
+            self.save(self.step)
+        self._saved_step = self.step
+
+    def _end_if_asked(self) -> None:
+        if self.stop.is_asked_of_any(self.layout):
+            raise StopRequested
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
-        rollouts = self.rollouts.generate(self.timers)
+        rollouts = self._rollouts()
         self._warn(self.step + 1, rollouts.events)
         self.rollout_log.write(self.step + 1, rollouts.samples)
         with self.timers("logprobs"):
@@ -100,6 +141,15 @@ class GRPOTrainer:
         with self.timers("train"):
             metrics = self.run_training(mini_batches, rollouts.head)
         return {**rollouts.metrics, **gap, **metrics}
+
+    def _rollouts(self) -> Rollouts:
+        """Those of the step; none, and the prompts go back, where the run is asked to end."""
+        position = self.rollouts.position
+        try:
+            return self.rollouts.generate(self.timers, after_round=self._end_if_asked)
+        except StopRequested:
+            self.rollouts.position = position
+            raise
 
     def run_training(
         self, mini_batches: Sequence[MiniBatch], head: HeadRows | None = None
@@ -123,6 +173,8 @@ class GRPOTrainer:
         """Validate the current policy and log the result."""
         with self.timers("validation"):
             metrics, events = self.validate()
+        # its responses may have been cut off by the signal
+        self._end_if_asked()
         self.logger.log("validation", self.step, metrics)
         self._warn(self.step, events)
         return metrics
@@ -131,6 +183,7 @@ class GRPOTrainer:
         """Position in the data and calibration state."""
         return {
             "step": self.step,
+            "validation_is_due": self.validation_is_due,
             "position": self.rollouts.position,
             "calibration": self.updater.state_dict(),
         }
@@ -138,6 +191,9 @@ class GRPOTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.step, self.rollouts.position = state["step"], state["position"]
+        # absent from checkpoints of earlier versions, which were written after it
+        self.validation_is_due = state.get("validation_is_due", False)
+        self._saved_step = -1 if self.validation_is_due else self.step
         self.updater.load_state_dict(state["calibration"])
 
     def _log(self, metrics: dict[str, float]) -> None:

@@ -22,6 +22,9 @@ class FakeLayout:
     def is_main(self):
         return self.data_parallel_rank == 0
 
+    def any_rank(self, flag):
+        return flag
+
     def all_reduce_data_parallel(self, values, *, maximum=False):
         return values
 
@@ -38,6 +41,9 @@ class ThreadedLayout(FakeLayout):
     def __init__(self, rank, size, barrier, slots):
         super().__init__(rank, size)
         self._barrier, self._slots, self.gathered = barrier, slots, 0
+
+    def any_rank(self, flag):
+        return any(bool(each) for each in self._exchange(torch.tensor(flag)))
 
     def all_reduce_data_parallel(self, values, *, maximum=False):
         stacked = torch.stack(self._exchange(values))

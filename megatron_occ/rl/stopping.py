@@ -1,0 +1,116 @@
+"""How a run ends when it is asked to: after the work under way, with a checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+# by whom: a person or Slurm's preemption, and Slurm's warning before a time limit
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_FIRST = (
+    "megatron-occ: {name}: the run ends after the update under way, with a checkpoint; "
+    "a second signal ends it at once\n"
+)
+
+
+class StopRequested(Exception):  # no error: somebody asked for it
+    """The run was asked to stop; what a trainer has done is in a checkpoint."""
+
+
+class Ranks(Protocol):
+    """All ranks of a run."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank has the flag; called by all."""
+        ...
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 of this process.
+
+    While a trainer watches, the first one is noted, and the trainer asks for it between two pieces
+    of work; before and after, it raises :class:`StopRequested` where the process is. The second
+    one ends the process and its children at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._is_watched = False
+        self._arrived = threading.Event()
+
+    @contextmanager
+    def installed(self, *, tells: bool) -> Iterator[None]:
+        """Take the signals for the time of the block, in the main thread.
+
+        Args:
+            tells: say on stderr what the signal does.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            self._handle(signal.Signals(number), tells)
+
+        before = {each: signal.signal(each, handle) for each in SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    @contextmanager
+    def watched(self, on_signal: Callable[[], None]) -> Iterator[None]:
+        """A trainer at work, which asks :meth:`is_asked_of_any` itself.
+
+        Args:
+            on_signal: called when a signal has come, in a thread of its own.
+        """
+
+        def wait() -> None:
+            self._arrived.wait()
+            if self.received is not None:
+                on_signal()
+
+        waiting = threading.Thread(target=wait, name="stop signal", daemon=True)
+        waiting.start()
+        self._is_watched = True
+        try:
+            yield
+        finally:
+            self._is_watched = False
+            self._arrived.set()
+            waiting.join()
+            self._arrived.clear()
+
+    def is_asked_of_any(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop; called by all of them, and the same on all."""
+        return ranks.any_rank(self.received is not None)
+
+    def sentence(self) -> str:
+        """For the log of the run."""
+        by = f" by {self.received.name}" if self.received is not None else ""
+        return f"asked to stop{by}: ended after this step"
+
+    def _handle(self, number: signal.Signals, tells: bool) -> None:
+        if self.received is not None:
+            end_children()
+            os._exit(128 + number)
+        self.received = number
+        if tells:
+            # no print: the signal may come in the midst of one
+            os.write(2, _FIRST.format(name=number.name).encode())
+        if not self._is_watched:
+            raise StopRequested
+        self._arrived.set()
+
+
+def end_children() -> None:
+    """Kill the processes that multiprocessing started from here."""
+    for child in multiprocessing.active_children():
+        child.kill()
