@@ -17,7 +17,8 @@ from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
+from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.mcore.startup import Layout, initialize
 from megatron_occ.rl.calibration import regime_from
 

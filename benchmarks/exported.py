@@ -29,7 +29,8 @@ import torch
 from benchmarks.demo_model import CONFIG, DemoModel, build_model, demo_model
 from benchmarks.peer_generate import PeerSampling, generate
 from megatron_occ.convert.checkpoints import export_checkpoint
-from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
+from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
 from megatron_occ.rollout import Generation, Request, SamplingSettings

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from benchmarks.demo_model import CONFIG, DemoModel, demo_model
 from megatron_occ.data.prompt_stream import PromptStream
-from megatron_occ.mcore.checkpoint import list_checkpoints, load_weights
+from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
 from megatron_occ.rollout import Request, SamplingSettings

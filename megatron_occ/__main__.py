@@ -4,6 +4,6 @@ from megatron_occ.cli import main
 
 if __name__ == "__main__":
     # as of a script: processes that multiprocessing starts anew then import this file, and end with
-    # the run (see commands/children.py); it leaves out modules of this name
+    # the run (see rl/stopping.py); it leaves out modules of this name
     __spec__ = None
     main()

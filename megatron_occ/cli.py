@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megatron_occ import __version__
 from megatron_occ.commands import COMMANDS, convert
-from megatron_occ.commands.children import end_with_parent
 from megatron_occ.commands.configuration import take_words
 from megatron_occ.config import ConfigError
+from megatron_occ.rl.stopping import end_with_parent
 
 end_with_parent()
 

@@ -18,18 +18,17 @@ from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.tasks import Task
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import (
-    DamagedCheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_occ.mcore.checkpoint import load_checkpoint
+from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
+from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.cpu.threads import Threads, choose_threads
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
-from megatron_occ.rl.pretraining import PretrainTrainer
+from megatron_occ.observe.jsonl import read_records, to_number
+from megatron_occ.observe.metrics import METRICS_FILE
+from megatron_occ.rl.pretraining import PASS_RATE, PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
-from megatron_occ.rl.stopping import StopSignal
+from megatron_occ.rl.stopping import StopRequested, StopSignal
 from megatron_occ.rl.trainer import GRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -111,44 +110,95 @@ class Run:
 
 
 class Phase:
-    """Checkpoints of one phase of a run."""
+    """Checkpoints of one phase of a run; what is being written at the end of the block is finished.
+
+    Args:
+        run: of the phase.
+        name: ``pretrain`` or ``rl``.
+        actor: model and optimizer.
+        meta: what its checkpoints have to agree with.
+    """
 
     def __init__(self, run: Run, name: str, actor: MegatronGPTActor, meta: dict[str, Any]) -> None:
         self.run, self.name, self.actor, self.meta = run, name, actor, meta
         self.trainer: PretrainTrainer | GRPOTrainer | None = None
+        config = run.config
+        self.writer = CheckpointWriter(
+            run.checkpoints(name),
+            actor,
+            meta,
+            keep=Keep(config.keep_checkpoints, config.keep_best, config.keep_every),
+            background=config.save_in_background,
+            scores=self._scores,
+        )
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, StopRequested):
+            self.writer.finish()
+        else:
+            self.writer.abandon()
 
     def attach(self, trainer: PretrainTrainer | GRPOTrainer) -> None:
         """Save this trainer's state from now on; restore it if the run resumes.
 
         A resumed run's log ends at the restored step afterwards: what comes is written once.
+
+        Raises:
+            ValueError: no checkpoint of the phase is whole, or they are of another run.
         """
         self.trainer = trainer
         if not self.run.resume:
             return
+        broken = self._set_broken_aside()
         latest = self.run.latest(self.name)
         if latest is None:
             logger.info("no checkpoint of %s yet: it starts at step 0", self.name)
         else:
-            trainer.load_state_dict(self._read(latest))
+            trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
             logger.info("resumed from %s", latest)
         self.run.metrics.truncate_after(trainer.step if latest else None, self.name)
+        for text in broken:
+            self.run.metrics.event(trainer.step, text, kind="resumed")
 
-    def _read(self, latest: Path) -> dict[str, Any]:
-        try:
-            return load_checkpoint(latest, self.actor, self.meta)
-        except DamagedCheckpointError as error:
-            *_, before = (None, *list_checkpoints(self.run.checkpoints(self.name))[:-1])
-            start = f"from {before[1].name}, the one before it" if before else "without it"
-            raise ValueError(f"{error}. Delete the folder {latest} to go on {start}") from error
+    def _set_broken_aside(self) -> list[str]:
+        """Rename the newest checkpoints up to the first whole one; what was wrong with each."""
+        wrong: dict[Path, str] = {}
+        found = [path for _, path in list_checkpoints(self.run.checkpoints(self.name))]
+        for path in reversed(found):
+            if (text := damage(path)) is None:
+                break
+            wrong[path] = text
+        told = [f"{path} is damaged ({text})" for path, text in wrong.items()]
+        if found and len(wrong) == len(found):
+            raise ValueError(
+                f"{'; '.join(told)}: no whole checkpoint of {self.name} is left. Delete "
+                f"{found[0].parent} to begin {self.name} anew"
+            )
+        if self.run.layout.is_main:
+            for path in wrong:
+                set_aside(path)
+        barrier()
+        return [f"{text} and was renamed to end in .broken" for text in told]
+
+    def _scores(self) -> dict[int, float]:
+        """Sampled pass@1 of validated steps."""
+        phases = {"rl": "validation", "pretrain": "pretrain"}
+        return {
+            line["step"]: value
+            for line in read_records(self.run.folder / METRICS_FILE)
+            if line["phase"] == phases[self.name]
+            and (value := to_number(line.get(PASS_RATE))) is not None
+        }
+
+    def before_step(self) -> str | None:
+        """Complete a checkpoint that is written by now; what is to be told of the threads."""
+        self.writer.poll()
+        return self.run.threads.follow()
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of a finished step."""
+        """Write the checkpoint of a finished step, or begin to."""
         assert self.trainer is not None, "attach the trainer first"
-        save_checkpoint(
-            self.run.checkpoints(self.name),
-            step,
-            self.actor,
-            trainer_state=self.trainer.state_dict(),
-            meta=self.meta,
-            keep=self.run.config.keep_checkpoints,
-        )
+        self.writer.save(step, self.trainer.state_dict())

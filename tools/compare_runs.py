@@ -69,7 +69,8 @@ def is_clock(name: str) -> bool:
 
 def contents(run: Path, phase: str) -> dict[str, Any]:
     """The last checkpoint of a phase by key, read without a model: weights, optimizer, trainer."""
-    from megatron_occ.mcore.checkpoint import list_checkpoints, read_plain
+    from megatron_occ.mcore.checkpoint import read_plain
+    from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 
     _, path = list_checkpoints(run / "checkpoints" / phase)[-1]
     return {"/step": path.name, **dict(flatten(read_plain(path)))}

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_occ.commands.children import mark_parent
 from megatron_occ.commands.configuration import check_run_folder
 from megatron_occ.commands.run_lock import locked
 from megatron_occ.config import Config
+from megatron_occ.rl.stopping import StopRequested, StopSignal, mark_parent
 
 if TYPE_CHECKING:
-    from megatron_occ.rl.stopping import StopSignal
     from megatron_occ.run import Run
 
 # exit status of a run that stopped as asked, with a checkpoint: "try again later" of sysexits.h
@@ -33,7 +32,6 @@ def running(
     """
     # imported late: these bring torch and Megatron-Core
     from megatron_occ.mcore.startup import shutdown
-    from megatron_occ.rl.stopping import StopSignal
     from megatron_occ.rollout import EngineError
     from megatron_occ.run import Run
 
@@ -57,8 +55,6 @@ def training(config: Config, *, resume: bool) -> Iterator[Run]:
     Raises:
         ConfigError: the run folder is another's, or there is none to resume.
     """
-    from megatron_occ.rl.stopping import StopRequested, StopSignal
-
     folder, is_main, stop = Path(config.run_dir), os.environ.get("RANK", "0") == "0", StopSignal()
     mark_parent()
     with locked(folder), stop.installed(tells=is_main):

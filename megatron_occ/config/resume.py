@@ -12,6 +12,9 @@ from megatron_occ.config.schema import Config
 _CHANGEABLE = (
     "run_dir",
     "keep_checkpoints",
+    "keep_best",
+    "keep_every",
+    "save_in_background",
     "data.verifier_timeout",
     "data.verifier_workers",
     "parallel.",

@@ -292,6 +292,13 @@ class Config:
         "none", "activations recomputed in the backward pass", choices=("none", "full")
     )
     keep_checkpoints: int = option(2, "number of newest checkpoints kept for each phase", minimum=1)
+    keep_best: int = option(0, "number of checkpoints of best pass@1 kept besides", minimum=0)
+    keep_every: int | None = option(
+        None, "checkpoints kept besides: those of multiples of this step (null: none)", minimum=1
+    )
+    save_in_background: bool = option(
+        True, "train on while a checkpoint is written (holds a copy of the state in host memory)"
+    )
     model: ModelConfig = section(ModelConfig, "architecture")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     data: DataConfig = section(DataConfig, "data")

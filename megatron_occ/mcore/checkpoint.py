@@ -1,16 +1,15 @@
-"""Checkpoints by Megatron-Core's distributed checkpointing, whole or not there at all.
+"""Checkpoints by Megatron-Core's distributed checkpointing: what is in them, and reading them.
 
 A checkpoint is written to ``step_000100.tmp`` and renamed when every rank is done: a folder under
-its final name is complete. Beside Megatron's files lies ``meta.json``: versions, architecture,
-tokenizer and data fingerprints, compared before a tensor is read, and the parallel layout.
+its final name is complete (see ``checkpoint_writer.py``). Beside Megatron's files lies
+``meta.json``: versions, architecture, tokenizer and data fingerprints, compared before a tensor is
+read, and the parallel layout.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_occ.config.identity import free_settings
 from megatron_occ.config.schema import Config
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint_folder import damage
 from megatron_occ.mcore.versions import check_written_by, installed_version
 
 logger = logging.getLogger(__name__)
@@ -35,60 +34,12 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint that can't be read, whatever run asks for it."""
 
 
-_NAME = re.compile(r"step_(\d{6,})")
 # of the optimizer's state; weights of any format can be read
-_FORMAT = 2
+FORMAT = 2
 # beside the files of tensors
 _FILES = (".metadata", "metadata.json")
 # of what two descriptions differ in, how much an error names
 _SHOWN = 5
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    actor: MegatronGPTActor,
-    *,
-    trainer_state: dict[str, Any],
-    meta: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write ``folder/step_NNNNNN`` and remove all but the ``keep`` newest checkpoints.
-
-    Args:
-        folder: of a phase's checkpoints; created when missing.
-        step: of the trainer.
-        actor: weights and optimizer.
-        trainer_state: plain values and tensors, equal on all ranks.
-        meta: JSON-ready; see ``config.identity.describe``.
-        keep: how many checkpoints stay.
-    """
-    target = folder / checkpoint_name(step)
-    temporary = target.with_suffix(".tmp")
-    if actor.layout.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _sharded_state(actor, loading=False)
-    state["trainer"] = trainer_state
-    dist_checkpointing.save(state, str(temporary))
-    torch.distributed.barrier()
-    if actor.layout.is_main:
-        content = {
-            **meta,
-            "layout": _layout(actor.config, actor.layout.world_size),
-            "step": step,
-            "free": free_settings(actor.config),
-            "format": _FORMAT,
-            "megatron_core": installed_version(),
-        }
-        (temporary / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        for _, old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return target
 
 
 def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +51,9 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
     Raises:
         ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
     """
-    stored = check_meta(path, {"format": _FORMAT, **meta}).get("layout")
-    now = _layout(actor.config, actor.layout.world_size)
-    wanted = _sharded_state(actor, loading=True)
+    stored = check_meta(path, {"format": FORMAT, **meta}).get("layout")
+    now = describe_layout(actor.config, actor.layout.world_size)
+    wanted = sharded_state(actor, loading=True)
     if stored != now:
         logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
         del wanted["rng"]
@@ -123,6 +74,9 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
     stored = check_weights(path, meta)
+    wrong = damage(path)
+    if wrong is not None:
+        raise DamagedCheckpointError(f"{path}: {wrong}")
     wanted = model_state(actor)
     if "source" in stored:
         # a converted one: layers leave nothing there but weights
@@ -175,23 +129,6 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     }
     checkpoint.load(tensors, checkpoint_id=path)
     return tensors
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step_{step:06d}"
-
-
-def step_of(path: Path) -> int:
-    """Step that a checkpoint's name tells, 0 for one that is named otherwise."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a phase as (step, path), oldest first."""
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step_*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def check_meta(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +187,7 @@ def check_weights(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _layout(config: Config, world_size: int) -> dict[str, Any]:
+def describe_layout(config: Config, world_size: int) -> dict[str, Any]:
     """What the random state of a rank belongs to."""
     parallel = config.parallel
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
@@ -280,7 +217,8 @@ def load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
         chunk.load_state_dict(rest | found)
 
 
-def _sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
+def sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
+    """Weights, optimizer and random state of this rank, as Megatron saves and loads them."""
     weights = model_state(actor)
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

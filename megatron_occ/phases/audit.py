@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_occ.config.files import file_names
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import step_of
+from megatron_occ.mcore.checkpoint_folder import step_of
 from megatron_occ.observe.progress import Progress, Timers
 from megatron_occ.phases.inputs import Inputs
 from megatron_occ.phases.rl import build_policy

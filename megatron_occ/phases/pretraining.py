@@ -29,8 +29,10 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
     )
     if config.model.from_hf is not None and run.latest("pretrain") is None:
         load_weights(converted(run), actor, meta)
-    phase = Phase(run, "pretrain", actor, meta)
-    with validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate:
+    with (
+        validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate,
+        Phase(run, "pretrain", actor, meta) as phase,
+    ):
         trainer = PretrainTrainer(
             config,
             actor,
@@ -39,7 +41,7 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
             logger=run.metrics,
             save=phase.save,
             stop=run.stop,
-            before_step=run.threads.follow,
+            before_step=phase.before_step,
         )
         phase.attach(trainer)
         trainer.fit()

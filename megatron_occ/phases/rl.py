@@ -83,8 +83,11 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         actor.keep_reference()
     rollout_log = RolloutLog(run.folder, is_main=run.layout.is_main)
     keep_states = regime_from(config.mtp).head_on_rollouts
-    with rollout_source(run, actor, train, keep_states=keep_states) as rollouts:
-        phase = Phase(run, "rl", actor, run.describe({"prompts": train.fingerprint()}))
+    meta = run.describe({"prompts": train.fingerprint()})
+    with (
+        rollout_source(run, actor, train, keep_states=keep_states) as rollouts,
+        Phase(run, "rl", actor, meta) as phase,
+    ):
         trainer = GRPOTrainer(
             config,
             build_updater(config, actor),
@@ -94,7 +97,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             rollout_log=rollout_log,
             save=phase.save,
             stop=run.stop,
-            before_step=run.threads.follow,
+            before_step=phase.before_step,
         )
         phase.attach(trainer)
         _say_how_it_starts(run, start, trainer.step)
@@ -105,6 +108,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             rollout_log.truncate_after(trainer.step)
         _say_what_is_not_drafted(run, trainer.step)
         trainer.fit()
+        phase.writer.finish()
         if config.eval.after_rl:
             text = evaluate_policy(run, rollouts.sampler, held_out, trainer.step)
             if run.layout.is_main:

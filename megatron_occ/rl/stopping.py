@@ -1,10 +1,17 @@
-"""How a run ends when it is asked to: after the work under way, with a checkpoint."""
+"""How a run ends when it is asked to, with a checkpoint, and how what it started ends with it.
+
+Megatron-Core's checkpoint writer keeps a process by ``multiprocessing``'s "spawn" that would
+outlive a killed run and hold its output open: a pipe such as ``| tee log`` would never end. Such a
+process imports the program's main module, and with it the command line, before it does anything.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +19,8 @@ from typing import Protocol
 
 # by whom: a person or Slurm's preemption, and Slurm's warning before a time limit
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PARENT = "MEGATRON_OCC_PARENT"
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _FIRST = (
     "megatron-occ: {name}: the run ends after the update under way, with a checkpoint; "
     "a second signal ends it at once\n"
@@ -114,3 +123,18 @@ def end_children() -> None:
     """Kill the processes that multiprocessing started from here."""
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def mark_parent() -> None:
+    """Called by a run: processes that it starts from now on are to end with it."""
+    os.environ[_PARENT] = str(os.getpid())
+
+
+def end_with_parent() -> None:
+    """Called by every process that starts: end when the run that started it does (Linux)."""
+    parent = os.environ.get(_PARENT)
+    if not sys.platform.startswith("linux") or parent != str(os.getppid()):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended in between
+        os._exit(1)

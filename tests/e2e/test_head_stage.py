@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.mcore.checkpoint import list_checkpoints, read_plain
+from megatron_occ.mcore.checkpoint import read_plain
+from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.rl.trainer import GRPOTrainer
 from tests.e2e.conftest import Killed, assert_same_numbers, kill_after, metrics, torchrun
 from tests.e2e.test_resume import contents, flatten

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
-from megatron_occ.mcore.checkpoint import list_checkpoints, read_plain
+from megatron_occ.mcore.checkpoint import read_plain
+from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.rl import pretraining, trainer
+from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.e2e.conftest import Killed, kill_after, metrics
 
 
@@ -151,14 +151,41 @@ def test_a_longer_run_resumes_from_the_shorter_one(run):
     assert [line["step"] for line in metrics(folder, "pretrain")] == [6]
 
 
-def test_a_damaged_newest_checkpoint_is_told_with_the_way_past_it(run):
-    settings = ("pretrain.steps=6", "pretrain.save_every=2", "keep_checkpoints=2")
+def test_a_resumed_run_takes_the_newest_whole_checkpoint_and_tells_of_the_others(run):
+    settings = ("pretrain.steps=8", "pretrain.save_every=2", "keep_checkpoints=3")
     folder = run("pretrain", "run", *settings)
-    damaged = folder / "checkpoints" / "pretrain" / "step_000006"
-    (damaged / ".metadata").unlink()
-    told = f".metadata is missing. Delete the folder {damaged} to go on from step_000004"
-    with pytest.raises(SystemExit, match=told):
-        run("pretrain", "run", *settings, "--resume")
-    shutil.rmtree(damaged)
+    whole, checkpoints = contents(folder, "pretrain"), folder / "checkpoints" / "pretrain"
+    (checkpoints / "step_000008" / ".metadata").unlink()
+    shard = sorted((checkpoints / "step_000006").glob("*.distcp"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
     run("pretrain", "run", *settings, "--resume")
-    assert [line["step"] for line in metrics(folder, "pretrain")][-1] == 6
+    for key, value in contents(folder, "pretrain").items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(value, whole[key]), key
+    assert [line["step"] for line in metrics(folder, "pretrain")][-1] == 8
+    events = [line["message"] for line in metrics(folder, "event")]
+    told = [text for text in events if text.endswith("was renamed to end in .broken")]
+    assert ".metadata is missing" in told[0]
+    assert "bytes, " in told[1]
+    assert "resumed from the checkpoint of step 4" in events
+    assert {path.suffix for path in checkpoints.iterdir()} == {"", ".broken"}
+
+
+def test_without_a_whole_checkpoint_a_resumed_run_is_refused(run):
+    settings = ("pretrain.steps=6", "keep_checkpoints=1")
+    folder = run("pretrain", "run", *settings)
+    (folder / "checkpoints" / "pretrain" / "step_000006" / "meta.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"no whole checkpoint of pretrain is left\. Delete"):
+            run("pretrain", "run", *settings, "--resume")
+
+
+def test_the_best_checkpoint_on_validation_stays(run, monkeypatch):
+    rates = iter((0.5, 0.2, 0.1, 0.1, 0.1, 0.1))
+    monkeypatch.setattr(
+        PretrainTrainer, "_measured", lambda trainer: {"pass@1": next(rates)}, raising=True
+    )
+    settings = ("pretrain.steps=6", "pretrain.save_every=1", "keep_checkpoints=1", "keep_best=1")
+    folder = run("pretrain", "run", *settings)
+    found = [step for step, _ in list_checkpoints(folder / "checkpoints" / "pretrain")]
+    assert found == [1, 6]

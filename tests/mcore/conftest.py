@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint_folder import Keep
+from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import Layout, initialize, shutdown
@@ -78,3 +84,11 @@ __all__ = [
     "random_ids",
     "small_config",
 ]
+
+
+def write_checkpoint(
+    folder: Path, step: int, actor: MegatronGPTActor, state: dict[str, Any], meta: dict[str, Any]
+) -> Path:
+    """The checkpoint of a step, written."""
+    writer = CheckpointWriter(folder, actor, meta, keep=Keep(1), background=False)
+    return writer.save(step, state)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 import torch
 
 from megatron_occ.config.identity import describe
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import (
-    DamagedCheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from megatron_occ.mcore.checkpoint import DamagedCheckpointError, load_checkpoint, load_weights
+from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
+from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from tests.mcore.conftest import VOCABULARY, small_config
 
 
@@ -37,10 +35,13 @@ def meta(config=None, **changes):
     return {**describe(config or small_config(1), {"kind": "char"}, {"corpus": "a1"}), **changes}
 
 
+def writer(folder, actor, keep=2, **options):
+    options = {"background": False, **options}
+    return CheckpointWriter(folder, actor, meta(), keep=Keep(keep), **options)
+
+
 def save(folder, step, actor, keep=2):
-    return save_checkpoint(
-        folder, step, actor, trainer_state={"step": step}, meta=meta(), keep=keep
-    )
+    return writer(folder, actor, keep).save(step, {"step": step})
 
 
 def test_weights_trainer_and_random_state_come_back(actor, tmp_path):
@@ -190,3 +191,115 @@ def test_a_broken_description_is_named(actor, tmp_path):
     (path / "meta.json").write_text("{")
     with pytest.raises(DamagedCheckpointError, match=r"meta\.json: is not JSON"):
         load_checkpoint(path, actor, meta())
+
+
+def test_what_is_written_in_the_background_is_the_state_at_the_time(actor, tmp_path):
+    background = writer(tmp_path, actor, background=True)
+    expected = {n: p.clone() for n, p in actor.chunks[0].named_parameters()}
+    path = background.save(3, {"step": 3})
+    assert not path.exists()
+    with torch.no_grad():
+        for parameter in actor.chunks[0].parameters():
+            parameter.add_(1.0)
+    background.finish()
+    assert damage(path) is None
+    assert load_checkpoint(path, actor, meta()) == {"step": 3}
+    for name, parameter in actor.chunks[0].named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_second_save_waits_for_the_first(actor, tmp_path):
+    background = writer(tmp_path, actor, background=True)
+    for step in (1, 2, 3):
+        background.save(step, {"step": step})
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
+    background.finish()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_polling_completes_what_is_written(actor, tmp_path):
+    background = writer(tmp_path, actor, background=True)
+    background.save(1, {})
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(tmp_path) and time.monotonic() < deadline:
+        background.poll()
+        time.sleep(0.01)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+
+
+def test_what_is_abandoned_is_no_checkpoint(actor, tmp_path):
+    background = writer(tmp_path, actor, background=True)
+    background.save(1, {})
+    background.abandon()
+    background.finish()
+    assert list_checkpoints(tmp_path) == []
+    assert background.save(2, {}).parent == tmp_path
+    background.finish()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "kept"),
+    [
+        (Keep(1), {10: 0.9}, {50}),
+        (Keep(2), {}, {40, 50}),
+        (Keep(1, best=1), {10: 0.2, 20: 0.7, 30: 0.7, 40: 0.1}, {20, 50}),
+        (Keep(1, best=2), {10: 0.2, 50: 0.9}, {10, 50}),
+        (Keep(1, best=3), {}, {50}),
+        (Keep(1, every=20), {}, {20, 40, 50}),
+        (Keep(1, best=1, every=30), {10: 0.5}, {10, 30, 50}),
+        (Keep(9), {}, {10, 20, 30, 40, 50}),
+    ],
+)
+def test_which_checkpoints_stay(keep, scores, kept):
+    assert keep.kept([10, 20, 30, 40, 50], scores) == kept
+
+
+def test_the_best_one_stays_when_newer_ones_come(actor, tmp_path):
+    scores = {1: 0.3, 2: 0.8, 3: 0.5, 4: 0.1}
+    each = CheckpointWriter(
+        tmp_path, actor, meta(), keep=Keep(1, best=1), background=False, scores=lambda: scores
+    )
+    for step in scores:
+        each.save(step, {})
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spoil", "told"),
+    [
+        ("*.distcp", cut, r"\.distcp has \d+ bytes, \d+ were written"),
+        ("*.distcp", flip, r"\.distcp is not what was written \(its SHA-256 differs\)"),
+        ("*.distcp", lambda file: file.unlink(), r"\.distcp is missing"),
+        (".metadata", flip, r"\.metadata is not what was written"),
+        ("metadata.json", flip, r"metadata\.json is not what was written"),
+        ("meta.json", cut, r"Expecting"),
+        ("checksums.json", cut, r"Expecting"),
+        ("meta.json", lambda file: file.unlink(), r"No such file"),
+    ],
+)
+def test_damage_is_found_by_checksums(actor, tmp_path, pattern, spoil, told):
+    path = save(tmp_path, 1, actor)
+    assert damage(path) is None
+    spoil(sorted(path.glob(pattern))[0])
+    assert re.search(told, damage(path))
+    aside = set_aside(path)
+    assert aside.name == "step_000001.broken"
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_weights_of_a_damaged_checkpoint_are_refused(actor, tmp_path):
+    path = save(tmp_path, 1, actor)
+    flip(sorted(path.glob("*.distcp"))[0])
+    with pytest.raises(DamagedCheckpointError, match=f"{path}: .* is not what was written"):
+        load_weights(path, actor, meta())

@@ -23,9 +23,10 @@ from benchmarks.layout_cases import (
 from benchmarks.layout_runs import VOCABULARY, mini_batches
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_occ.mcore.checkpoint import load_checkpoint, load_weights
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.update import PolicyUpdater
+from tests.mcore.conftest import write_checkpoint
 from tests.mcore.distributed import run_ranks
 
 META = {"model": {}, "mtp_layers": 0, "tokenizer": {}}
@@ -95,7 +96,7 @@ def save_and_go_on(model: tuple[str, ...], layout: tuple[str, ...], folder: Path
         run = Run(read(model, layout))
         run.update(UPDATES)
         state = {"updater": run.updater.state_dict()}
-        save_checkpoint(folder, UPDATES, run.actor, trainer_state=state, meta=META, keep=1)
+        write_checkpoint(folder, UPDATES, run.actor, state, META)
         return run.go_on()
 
 
@@ -119,7 +120,7 @@ def pass_on(model: tuple[str, ...], layout: tuple[str, ...], folder: Path, targe
     with fresh_groups():
         run = Run(read(model, (*layout, "seed=99")))
         state = load_checkpoint(folder / f"step_{UPDATES:06d}", run.actor, META)
-        save_checkpoint(target, UPDATES, run.actor, trainer_state=state, meta=META, keep=1)
+        write_checkpoint(target, UPDATES, run.actor, state, META)
 
 
 def all_of(jobs):

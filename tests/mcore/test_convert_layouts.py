@@ -14,10 +14,10 @@ from megatron_occ.convert.plan import MTPChoice, read_model
 from megatron_occ.convert.source import Source
 from megatron_occ.losses.heads import LossReport
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import load_weights, save_checkpoint
+from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.rl.batch import head_masks
-from tests.mcore.conftest import random_ids
+from tests.mcore.conftest import random_ids, write_checkpoint
 from tests.mcore.convert_configs import VOCABULARY
 from tests.mcore.convert_folders import (
     chosen,
@@ -54,7 +54,7 @@ def load_and_save(folder, checkpoint, saved, layout):
         depth_sums,
         forward_only=True,
     )
-    save_checkpoint(Path(saved), 1, actor, trainer_state={}, meta=meta, keep=1)
+    write_checkpoint(Path(saved), 1, actor, {}, meta)
     return main, passes.metrics
 
 

@@ -17,9 +17,9 @@ import torch
 from megatron_occ.config.identity import describe
 from megatron_occ.data import CharTokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.checkpoint import load_weights, save_checkpoint
+from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.mcore.corpus import IndexedCorpus, write_corpus
-from tests.mcore.conftest import VOCABULARY, small_config
+from tests.mcore.conftest import VOCABULARY, small_config, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DIGITS = CharTokenizer("0123456789")
@@ -74,7 +74,7 @@ def checkpoint(layout, tmp_path):
         config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
     )
     meta = describe(config, DIGITS.state(), {})
-    path = save_checkpoint(tmp_path, 1, actor, trainer_state={}, meta=meta, keep=1)
+    path = write_checkpoint(tmp_path, 1, actor, {}, meta)
     return path, actor, meta
 
 

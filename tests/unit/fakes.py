@@ -87,6 +87,7 @@ class FakeActor:
 
     sequence_multiple = micro_batch_multiple = 1
     version = 0
+    aborted = False
 
     def __init__(self, depths=2, *, layout=None, lr=0.5, seed=0):
         self.layout = layout or FakeLayout()
@@ -99,6 +100,9 @@ class FakeActor:
 
     def update_weights(self, version):
         assert version == self.version
+
+    def abort(self):
+        self.aborted = True
 
     def generate(self, requests, sampling):
         prompts, seeds = self._note_call(requests, sampling)

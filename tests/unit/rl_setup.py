@@ -130,7 +130,7 @@ class Recorder:
     def log(self, phase, step, metrics):
         self.lines.append((phase, step, metrics))
 
-    def event(self, step, message):
+    def event(self, step, message, *, kind="warning"):
         self.events.append((step, message))
 
     def write(self, step, samples):
@@ -148,6 +148,7 @@ def make_trainer(config, actor, score=has_an_a, **callbacks):
         logger=recorder,
         rollout_log=recorder,
         save=callbacks.get("save", lambda step: None),
+        stop=callbacks.get("stop"),
     )
     trainer.recorder = recorder
     return trainer

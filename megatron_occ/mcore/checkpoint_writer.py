@@ -1,0 +1,149 @@
+"""Checkpoints written while training goes on, by Megatron-Core's asynchronous saving.
+
+Each rank forks a process that holds its tensors as they were and writes them. When all are done,
+the main rank completes the folder and gives it its final name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megatron_occ.config.identity import free_settings
+from megatron_occ.convert.kinds import CHECKPOINT_FILE
+from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import FORMAT, describe_layout, sharded_state
+from megatron_occ.mcore.checkpoint_folder import (
+    Keep,
+    checkpoint_name,
+    gather_checksums,
+    remove_old,
+    write_checksums,
+)
+from megatron_occ.mcore.versions import installed_version
+from megatron_occ.rl.stopping import SIGNALS, end_with_parent
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a phase, one at a time; every method is called by all ranks.
+
+    Args:
+        folder: of the phase's checkpoints; created when missing.
+        actor: weights and optimizer.
+        meta: JSON-ready; see ``config.identity.describe``.
+        keep: which checkpoints stay.
+        background: return from :meth:`save` when the state is held; False: when it is written.
+        scores: of validated steps, larger is better; asked on the main rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        actor: MegatronGPTActor,
+        meta: dict[str, Any],
+        *,
+        keep: Keep,
+        background: bool,
+        scores: Callable[[], Mapping[int, float]] = dict,
+    ) -> None:
+        self.folder, self.actor, self.meta = folder, actor, meta
+        self.keep, self.background, self.scores = keep, background, scores
+        self._queue = AsyncCallsQueue()
+        self._step: int | None = None
+
+    def save(self, step: int, trainer_state: dict[str, Any]) -> Path:
+        """Begin to write ``folder/step_NNNNNN``, after the one before is done; returns its path.
+
+        Args:
+            step: of the trainer.
+            trainer_state: plain values and tensors, equal on all ranks.
+        """
+        self.finish()
+        path = self._temporary(step)
+        if self.actor.layout.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        torch.distributed.barrier()
+        state = sharded_state(self.actor, loading=False)
+        state["trainer"] = trainer_state
+        request = dist_checkpointing.save(
+            state, str(path), async_sharded_save=True, **_own_strategy()
+        )
+        if request.async_fn is not None:
+            write = functools.partial(_write, request.async_fn, path)
+            request = request._replace(async_fn=write)
+        self._queue.schedule_async_request(request)
+        self._step = step
+        if not self.background:
+            self.finish()
+        return self._target(step)
+
+    def poll(self) -> None:
+        """Complete what is written by now."""
+        if self._step is not None and self._queue.maybe_finalize_async_calls(blocking=False):
+            self._complete(self._step)
+
+    def finish(self) -> None:
+        """Wait for what is being written, and complete it."""
+        if self._step is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._complete(self._step)
+
+    def abandon(self) -> None:
+        """Leave what is being written incomplete; a rank may do it alone."""
+        self._queue.close(abort=True)
+        self._step = None
+
+    def _complete(self, step: int) -> None:
+        self._step = None
+        if self.actor.layout.is_main:
+            path, target, config = self._temporary(step), self._target(step), self.actor.config
+            content = {
+                **self.meta,
+                "layout": describe_layout(config, self.actor.layout.world_size),
+                "step": step,
+                "free": free_settings(config),
+                "format": FORMAT,
+                "megatron_core": installed_version(),
+            }
+            (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
+            gather_checksums(path)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            remove_old(self.folder, self.keep, self.scores())
+        torch.distributed.barrier()
+
+    def _target(self, step: int) -> Path:
+        return self.folder / checkpoint_name(step)
+
+    def _temporary(self, step: int) -> Path:
+        return self._target(step).with_suffix(".tmp")
+
+
+def _own_strategy() -> dict[str, str]:
+    """Newer versions save asynchronously by a package of its own unless told otherwise."""
+    name = "async_strategy"
+    known = name in inspect.signature(dist_checkpointing.save).parameters
+    return {name: "mcore"} if known else {}
+
+
+def _write(
+    write: Callable[..., None], folder: Path, rank: int, buckets: Sequence[tuple], results: Any
+) -> None:
+    """In a process of its own: Megatron's writing, then the checksums of what it wrote."""
+    end_with_parent()
+    # a signal to the whole job asks for a checkpoint, not for half of one
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    write(rank, buckets, results)
+    write_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])

@@ -1,0 +1,79 @@
+"""Killed and stopped runs lose nothing: a part of what tools/interruptions.py does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import ROOT, TINY, read_lines
+from tools.interruptions import OVERRIDES, Job, children, compare_interrupted, lines, session
+
+FEW = ("pretrain.steps=10", "rl.steps=6")
+
+
+@pytest.mark.parametrize(
+    ("kind", "moments"), [("KILL", ("rl", "checkpoint")), ("TERM", ("pretrain", "rl"))]
+)
+def test_an_interrupted_run_equals_an_undisturbed_one(tmp_path, capsys, kind, moments):
+    job = Job(tmp_path, 2, TINY, (*OVERRIDES, *FEW, "parallel.tensor=2"))
+    assert compare_interrupted(job, moments, kind, seed=1) == []
+    assert len(capsys.readouterr().out.splitlines()) > len(moments)
+    if kind == "TERM":
+        stopped = [x for x in read_lines(tmp_path / "cut" / "metrics.jsonl") if "kind" in x]
+        assert any(line["kind"] == "stopped" for line in stopped)
+
+
+def start(folder, *arguments, **options):
+    """A run in one process, with its output in a file."""
+    command = [sys.executable, "-m", "megatron_occ", "rl", "--config", str(TINY)]
+    command += [f"run_dir={folder}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **options)
+
+
+def wait_for_steps(folder, process):
+    while process.poll() is None and not lines(folder):
+        pass
+    assert process.poll() is None
+
+
+def test_sigterm_ends_with_a_checkpoint_a_sentence_and_nothing_left_running(tmp_path):
+    folder, endless = tmp_path / "run", ("pretrain.steps=100000", "pretrain.log_every=1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with start(folder, *endless, "pretrain.save_every=5", **pipes) as process:
+        wait_for_steps(folder, process)
+        # a second one, fresh or resumed, is refused, and the first goes on
+        for more in ((), ("--resume",)):
+            second = start(folder, *endless, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            _, told = second.communicate(timeout=120)
+            assert second.returncode == 1
+            assert f"process {process.pid} on " in told
+            assert "is writing to it" in told
+        process.send_signal(signal.SIGUSR1)
+        # until the last process that holds the pipe has ended
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert session(process.pid) == []
+    step = lines(folder)[-1]["step"]
+    newest = folder / "checkpoints" / "pretrain" / f"step_{step:06d}"
+    assert f"stopped as asked: the same command with --resume goes on from {newest}" in output
+    assert (newest / "checksums.json").is_file()
+
+
+def test_a_killed_run_leaves_no_process(tmp_path):
+    folder = tmp_path / "run"
+    more = ("pretrain.steps=100000", "pretrain.log_every=1", "pretrain.save_every=1")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with start(folder, *more, start_new_session=True, **quiet) as process:
+        while process.poll() is None and not any(folder.glob("checkpoints/*/step_*[0-9]")):
+            pass
+        assert children(process.pid)
+        process.kill()
+        process.wait()
+    for _ in range(1000):
+        if not session(process.pid):
+            return
+        subprocess.run(["sleep", "0.01"], check=True)
+    pytest.fail(f"still there: {session(process.pid)}")

@@ -1,0 +1,253 @@
+"""Kill a run again and again, and see whether anything is lost.
+
+Two runs of one configuration, in several processes: one undisturbed, one that is interrupted at
+random moments and started again with ``--resume`` each time, as a cluster would. At the end
+weights, optimizer, log and responses have to be equal, bit for bit.
+
+    python tools/interruptions.py FOLDER [--times 20] [--ranks 4] [--signal KILL] [--seed 0]
+        [--config conf/rl/tiny.yaml] [key=value ...]
+
+``KILL`` hits one rank alone, as a bad node would; ``TERM`` all of them, as Slurm's preemption.
+The moments go round: in start-up, in pretraining, in RL, and while a checkpoint is written. Prints
+a line an interruption and ends with 1 if something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+OVERRIDES = (
+    "pretrain.steps=40",
+    "pretrain.save_every=5",
+    "pretrain.log_every=1",
+    "rl.steps=10",
+    "rl.save_every=2",
+    "mtp.preset=occ",
+    # `auto` follows the clock
+    "rl.rollout.speculative.mode=fixed",
+)
+MOMENTS = ("start", "pretrain", "rl", "checkpoint")
+_LIMIT = 300.0  # seconds of one attempt
+_CLOCKS = ("time", "per_second")
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What was done to an attempt, and how it ended."""
+
+    moment: str
+    rank: str
+    status: int
+    step: str
+    left: int
+
+    def row(self) -> str:
+        """A line of the table."""
+        return (
+            f"{self.moment:<10}  {self.rank:>5}  {self.status:>6}  {self.step:<16}  {self.left:>9}"
+        )
+
+
+class Job:
+    """A configuration in several processes under torchrun.
+
+    Args:
+        folder: takes the runs and their logs.
+        ranks: processes.
+        config: file.
+        overrides: of the configuration.
+    """
+
+    def __init__(self, folder: Path, ranks: int, config: Path, overrides: Sequence[str]) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        self.words += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+        self.words += ["-m", "megatron_occ", "rl", "--config", str(config), *overrides]
+
+    def start(self, name: str) -> subprocess.Popen:
+        """One attempt, which goes on where the last one ended."""
+        run = self.folder / name
+        resume = ["--resume"] if (run / "config.yaml").is_file() else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*self.words, f"run_dir={run}", *resume],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def finish(self, name: str) -> int:
+        """Run to the end; returns the exit status."""
+        return self.start(name).wait(_LIMIT)
+
+    def interrupt(self, name: str, moment: str, kind: str, draw: random.Random) -> Interruption:
+        """One attempt that is interrupted in the given moment."""
+        run, process = self.folder / name, self.start(name)
+        _wait_for(process, run, moment, draw)
+        ranks = children(process.pid)
+        target = "all"
+        if kind == "KILL" and ranks:
+            victim = draw.choice(ranks)
+            target = str(ranks.index(victim))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        elif kind == "TERM":
+            process.terminate()
+        status = process.wait(_LIMIT)
+        time.sleep(1.0)
+        return Interruption(moment, target, status, last_step(run), len(session(process.pid)))
+
+
+def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
+    """Until the moment has come, or the run has ended without it."""
+    begin = lines(run)
+    delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 3.0))
+    deadline = time.monotonic() + _LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        if moment == "start":
+            break
+        if moment == "checkpoint" and any(run.glob("checkpoints/*/*.tmp")):
+            break
+        # of its own or a later phase: the earlier one may be over
+        new = {line["phase"] for line in lines(run)[len(begin) :]}
+        if moment in new or (moment == "pretrain" and "rl" in new):
+            break
+        time.sleep(0.005)
+    end = time.monotonic() + delay
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, by their order."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(word) for file in files for word in file.read_text().split())
+    return []
+
+
+def session(leader: int) -> list[int]:
+    """Processes of a session that are still there."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def lines(run: Path) -> list[dict]:
+    """Of the run's log, whole ones."""
+    file = run / "metrics.jsonl"
+    found = file.read_text().splitlines() if file.is_file() else []
+    with contextlib.suppress(json.JSONDecodeError):
+        return [json.loads(line) for line in found]
+    return [json.loads(line) for line in found[:-1]]
+
+
+def last_step(run: Path) -> str:
+    """Where the log ends."""
+    known = [line for line in lines(run) if line["phase"] in ("pretrain", "rl")]
+    return f"{known[-1]['phase']} {known[-1]['step']}" if known else "-"
+
+
+def numbers(run: Path) -> list[dict]:
+    """The log without clocks and events."""
+    return [
+        {k: v for k, v in line.items() if not any(clock in k for clock in _CLOCKS)}
+        for line in lines(run)
+        if line["phase"] != "event"
+    ]
+
+
+def differences(run: Path, other: Path) -> Iterator[str]:
+    """What two finished runs differ in."""
+    from megatron_occ.mcore.checkpoint import read_plain
+    from megatron_occ.mcore.checkpoint_folder import list_checkpoints
+
+    if numbers(run) != numbers(other):
+        yield "metrics.jsonl"
+    if (run / "rollouts.jsonl").read_text() != (other / "rollouts.jsonl").read_text():
+        yield "rollouts.jsonl"
+    paths = [list_checkpoints(each / "checkpoints" / "rl")[-1][1] for each in (run, other)]
+    states = [dict(_flat(read_plain(path))) for path in paths]
+    if states[0].keys() != states[1].keys():
+        yield "keys of the checkpoint"
+    for key, value in states[0].items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        if not same(value, states[1].get(key)):
+            yield f"checkpoint: {key}"
+
+
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}/{key}")
+    else:
+        yield prefix, value
+
+
+def compare_interrupted(job: Job, moments: Sequence[str], kind: str, seed: int) -> list[str]:
+    """Interrupt in each of the moments, finish and compare; prints the table.
+
+    Returns:
+        What differs, or went wrong.
+    """
+    draw = random.Random(seed)
+    if job.finish("whole") != 0:
+        return [f"the undisturbed run failed: {job.folder / 'whole.log'}"]
+    print("moment       rank  status  log ended at      processes left", flush=True)
+    found = []
+    for number, moment in enumerate(moments):
+        outcome = job.interrupt("cut", moment, kind, draw)
+        print(outcome.row(), flush=True)
+        if outcome.left:
+            found.append(f"{outcome.left} processes left after interruption {number + 1}")
+        if (job.folder / "cut" / "report.html").is_file():
+            print("finished before the last interruption", flush=True)
+            break
+    status = job.finish("cut")
+    if status != 0:
+        return [*found, f"the last attempt failed with {status}: {job.folder / 'cut.log'}"]
+    return [*found, *differences(job.folder / "whole", job.folder / "cut")]
+
+
+def main() -> None:
+    """Parse, run, tell."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=ROOT / "conf" / "rl" / "tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    options.folder.mkdir(parents=True)
+    job = Job(options.folder, options.ranks, options.config, (*OVERRIDES, *options.overrides))
+    moments = [MOMENTS[number % len(MOMENTS)] for number in range(options.times)]
+    found = compare_interrupted(job, moments, options.signal, options.seed)
+    print("\n".join(found) or "nothing was lost: weights, log and responses are equal, bit for bit")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
