@@ -26,6 +26,7 @@ from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
 from megatron_occ.observe.jsonl import read_records, to_number
 from megatron_occ.observe.metrics import METRICS_FILE
+from megatron_occ.rl.non_finite import NonFiniteError, SkippedUpdates
 from megatron_occ.rl.pretraining import PASS_RATE, PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
 from megatron_occ.rl.stopping import StopRequested, StopSignal
@@ -136,7 +137,7 @@ class Phase:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, StopRequested):
+        if kind is None or issubclass(kind, (StopRequested, NonFiniteError)):
             self.writer.finish()
         else:
             self.writer.abandon()
@@ -197,6 +198,12 @@ class Phase:
         """Complete a checkpoint that is written by now; what is to be told of the threads."""
         self.writer.poll()
         return self.run.threads.follow()
+
+    def skips(self) -> SkippedUpdates:
+        """What becomes of updates whose gradient is not finite."""
+        run = self.run
+        limit, decode = run.config.max_skipped_updates, run.tokenizer.decode
+        return SkippedUpdates(self.actor, run.layout, run.folder, limit, decode)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a finished step, or begin to."""

@@ -15,6 +15,7 @@ _CHANGEABLE = (
     "keep_best",
     "keep_every",
     "save_in_background",
+    "max_skipped_updates",
     "data.verifier_timeout",
     "data.verifier_workers",
     "parallel.",

@@ -296,6 +296,9 @@ class Config:
     keep_every: int | None = option(
         None, "checkpoints kept besides: those of multiples of this step (null: none)", minimum=1
     )
+    max_skipped_updates: int | None = option(
+        10, "updates with a non-finite gradient in a row that end a run (null: none do)", minimum=1
+    )
     save_in_background: bool = option(
         True, "train on while a checkpoint is written (holds a copy of the state in host memory)"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -142,6 +143,8 @@ def _write(
 ) -> None:
     """In a process of its own: Megatron's writing, then the checksums of what it wrote."""
     end_with_parent()
+    # and those that Megatron starts from here end with this one
+    os.register_at_fork(after_in_child=functools.partial(end_with_parent, os.getpid()))
     # a signal to the whole job asks for a checkpoint, not for half of one
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -97,7 +97,8 @@ class JointOptimizer:
             mix()
         norms = {head: self._norm(head) for head in (False, True)}
         finite = all(torch.isfinite(torch.tensor(norm)) for norm in norms.values())
-        if finite and not overflow:
+        skipped = _on_any_rank(overflow or not finite)
+        if not skipped:
             self._clip(False, norms[False], self.trunk_clip)
             self._clip(True, norms[True], self.head_clip)
             self.megatron.step_with_ready_grads()
@@ -107,7 +108,7 @@ class JointOptimizer:
         self.megatron.zero_grad()
         # also on a rank without a parameter to train
         lr = self.schedule.get_lr({})
-        return StepReport(norms[False], norms[True], lr, skipped=overflow or not finite)
+        return StepReport(norms[False], norms[True], lr, skipped=skipped)
 
     def set_updates(self, updates: int) -> None:
         """Count the updates anew, as where moments are put back."""
@@ -137,6 +138,16 @@ class JointOptimizer:
         self.updates = state["updates"]
         load_state(self.megatron, state.get("optimizer", {}), self.updates)
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _on_any_rank(flag: bool) -> bool:
+    """Norms are those of a rank's own group: ranks of other groups have to skip as well."""
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    found = torch.tensor(flag, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found)
 
 
 def _parameters(optimizer: MegatronOptimizer, head: bool) -> list[Tensor]:

@@ -41,6 +41,7 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
             logger=run.metrics,
             save=phase.save,
             stop=run.stop,
+            skips=phase.skips(),
             before_step=phase.before_step,
         )
         phase.attach(trainer)

@@ -97,6 +97,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             rollout_log=rollout_log,
             save=phase.save,
             stop=run.stop,
+            skips=phase.skips(),
             before_step=phase.before_step,
         )
         phase.attach(trainer)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import Config
@@ -13,9 +14,10 @@ from megatron_occ.losses.heads import Normalizers
 from megatron_occ.losses.pretraining import PretrainLoss
 from megatron_occ.observe.metrics import MetricsLogger
 from megatron_occ.observe.progress import Progress
-from megatron_occ.rl.batch import head_masks
+from megatron_occ.rl.batch import RolloutBatch, head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 from megatron_occ.rl.stopping import StopRequested, StopSignal
 
@@ -40,6 +42,7 @@ class PretrainTrainer:
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
         stop: tells that the run is asked to end.
+        skips: takes in updates whose gradient was not finite.
         before_step: called before each step; returns what is to be told, if anything.
     """
 
@@ -53,11 +56,13 @@ class PretrainTrainer:
         logger: MetricsLogger,
         save: Callable[[int], None],
         stop: StopSignal | None = None,
+        skips: SkippedUpdates | None = None,
         before_step: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.actor, self.corpus = config, actor, corpus
         self.validate, self.logger, self.save = validate, logger, save
         self.stop, self.before_step = stop or StopSignal(), before_step
+        self.skips = skips
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
         self.step, self.finished = 0, False
 
@@ -91,7 +96,16 @@ class PretrainTrainer:
                     times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
                     self.logger.log("pretrain", self.step, {**metrics, **times})
                     start, done = time.perf_counter(), self.step
+                self._end_if_spoilt()
                 self._finish_step()
+
+    def _end_if_spoilt(self) -> None:
+        try:
+            if self.skips is not None:
+                self.skips.check(self.step)
+        except NonFiniteError:
+            self.save(self.step)
+            raise
 
     def _finish_step(self) -> None:
         """Save where it is due, and where the run is asked to end."""
@@ -144,6 +158,11 @@ class PretrainTrainer:
         step = self.actor.finish_training_step()
         if step.skipped:
             self.logger.event(self.step + 1, SKIPPED)
+        if self.skips is not None:
+            sizes = [len(batch) for batch in ids.split(size)]
+            self.skips.note(
+                step.skipped, self.step + 1, 0, Sequences(_rows(ids, token_mask), sizes, None)
+            )
         return update_metrics(on_host(report), step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,6 +175,13 @@ class PretrainTrainer:
         # a run that is asked for more steps goes on, unless it ended by its pass rate
         ended_early = state["finished"] and self.config.pretrain.stop_at_pass_rate is not None
         self.finished = ended_early or self.step >= self.config.pretrain.steps
+
+
+def _rows(ids: Tensor, token_mask: Tensor) -> RolloutBatch:
+    """Text as rows without advantages, to be looked at."""
+    return RolloutBatch(
+        ids, token_mask.float(), torch.zeros_like(ids, dtype=torch.float32), ids.new_zeros(len(ids))
+    )
 
 
 def _pass_rate(metrics: dict[str, float]) -> dict[str, float]:

@@ -26,8 +26,8 @@ def on_host(report: LossReport) -> LossReport:
 
 
 def update_metrics(report: LossReport, step: StepReportLike) -> dict[str, float]:
-    """Metrics of a report that is :func:`on_host`, gradient norms and learning rate."""
+    """Metrics of a report that is :func:`on_host`, and those of the optimizer's step."""
     found = {**report.metrics, **report.maxima}
     metrics = {name: float(value) for name, value in found.items()}
     norms = {"grad_norm/trunk": step.trunk_norm, "grad_norm/head": step.head_norm}
-    return {**metrics, **norms, "lr": step.lr}
+    return {**metrics, **norms, "lr": step.lr, "update/skipped": float(step.skipped)}

@@ -130,11 +130,19 @@ def mark_parent() -> None:
     os.environ[_PARENT] = str(os.getpid())
 
 
-def end_with_parent() -> None:
-    """Called by every process that starts: end when the run that started it does (Linux)."""
-    parent = os.environ.get(_PARENT)
-    if not sys.platform.startswith("linux") or parent != str(os.getppid()):
+def end_with_parent(parent: int | None = None) -> None:
+    """Called by a process that starts: end when the one that started it does (Linux).
+
+    Args:
+        parent: its number; None: that of the run, and where another process has started this one,
+            nothing is done.
+    """
+    if parent is None:
+        parent = int(os.environ.get(_PARENT, "0"))
+        if parent != os.getppid():
+            return
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended in between
+    if os.getppid() != parent:  # it ended in between
         os._exit(1)

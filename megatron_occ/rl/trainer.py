@@ -17,6 +17,7 @@ from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
+from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
 from megatron_occ.rl.rollouts import Rollouts, RolloutSource
 from megatron_occ.rl.stopping import StopRequested, StopSignal
 from megatron_occ.rl.update import PolicyUpdater
@@ -43,6 +44,7 @@ class GRPOTrainer:
         rollout_log: of sampled responses.
         save: writes a checkpoint of the given finished step.
         stop: tells that the run is asked to end.
+        skips: takes in updates whose gradient was not finite.
         before_step: called before each step; returns what is to be told, if anything.
     """
 
@@ -57,11 +59,13 @@ class GRPOTrainer:
         rollout_log: RolloutLog,
         save: Callable[[int], None],
         stop: StopSignal | None = None,
+        skips: SkippedUpdates | None = None,
         before_step: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.updater, self.rollouts = config, updater, rollouts
         self.validate, self.save = validate, save
         self.stop, self.before_step = stop or StopSignal(), before_step
+        self.skips = skips
         self.logger, self.rollout_log = logger, rollout_log
         self.layout = updater.actor.layout
         self.timers = Timers()
@@ -98,6 +102,7 @@ class GRPOTrainer:
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))
+                self._end_if_spoilt()
                 is_last = self.step == rl.steps
                 self.validation_is_due = is_last or _is_due(self.step, rl.validation.every)
                 self._finish_step()
@@ -116,6 +121,14 @@ class GRPOTrainer:
         with self.timers("save"):
             self.save(self.step)
         self._saved_step = self.step
+
+    def _end_if_spoilt(self) -> None:
+        try:
+            if self.skips is not None:
+                self.skips.check(self.step)
+        except NonFiniteError:
+            self._save()
+            raise
 
     def _end_if_asked(self) -> None:
         if self.stop.is_asked_of_any(self.layout):
@@ -164,6 +177,9 @@ class GRPOTrainer:
         for number, mini_batch in enumerate(mini_batches):
             share = None if head is None else head.share(number, len(mini_batches))
             update = self.updater.run_update(mini_batch, share)
+            if self.skips is not None:
+                mine = Sequences(mini_batch.rows, mini_batch.sizes, mini_batch.lengths)
+                self.skips.note(update.skipped, self.step + 1, number, mine)
             self._warn(self.step + 1, update.events)
             updates.append(update.metrics)
             gap |= update.gap

@@ -39,11 +39,13 @@ class Update:
     """Metrics of an update over all ranks, and what went wrong in it, one line each.
 
     ``gap`` holds the metrics of :meth:`PolicyUpdater.logprob_gap` where this update measured them.
+    ``skipped``: its gradient was not finite, and the weights are what they were.
     """
 
     metrics: dict[str, float]
     events: list[str]
     gap: dict[str, float]
+    skipped: bool = False
 
 
 class PolicyUpdater:
@@ -171,7 +173,8 @@ class PolicyUpdater:
         if step.skipped:
             events.append(SKIPPED)
         names = (_GAP_MEAN, _GAP_MAX) if measures_gap else ()
-        return Update(metrics, events, {name: metrics.pop(name) for name in names})
+        gap = {name: metrics.pop(name) for name in names}
+        return Update(metrics, events, gap, step.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the calibration."""
