@@ -34,7 +34,7 @@ OVERRIDES = (
     "pretrain.steps=40",
     "pretrain.save_every=5",
     "pretrain.log_every=1",
-    "rl.steps=10",
+    "rl.steps=60",
     "rl.save_every=2",
     "mtp.preset=occ",
     # `auto` follows the clock
@@ -118,7 +118,7 @@ class Job:
 def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
     """Until the moment has come, or the run has ended without it."""
     begin = lines(run)
-    delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 3.0))
+    delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 1.0))
     deadline = time.monotonic() + _LIMIT
     while process.poll() is None and time.monotonic() < deadline:
         if moment == "start":

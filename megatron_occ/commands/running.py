@@ -65,6 +65,8 @@ def training(config: Config, *, resume: bool) -> Iterator[Run]:
                 yield run
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(_how_to_go_on(run)) from interrupt
+        except OSError as error:
+            raise ValueError(f"{error}: {_how_to_go_on(run)}") from error
         except StopRequested:
             if is_main:
                 print(f"megatron-occ: stopped as asked: {_how_to_go_on(run)}", file=sys.stderr)

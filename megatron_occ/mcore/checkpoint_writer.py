@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_occ.config.identity import free_settings
 from megatron_occ.convert.kinds import CHECKPOINT_FILE
@@ -33,6 +34,10 @@ from megatron_occ.mcore.checkpoint_folder import (
 )
 from megatron_occ.mcore.versions import installed_version
 from megatron_occ.rl.stopping import SIGNALS, end_with_parent
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; what there was of it is gone."""
 
 
 class CheckpointWriter:
@@ -68,6 +73,9 @@ class CheckpointWriter:
         Args:
             step: of the trainer.
             trainer_state: plain values and tensors, equal on all ranks.
+
+        Raises:
+            CheckpointWriteError: a rank could not write its part, of this one or the one before.
         """
         self.finish()
         path = self._temporary(step)
@@ -90,20 +98,36 @@ class CheckpointWriter:
         return self._target(step)
 
     def poll(self) -> None:
-        """Complete what is written by now."""
-        if self._step is not None and self._queue.maybe_finalize_async_calls(blocking=False):
+        """Complete what is written by now.
+
+        Raises:
+            CheckpointWriteError: a rank could not write its part.
+        """
+        if self._step is not None and self._finalized(self._step, blocking=False):
             self._complete(self._step)
 
     def finish(self) -> None:
-        """Wait for what is being written, and complete it."""
-        if self._step is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        """Wait for what is being written, and complete it; raises as :meth:`poll`."""
+        if self._step is not None and self._finalized(self._step, blocking=True):
             self._complete(self._step)
 
     def abandon(self) -> None:
         """Leave what is being written incomplete; a rank may do it alone."""
         self._queue.close(abort=True)
         self._step = None
+
+    def _finalized(self, step: int, *, blocking: bool) -> bool:
+        try:
+            return bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
+        except CheckpointException as error:
+            self.abandon()
+            if self.actor.layout.is_main:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            # a traceback of each rank, which ends with what was wrong
+            reason = str(error).strip().rpartition("\n")[2]
+            raise CheckpointWriteError(
+                f"{self._target(step)} could not be written: {reason}"
+            ) from error
 
     def _complete(self, step: int) -> None:
         self._step = None

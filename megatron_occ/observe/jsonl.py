@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -66,12 +68,25 @@ class JsonlFile:
         self._file: IO[bytes] | None = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line. Raises TypeError for a value that JSON cannot hold."""
+        """Write one line. Raises TypeError for a value that JSON cannot hold.
+
+        A file that was deleted meanwhile is begun anew; where its folder is gone as well, or the
+        disk is full, OSError names it.
+        """
         line = json.dumps(json_safe(record), allow_nan=False) + "\n"
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self.close()
+            if not self.path.parent.is_dir():
+                gone = "the folder was deleted while the run wrote to it"
+                raise OSError(errno.ENOENT, gone, str(self.path.parent))
+            log.warning("%s was deleted while the run wrote to it: begun anew", self.path)
         if self._file is None:
             self._file = self._open()
-        self._file.write(line.encode("ascii"))
-        self._file.flush()
+        try:
+            self._file.write(line.encode("ascii"))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def filter(self, keep: Callable[[dict[str, Any]], bool]) -> int:
         """Keep only the records for which `keep` is true; return how many lines went.
@@ -99,7 +114,9 @@ class JsonlFile:
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""
         if self._file is not None:
-            self._file.close()
+            # what is left in its buffer did not fit on the disk, and was told
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def _open(self) -> IO[bytes]:

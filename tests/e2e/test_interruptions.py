@@ -77,3 +77,33 @@ def test_a_killed_run_leaves_no_process(tmp_path):
             return
         subprocess.run(["sleep", "0.01"], check=True)
     pytest.fail(f"still there: {session(process.pid)}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB; its tests need the right to mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_leaves_whole_checkpoints(small_disk):
+    folder = small_disk / "run"
+    more = ("pretrain.steps=100", "pretrain.save_every=10", "keep_checkpoints=20")
+    process = start(folder, *more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    told = output.splitlines()[-1]
+    assert told.startswith("megatron-occ: error: ")
+    assert "could not be written: " in told
+    assert "No space left on device: the same command with --resume goes on from " in told
+    assert "Traceback" not in output
+    assert not list(folder.glob("checkpoints/*/*.tmp"))
+    # with fewer of them there is room, and the run goes on
+    last = start(folder, *more[:2], "keep_checkpoints=1", "--resume", stdout=subprocess.PIPE)
+    last.communicate(timeout=200)
+    assert last.returncode == 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_occ.observe import MetricsLogger, RolloutLog
+from megatron_occ.observe.jsonl import JsonlFile, read_records
 
 
 def strict_lines(path):
@@ -189,3 +192,24 @@ def test_import_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_deleted_file_is_begun_anew_and_a_deleted_folder_is_an_error(tmp_path, caplog):
+    logger = MetricsLogger(tmp_path / "run", tensorboard=False)
+    logger.log("rl", 1, {"loss": 1.0})
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    logger.log("rl", 2, {"loss": 2.0})
+    assert [line["step"] for line in read_records(tmp_path / "run" / "metrics.jsonl")] == [2]
+    assert "was deleted while the run wrote to it: begun anew" in caplog.text
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=f"the folder was deleted .*{tmp_path}/run"):
+        logger.log("rl", 3, {"loss": 3.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_names_the_file():
+    full = JsonlFile(Path("/dev/full"))
+    full._file = Path("/dev/full").open("ab")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        full.append({"step": 1})
+    full.close()
