@@ -17,9 +17,9 @@ from megatron_occ import __version__
 from megatron_occ.commands import COMMANDS, convert
 from megatron_occ.commands.configuration import take_words
 from megatron_occ.config import ConfigError
-from megatron_occ.rl.stopping import end_with_parent
+from megatron_occ.rl.stopping import belong_to_parent
 
-end_with_parent()
+belong_to_parent()
 
 _DESCRIPTION = (
     "Pretraining and reinforcement learning with verifiable rewards for language models with "

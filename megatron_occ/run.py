@@ -6,6 +6,7 @@ A run folder holds ``config.yaml``, ``metrics.jsonl``, ``rollouts.jsonl``, Tenso
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_occ.mcore.checkpoint import load_checkpoint
 from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
 from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.cpu.threads import Threads, choose_threads
-from megatron_occ.mcore.startup import Layout, barrier, initialize
+from megatron_occ.mcore.startup import Layout, barrier, initialize, places_of_ranks
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
 from megatron_occ.observe.jsonl import read_records, to_number
 from megatron_occ.observe.metrics import METRICS_FILE
@@ -30,7 +31,9 @@ from megatron_occ.rl.non_finite import NonFiniteError, SkippedUpdates
 from megatron_occ.rl.pretraining import PASS_RATE, PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
 from megatron_occ.rl.stopping import StopRequested, StopSignal
+from megatron_occ.rl.supervision import Supervision
 from megatron_occ.rl.trainer import GRPOTrainer
+from megatron_occ.rl.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +50,16 @@ class Run:
     tokenizer: Tokenizer = field(init=False)
     metrics: MetricsLogger = field(init=False)
     threads: Threads = field(init=False)
+    watchdog: Watchdog = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
         register_verifiers(config.data.verifiers)
         self.layout = initialize(config)
         self.threads = choose_threads(config, world_size=self.layout.world_size)
+        limits = dataclasses.asdict(config.phase_limits)
+        rank, size = self.layout.rank, self.layout.world_size
+        self.watchdog = Watchdog(places_of_ranks(), rank, size, limits)
         self.task = read_task(config)
         self.tokenizer = read_tokenizer(config, self.task)
         self.folder = Path(config.run_dir)
@@ -194,16 +201,21 @@ class Phase:
             and (value := to_number(line.get(PASS_RATE))) is not None
         }
 
-    def before_step(self) -> str | None:
+    def supervision(self) -> Supervision:
+        """What looks after the phase's trainer."""
+        run = self.run
+        limit, decode = run.config.max_skipped_updates, run.tokenizer.decode
+        return Supervision(
+            stop=run.stop,
+            skips=SkippedUpdates(self.actor, run.layout, run.folder, limit, decode),
+            watchdog=run.watchdog,
+            before_step=self._before_step,
+        )
+
+    def _before_step(self) -> str | None:
         """Complete a checkpoint that is written by now; what is to be told of the threads."""
         self.writer.poll()
         return self.run.threads.follow()
-
-    def skips(self) -> SkippedUpdates:
-        """What becomes of updates whose gradient is not finite."""
-        run = self.run
-        limit, decode = run.config.max_skipped_updates, run.tokenizer.decode
-        return SkippedUpdates(self.actor, run.layout, run.folder, limit, decode)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a finished step, or begin to."""

@@ -121,7 +121,7 @@ def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Ra
     delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 1.0))
     deadline = time.monotonic() + _LIMIT
     while process.poll() is None and time.monotonic() < deadline:
-        if moment == "start":
+        if moment == "start" and children(process.pid):
             break
         if moment == "checkpoint" and any(run.glob("checkpoints/*/*.tmp")):
             break

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_occ.commands.configuration import check_run_folder
 from megatron_occ.commands.run_lock import locked
 from megatron_occ.config import Config
-from megatron_occ.rl.stopping import StopRequested, StopSignal, mark_parent
+from megatron_occ.rl.stopping import StopRequested, StopSignal, as_parent
 
 if TYPE_CHECKING:
     from megatron_occ.run import Run
@@ -42,6 +42,7 @@ def running(
         # the kind that is told without a traceback, and known without torch
         raise ValueError(str(error)) from error
     finally:
+        run.watchdog.close()
         shutdown()
 
 
@@ -56,8 +57,7 @@ def training(config: Config, *, resume: bool) -> Iterator[Run]:
         ConfigError: the run folder is another's, or there is none to resume.
     """
     folder, is_main, stop = Path(config.run_dir), os.environ.get("RANK", "0") == "0", StopSignal()
-    mark_parent()
-    with locked(folder), stop.installed(tells=is_main):
+    with locked(folder), as_parent(), stop.installed(tells=is_main):
         check_run_folder(folder, resume)
         run = None
         try:

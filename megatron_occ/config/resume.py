@@ -16,6 +16,7 @@ _CHANGEABLE = (
     "keep_every",
     "save_in_background",
     "max_skipped_updates",
+    "phase_limits.",
     "data.verifier_timeout",
     "data.verifier_workers",
     "parallel.",

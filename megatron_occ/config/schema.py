@@ -9,6 +9,7 @@ from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
+from megatron_occ.config.schema_run import PhaseLimitsConfig
 
 
 @dataclass
@@ -301,6 +302,11 @@ class Config:
     )
     save_in_background: bool = option(
         True, "train on while a checkpoint is written (holds a copy of the state in host memory)"
+    )
+    phase_limits: PhaseLimitsConfig = section(
+        PhaseLimitsConfig,
+        "seconds that a rank may be in a phase before the run ends and tells who is missing "
+        "(null: no limit)",
     )
     model: ModelConfig = section(ModelConfig, "architecture")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")

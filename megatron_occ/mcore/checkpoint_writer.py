@@ -6,12 +6,12 @@ the main rank completes the folder and gives it its final name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from megatron_occ.mcore.checkpoint_folder import (
     write_checksums,
 )
 from megatron_occ.mcore.versions import installed_version
-from megatron_occ.rl.stopping import SIGNALS, end_with_parent
+from megatron_occ.rl.stopping import belong_to_parent
 
 
 class CheckpointWriteError(OSError):
@@ -89,7 +89,7 @@ class CheckpointWriter:
             state, str(path), async_sharded_save=True, **_own_strategy()
         )
         if request.async_fn is not None:
-            write = functools.partial(_write, request.async_fn, path)
+            write = functools.partial(_write, request.async_fn, path, os.getpid())
             request = request._replace(async_fn=write)
         self._queue.schedule_async_request(request)
         self._step = step
@@ -121,12 +121,13 @@ class CheckpointWriter:
             return bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
         except CheckpointException as error:
             self.abandon()
+            free = shutil.disk_usage(self.folder).free / 1e6
             if self.actor.layout.is_main:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
             # a traceback of each rank, which ends with what was wrong
             reason = str(error).strip().rpartition("\n")[2]
             raise CheckpointWriteError(
-                f"{self._target(step)} could not be written: {reason}"
+                f"{self._target(step)} could not be written: {reason} ({free:,.0f} MB were free)"
             ) from error
 
     def _complete(self, step: int) -> None:
@@ -163,14 +164,18 @@ def _own_strategy() -> dict[str, str]:
 
 
 def _write(
-    write: Callable[..., None], folder: Path, rank: int, buckets: Sequence[tuple], results: Any
+    write: Callable[..., None],
+    folder: Path,
+    parent: int,
+    rank: int,
+    buckets: Sequence[tuple],
+    results: Any,
 ) -> None:
     """In a process of its own: Megatron's writing, then the checksums of what it wrote."""
-    end_with_parent()
-    # and those that Megatron starts from here end with this one
-    os.register_at_fork(after_in_child=functools.partial(end_with_parent, os.getpid()))
-    # a signal to the whole job asks for a checkpoint, not for half of one
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    belong_to_parent(parent)
+    # as those that Megatron starts from here belong to this one
+    os.register_at_fork(after_in_child=functools.partial(belong_to_parent, os.getpid()))
     write(rank, buckets, results)
-    write_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
+    # a full disk is told by Megatron; the main rank counts what has no checksum
+    with contextlib.suppress(OSError):
+        write_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])

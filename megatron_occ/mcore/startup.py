@@ -13,6 +13,8 @@ from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import PATIENCE, Layout, context_group_of_hosts
 
+_stores: list[torch.distributed.Store] = []
+
 
 def initialize(config: Config) -> Layout:
     """Initialise torch.distributed and Megatron, once a process.
@@ -88,6 +90,16 @@ def _init_process_group(backend: str) -> None:
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
     )
+    if size > 1:
+        _stores.append(torch.distributed.PrefixStore("places", store.clone()))
+
+
+def places_of_ranks() -> torch.distributed.Store | None:
+    """Where ranks note what they are at, over a connection of its own; None for one process.
+
+    One that waits for a key holds up all requests of its connection.
+    """
+    return _stores[-1] if _stores else None
 
 
 def barrier() -> None:
@@ -101,3 +113,4 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _stores.clear()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_occ.observe.text import format_duration, format_number
@@ -92,9 +92,15 @@ class Timers:
 
     It reads the clock of the host. Work that an accelerator still has in its queue when the block
     ends counts for the block that waits for it.
+
+    Args:
+        around: a context for the time of each block, by its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, around: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> None:
+        self._around = around
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -102,7 +108,8 @@ class Timers:
         """Add the duration of the block to phase `name`, also if the block raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - start
 

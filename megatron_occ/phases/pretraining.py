@@ -40,9 +40,7 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
             validate=validate,
             logger=run.metrics,
             save=phase.save,
-            stop=run.stop,
-            skips=phase.skips(),
-            before_step=phase.before_step,
+            supervision=phase.supervision(),
         )
         phase.attach(trainer)
         trainer.fit()

@@ -96,9 +96,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             logger=run.metrics,
             rollout_log=rollout_log,
             save=phase.save,
-            stop=run.stop,
-            skips=phase.skips(),
-            before_step=phase.before_step,
+            supervision=phase.supervision(),
         )
         phase.attach(trainer)
         _say_how_it_starts(run, start, trainer.step)

@@ -17,9 +17,9 @@ from megatron_occ.observe.progress import Progress
 from megatron_occ.rl.batch import RolloutBatch, head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
-from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
+from megatron_occ.rl.non_finite import Sequences
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
-from megatron_occ.rl.stopping import StopRequested, StopSignal
+from megatron_occ.rl.supervision import Supervision
 
 PASS_RATE = "pass@1"
 _BOTH = ((True, True),)
@@ -41,9 +41,7 @@ class PretrainTrainer:
         validate: measures ``pass@1`` on held-out problems.
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
-        stop: tells that the run is asked to end.
-        skips: takes in updates whose gradient was not finite.
-        before_step: called before each step; returns what is to be told, if anything.
+        supervision: looks after the loop.
     """
 
     def __init__(
@@ -55,16 +53,14 @@ class PretrainTrainer:
         validate: Callable[[], Validation],
         logger: MetricsLogger,
         save: Callable[[int], None],
-        stop: StopSignal | None = None,
-        skips: SkippedUpdates | None = None,
-        before_step: Callable[[], str | None] = lambda: None,
+        supervision: Supervision | None = None,
     ) -> None:
         self.config, self.actor, self.corpus = config, actor, corpus
         self.validate, self.logger, self.save = validate, logger, save
-        self.stop, self.before_step = stop or StopSignal(), before_step
-        self.skips = skips
+        self.supervision = supervision or Supervision()
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
         self.step, self.finished = 0, False
+        self._saved_step = 0
 
     def fit(self) -> None:
         """Run the remaining steps, or those until the pass rate is reached.
@@ -73,17 +69,30 @@ class PretrainTrainer:
             StopRequested: the run was asked to end; the finished steps are in a checkpoint.
         """
         # nothing to cut short: a step is one update
-        with self.stop.watched(lambda: None):
+        with self.supervision.at_work(lambda: None, self._save_if_new, self._tell_stop):
             self._run()
+
+    def _save_if_new(self) -> None:
+        if self.step > self._saved_step:
+            self._save()
+
+    def _save(self) -> None:
+        with self.supervision.phase("save"):
+            self.save(self.step)
+        self._saved_step = self.step
+
+    def _tell_stop(self, text: str) -> None:
+        self.logger.event(self.step, text, kind="stopped")
 
     def _run(self) -> None:
         settings, layout = self.config.pretrain, self.actor.layout
         start, done = time.perf_counter(), self.step
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
             while not self.finished:
-                if (told := self.before_step()) is not None:
+                for told in self.supervision.begin_step(self.step + 1):
                     self.logger.event(self.step + 1, told)
-                metrics = self.run_step()
+                with self.supervision.phase("pretrain"):
+                    metrics = self.run_step()
                 self.step += 1
                 trained = time.perf_counter()
                 metrics.update(self._measured())
@@ -96,32 +105,19 @@ class PretrainTrainer:
                     times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
                     self.logger.log("pretrain", self.step, {**metrics, **times})
                     start, done = time.perf_counter(), self.step
-                self._end_if_spoilt()
-                self._finish_step()
-
-    def _end_if_spoilt(self) -> None:
-        try:
-            if self.skips is not None:
-                self.skips.check(self.step)
-        except NonFiniteError:
-            self.save(self.step)
-            raise
-
-    def _finish_step(self) -> None:
-        """Save where it is due, and where the run is asked to end."""
-        ends = not self.finished and self.stop.is_asked_of_any(self.actor.layout)
-        if ends or self.finished or self.step % self.config.pretrain.save_every == 0:
-            self.save(self.step)
-        if ends:
-            self.logger.event(self.step, self.stop.sentence(), kind="stopped")
-            raise StopRequested
+                self.supervision.end_if_spoilt(self.step)
+                if self.finished or self.step % settings.save_every == 0:
+                    self._save()
+                if not self.finished:
+                    self.supervision.end_if_asked(layout)
 
     def _measured(self) -> dict[str, float]:
         every = self.config.pretrain.validate_every
         if every == 0 or self.step % every:
             return {}
         start = time.perf_counter()
-        metrics, events = self.validate()
+        with self.supervision.phase("validation"):
+            metrics, events = self.validate()
         for event in events:
             self.logger.event(self.step, event)
         return {PASS_RATE: metrics[PASS_RATE], "time/validation": time.perf_counter() - start}
@@ -141,8 +137,8 @@ class PretrainTrainer:
         ids, token_mask = self.corpus.batch(
             self.step, settings.batch_size, settings.sequence_length
         )
-        mine = slice(layout.data_parallel_rank, None, layout.data_parallel_size)
-        ids, token_mask = ids[mine].to(layout.device), token_mask[mine].to(layout.device)
+        own = slice(layout.data_parallel_rank, None, layout.data_parallel_size)
+        ids, token_mask = ids[own].to(layout.device), token_mask[own].to(layout.device)
         masks = head_masks(token_mask, depths)
         counts = layout.all_reduce_data_parallel(Normalizers.count(masks))
         normalizers = Normalizers.from_counts(counts)
@@ -158,11 +154,8 @@ class PretrainTrainer:
         step = self.actor.finish_training_step()
         if step.skipped:
             self.logger.event(self.step + 1, SKIPPED)
-        if self.skips is not None:
-            sizes = [len(batch) for batch in ids.split(size)]
-            self.skips.note(
-                step.skipped, self.step + 1, 0, Sequences(_rows(ids, token_mask), sizes, None)
-            )
+        mine = Sequences(_rows(ids, token_mask), [len(part) for part in ids.split(size)], None)
+        self.supervision.after_update(step.skipped, self.step + 1, 0, mine)
         return update_metrics(on_host(report), step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,7 +164,7 @@ class PretrainTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
         # a run that is asked for more steps goes on, unless it ended by its pass rate
         ended_early = state["finished"] and self.config.pretrain.stop_at_pass_rate is not None
         self.finished = ended_early or self.step >= self.config.pretrain.steps

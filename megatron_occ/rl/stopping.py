@@ -125,13 +125,20 @@ def end_children() -> None:
         child.kill()
 
 
-def mark_parent() -> None:
-    """Called by a run: processes that it starts from now on are to end with it."""
+@contextmanager
+def as_parent() -> Iterator[None]:
+    """Of a run: processes that it starts within the block end when it does, and no sooner."""
     os.environ[_PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_PARENT]
 
 
-def end_with_parent(parent: int | None = None) -> None:
-    """Called by a process that starts: end when the one that started it does (Linux).
+def belong_to_parent(parent: int | None = None) -> None:
+    """Called by a process that starts: end when the one that started it does, and no sooner.
+
+    The former on Linux. A signal to the whole job, as Slurm sends it, is for the run to act on.
 
     Args:
         parent: its number; None: that of the run, and where another process has started this one,
@@ -141,6 +148,8 @@ def end_with_parent(parent: int | None = None) -> None:
         parent = int(os.environ.get(_PARENT, "0"))
         if parent != os.getppid():
             return
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -17,9 +17,10 @@ from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
-from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
+from megatron_occ.rl.non_finite import Sequences
 from megatron_occ.rl.rollouts import Rollouts, RolloutSource
-from megatron_occ.rl.stopping import StopRequested, StopSignal
+from megatron_occ.rl.stopping import StopRequested
+from megatron_occ.rl.supervision import Supervision
 from megatron_occ.rl.update import PolicyUpdater
 
 # what the progress bar shows of what there is
@@ -43,9 +44,7 @@ class GRPOTrainer:
         logger: of metrics and events.
         rollout_log: of sampled responses.
         save: writes a checkpoint of the given finished step.
-        stop: tells that the run is asked to end.
-        skips: takes in updates whose gradient was not finite.
-        before_step: called before each step; returns what is to be told, if anything.
+        supervision: looks after the loop.
     """
 
     def __init__(
@@ -58,17 +57,14 @@ class GRPOTrainer:
         logger: MetricsLogger,
         rollout_log: RolloutLog,
         save: Callable[[int], None],
-        stop: StopSignal | None = None,
-        skips: SkippedUpdates | None = None,
-        before_step: Callable[[], str | None] = lambda: None,
+        supervision: Supervision | None = None,
     ) -> None:
         self.config, self.updater, self.rollouts = config, updater, rollouts
         self.validate, self.save = validate, save
-        self.stop, self.before_step = stop or StopSignal(), before_step
-        self.skips = skips
+        self.supervision = supervision or Supervision()
         self.logger, self.rollout_log = logger, rollout_log
         self.layout = updater.actor.layout
-        self.timers = Timers()
+        self.timers = Timers(self.supervision.phase)
         self.step = 0
         self.validation_is_due = True
         self._saved_step = 0
@@ -80,16 +76,18 @@ class GRPOTrainer:
         Raises:
             StopRequested: the run was asked to end. The finished steps are in a checkpoint; of the
                 one under way nothing stays, and it is drawn again identically.
+            NonFiniteError: too many updates in a row were skipped; the steps are in a checkpoint.
         """
         self._logged_at = time.perf_counter()
-        with self.stop.watched(self.rollouts.abort):
-            try:
-                self._run()
-            except StopRequested:
-                if self.step > self._saved_step:
-                    self._save()
-                self.logger.event(self.step, self.stop.sentence(), kind="stopped")
-                raise
+        with self.supervision.at_work(self.rollouts.abort, self._save_if_new, self._tell_stop):
+            self._run()
+
+    def _save_if_new(self) -> None:
+        if self.step > self._saved_step:
+            self._save()
+
+    def _tell_stop(self, text: str) -> None:
+        self.logger.event(self.step, text, kind="stopped")
 
     def _run(self) -> None:
         rl = self.config.rl
@@ -97,12 +95,12 @@ class GRPOTrainer:
         with Progress(rl.steps, "rl", self.step, enabled=self.layout.is_main) as progress:
             while self.step < rl.steps:
                 self._end_if_asked()
-                self._warn(self.step + 1, [text for text in (self.before_step(),) if text])
+                self._warn(self.step + 1, self.supervision.begin_step(self.step + 1))
                 metrics = self.run_step()
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))
-                self._end_if_spoilt()
+                self.supervision.end_if_spoilt(self.step)
                 is_last = self.step == rl.steps
                 self.validation_is_due = is_last or _is_due(self.step, rl.validation.every)
                 self._finish_step()
@@ -122,17 +120,8 @@ class GRPOTrainer:
             self.save(self.step)
         self._saved_step = self.step
 
-    def _end_if_spoilt(self) -> None:
-        try:
-            if self.skips is not None:
-                self.skips.check(self.step)
-        except NonFiniteError:
-            self._save()
-            raise
-
     def _end_if_asked(self) -> None:
-        if self.stop.is_asked_of_any(self.layout):
-            raise StopRequested
+        self.supervision.end_if_asked(self.layout)
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
@@ -177,9 +166,8 @@ class GRPOTrainer:
         for number, mini_batch in enumerate(mini_batches):
             share = None if head is None else head.share(number, len(mini_batches))
             update = self.updater.run_update(mini_batch, share)
-            if self.skips is not None:
-                mine = Sequences(mini_batch.rows, mini_batch.sizes, mini_batch.lengths)
-                self.skips.note(update.skipped, self.step + 1, number, mine)
+            mine = Sequences(mini_batch.rows, mini_batch.sizes, mini_batch.lengths)
+            self.supervision.after_update(update.skipped, self.step + 1, number, mine)
             self._warn(self.step + 1, update.events)
             updates.append(update.metrics)
             gap |= update.gap

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,10 +103,28 @@ def test_a_full_disk_is_told_and_leaves_whole_checkpoints(small_disk):
     told = output.splitlines()[-1]
     assert told.startswith("megatron-occ: error: ")
     assert "could not be written: " in told
-    assert "No space left on device: the same command with --resume goes on from " in told
+    assert "MB were free): the same command with --resume goes on from " in told
     assert "Traceback" not in output
     assert not list(folder.glob("checkpoints/*/*.tmp"))
     # with fewer of them there is room, and the run goes on
+    for old in sorted(folder.glob("checkpoints/pretrain/step_*"))[:-1]:
+        shutil.rmtree(old)
     last = start(folder, *more[:2], "keep_checkpoints=1", "--resume", stdout=subprocess.PIPE)
     last.communicate(timeout=200)
     assert last.returncode == 0
+
+
+def test_a_rank_that_hangs_is_named_by_the_others(tmp_path):
+    limits = [f"phase_limits.{name}=5" for name in ("rollout", "logprobs", "train", "pretrain")]
+    more = ("parallel.tensor=2", "pretrain.steps=100000", "pretrain.log_every=1", *limits)
+    job = Job(tmp_path, 2, TINY, more)
+    process = job.start("run")
+    try:
+        wait_for_steps(tmp_path / "run", process)
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
+        assert process.wait(120) != 0
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
+    output = (tmp_path / "run.log").read_text()
+    assert re.search(r"rank 0 has been in pretrain of step \d+ for \d+ s \(phase_limits", output)

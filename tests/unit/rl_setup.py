@@ -148,7 +148,7 @@ def make_trainer(config, actor, score=has_an_a, **callbacks):
         logger=recorder,
         rollout_log=recorder,
         save=callbacks.get("save", lambda step: None),
-        stop=callbacks.get("stop"),
+        supervision=callbacks.get("supervision"),
     )
     trainer.recorder = recorder
     return trainer

@@ -209,7 +209,7 @@ def test_a_deleted_file_is_begun_anew_and_a_deleted_folder_is_an_error(tmp_path,
 
 def test_a_full_disk_names_the_file():
     full = JsonlFile(Path("/dev/full"))
-    full._file = Path("/dev/full").open("ab")
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        full.append({"step": 1})
-    full.close()
+    with Path("/dev/full").open("ab") as full._file:
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            full.append({"step": 1})
+        full.close()

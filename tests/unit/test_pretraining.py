@@ -12,7 +12,7 @@ from tests.unit.fakes import TOKENIZER, FakeActor
 from tests.unit.rl_setup import LetterTask, Recorder
 
 
-def make_trainer(*overrides, rates=(), events=(), stop=None):
+def make_trainer(*overrides, rates=(), events=(), supervision=None):
     given = ("batch_size=4", "micro_batch_size=2", "sequence_length=8", "steps=8", "log_every=4")
     config = load_config([], [f"pretrain.{item}" for item in (*given, *overrides)])
     config.mtp.num_layers = 2
@@ -24,7 +24,7 @@ def make_trainer(*overrides, rates=(), events=(), stop=None):
         validate=lambda: Validation({"pass@1": next(rates), "problems": 4.0}, list(events)),
         logger=logger,
         save=saved.append,
-        stop=stop,
+        supervision=supervision,
     )
     return trainer, logger, saved
 

@@ -108,7 +108,7 @@ def spoil(outputs, target, forward_only):
 def test_rl_ends_with_a_checkpoint_after_too_many(tmp_path):
     saved = []
     trainer, actor = four_updates("rl.steps=9", "rl.save_every=100", save=saved.append)
-    trainer.skips = skips_of(actor, tmp_path, limit=6)
+    trainer.supervision.skips = skips_of(actor, tmp_path, limit=6)
     actor.spoil = spoil
     with pytest.raises(NonFiniteError, match="stopped after step 2, with a checkpoint"):
         trainer.fit()
@@ -120,7 +120,7 @@ def test_rl_ends_with_a_checkpoint_after_too_many(tmp_path):
 
 def test_pretraining_ends_with_a_checkpoint_after_too_many(tmp_path):
     trainer, _, saved = make_pretrainer("log_every=1")
-    trainer.skips = skips_of(trainer.actor, tmp_path, limit=2)
+    trainer.supervision.skips = skips_of(trainer.actor, tmp_path, limit=2)
     trainer.actor.spoil = spoil
     with pytest.raises(NonFiniteError, match="after step 2"):
         trainer.fit()

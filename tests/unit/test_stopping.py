@@ -14,6 +14,7 @@ import torch
 
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.stopping import StopRequested, StopSignal
+from megatron_occ.rl.supervision import Supervision
 from tests.unit.fakes import FakeActor
 from tests.unit.rl_setup import make_trainer, rl_config, varied
 from tests.unit.test_pretraining import make_trainer as make_pretrainer
@@ -37,7 +38,7 @@ class Attempt:
             varied,
             validate=self._validate,
             save=self._save,
-            stop=self.stop,
+            supervision=Supervision(stop=self.stop),
         )
         own = self.actor.generate, self.actor.finish_training_step
         self.actor.generate = lambda *given: self._hit("rollouts", own[0](*given))
@@ -117,7 +118,7 @@ def test_a_signal_in_the_last_save_lets_the_run_finish():
 
 def test_pretraining_saves_the_step_under_way():
     stop = StopSignal()
-    trainer, logger, saved = make_pretrainer("save_every=5", stop=stop)
+    trainer, logger, saved = make_pretrainer("save_every=5", supervision=Supervision(stop=stop))
     own = trainer.run_step
 
     def run_step():

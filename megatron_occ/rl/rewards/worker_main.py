@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from megatron_occ.rl.rewards.registry import NotAScore, checked_score, load_verifier
+from megatron_occ.rl.stopping import SIGNALS
 
 _MAX_DETAIL_CHARS = 500
 # Only Linux tells a process its address space here, and only Linux enforces a limit on it.
@@ -24,6 +25,9 @@ def main(memory_bytes: int | None) -> None:
     import the verifier only; ``{"path", "arguments", "limit"}`` is a call of another function. A
     reply is ``{"score"}``, of such a call ``{"value"}``, or ``{"error"}``.
     """
+    # to the whole job, as Slurm sends them: the run acts on them, and may need the scores for it
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     requests, replies = _private_channel()
     verifiers: dict[str, Callable[..., Any]] = {}
     for line in requests:
