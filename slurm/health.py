@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MIB = 2**20
-# integers below 7 have exact products and sums in every precision of matrix units: 6 * 6 * 512
-_SIZE, _MODULUS = 512, 7
+# integers below 7 have exact products and sums in every precision of matrix units: 6 * 6 * 256
+_SIZE, _MODULUS = 256, 7
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def device_problems(gpus: int, percent: float) -> Iterator[str]:
 def product_problems(
     device: str, name: str = "CPU", multiply: Callable | None = None
 ) -> Iterator[str]:
-    """Multiplies matrices of small integers [512, 512], whose product is exact in fp32.
+    """Multiplies matrices of small integers [256, 256], whose product is exact in fp32.
 
     Args:
         device: of torch.
