@@ -99,8 +99,8 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     assert (
         f"\nlargest rank       rank 128, like all 128 ranks of pipeline stage 1: {peak} GiB" in text
     )
-    assert f"does not fit into --gpu-memory 80 GiB: {fewer:.2f} too much\n" in text
-    assert re.search(r"\n  with +recompute=full: [\d.]+, fits\n", text)
+    assert f"does not fit into --gpu-memory 80 GiB: {fewer:.2f} GiB too much\n" in text
+    assert re.search(r"\n  with +recompute=full: [\d.]+ GiB, fits\n", text)
     assert "otherwise" not in text
 
 

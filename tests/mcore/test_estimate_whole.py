@@ -248,3 +248,25 @@ def test_the_groups_that_cross_nodes_are_those_of_megatron(name, node):
     inner = crossing & {"tensor", "context", "expert tensor", "expert"}
     texts = crossing_warnings(config, 4, node)
     assert {text.partition(" ranks")[0] for text in texts} == inner
+
+
+def test_deepseek_v3_has_the_parameters_that_its_report_says():
+    """671B in all and 37B active, the MTP layer left out (arXiv 2412.19437, abstract)."""
+    config = make_config("mtp.num_layers=1", qkv_bias=False)
+    sizes = {"num_layers": 61, "hidden_size": 7168, "ffn_hidden_size": 18432}
+    sizes |= {"num_attention_heads": 128, "num_query_groups": None}
+    latent = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_head_dim": 128, "v_head_dim": 128}
+    experts = {"num_experts": 256, "top_k": 8, "ffn_hidden_size": 2048}
+    experts |= {"shared_ffn_hidden_size": 2048, "first_dense_layers": 3}
+    for section, values in {"model": sizes, "mla": latent, "moe": experts}.items():
+        owner = config.model if section == "model" else getattr(config.model, section)
+        for name, value in values.items():
+            setattr(owner, name, value)
+    config.model.mla.enabled, config.model.mla.qk_rope_head_dim = True, 64
+    found = model_parameters(config, 129280)
+    without = [
+        sum(count for part, count in table.items() if not part.startswith("MTP"))
+        for table in (found.total, found.active)
+    ]
+    assert without[0] == pytest.approx(671e9, abs=0.5e9)
+    assert without[1] == pytest.approx(37e9, abs=0.6e9)

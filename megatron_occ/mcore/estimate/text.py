@@ -124,18 +124,21 @@ def fit_text(
         gpu_memory: of a rank, in GiB.
     """
     limit, peak = int(gpu_memory * GIB), entry.memory.peak
-    size = partial(_size, unit=_unit([entry]))
+    unit = _unit([entry])
+    size = partial(_size, unit=unit)
     ranks = entry.world_size // config.parallel.pipeline
     alike = f", like all {ranks} ranks of pipeline stage {entry.held.stage}" if ranks > 1 else ""
-    lines = [f"largest rank       rank {entry.rank}{alike}: {size(peak)} {_unit([entry])}. It "]
+    lines = [f"largest rank       rank {entry.rank}{alike}: {size(peak)} {unit}. It "]
     if peak <= limit:
         left = f"leaves {_size(limit - peak, 'GiB')} GiB for what is not counted"
         return f"{lines[0]}fits into --gpu-memory {gpu_memory:g} GiB and {left}"
-    lines[0] += f"does not fit into --gpu-memory {gpu_memory:g} GiB: {size(peak - limit)} too much"
+    lines[0] += (
+        f"does not fit into --gpu-memory {gpu_memory:g} GiB: {size(peak - limit)} {unit} too much"
+    )
     for change, after in changes:
         keys = " ".join(f"{key}={_spell(value)}" for key, value in change.items())
         verdict = "fits" if after <= limit else "not enough"
-        lines.append(f"  with             {keys}: {size(after)}, {verdict}")
+        lines.append(f"  with             {keys}: {size(after)} {unit}, {verdict}")
     if not any(after <= limit for _, after in changes):
         layout = "parallel.tensor, parallel.pipeline"
         if config.model.moe.num_experts is not None:
