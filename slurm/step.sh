@@ -62,7 +62,7 @@ settle() {
     elif [[ -n $ASKED || $status == "$STOPPED" ]]; then
         requeue_if_progress "$folder" "$before"
     else
-        requeue_after_failure "$folder" "$before"
+        requeue_after_failure "$folder"
     fi || return "$status"
 }
 
@@ -79,7 +79,7 @@ requeue_if_progress() {
 
 # After an error: a bad node is left out, and a job whose ranks hung tries again, once without progress.
 requeue_after_failure() {
-    local folder=$1 before=$2 mark=$1.logs/$SLURM_JOB_ID/tried_again now
+    local folder=$1 mark=$1.logs/$SLURM_JOB_ID/tried_again now
     say "what happened: the log of the first task that srun names above"
     check_nodes "$folder"
     if [[ -n $BAD_NODES ]]; then
