@@ -22,8 +22,8 @@ launch() {
         set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "run_dir=$run_dir"
     fi
     claim "$run_dir"
-    # requeued, or submitted again after a failure
-    if [[ -n $(ls -A "$run_dir" 2>/dev/null) ]]; then
+    # requeued, or submitted again after a failure; a killed attempt may have left its lock alone
+    if [[ -n $(find "$run_dir" -mindepth 1 -maxdepth 1 ! -name writer.lock 2>/dev/null) ]]; then
         set -- "$@" --resume
     fi
     run_on_all_nodes "$run_dir" "$command" "$@"

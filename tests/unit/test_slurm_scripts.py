@@ -201,10 +201,12 @@ def test_a_job_without_the_gpus_of_the_site_is_refused(job):
     assert job.calls == []
 
 
-@pytest.mark.parametrize("content", ["nothing", "empty", "run"])
+@pytest.mark.parametrize("content", ["nothing", "empty", "lock", "run"])
 def test_a_run_folder_with_a_run_in_it_is_resumed(job, content):
     if content != "nothing":
         job.run_dir.mkdir()
+    if content in ("lock", "run"):
+        (job.run_dir / "writer.lock").touch()
     if content == "run":
         (job.run_dir / "config.yaml").touch()
     job("rl.steps=3")
