@@ -1,25 +1,20 @@
-# What the .sbatch files share. `launch COMMAND ARGUMENTS...` runs megatron-occ on all nodes of the job,
-# `convert ARGUMENTS...` and `compare ARGUMENTS...` one process of it.
+# What the .sbatch files share. `launch COMMAND ARGUMENTS...` and `evaluate ARGUMENTS...` run megatron-occ
+# on all nodes of the job, `convert ARGUMENTS...` and `compare ARGUMENTS...` one process of it.
 # shellcheck shell=bash
 
 # shellcheck source=slurm/site.sh
 source "${OCC_SITE:-slurm/site.sh}"
+# shellcheck source=slurm/step.sh
+source slurm/step.sh
 
 launch() {
-    local command=$1 plan run_dir logs
+    local command=$1 run_dir
     shift
     require_job "$@"
-    trap : USR1 # interrupts `wait` in train, two minutes before the time limit: see --signal
+    trap ask_to_stop USR1 # two minutes before the time limit: see --signal
     count_gpus
     set_rendezvous
-
-    # Before all nodes start: one process checks the configuration and says what will run. It also
-    # knows run_dir, which may stand in a configuration file.
-    plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh "$command" "$@" --dry-run)
-    echo "$plan"
-    [[ $plan != *$'\n'"not found "* ]] || fail "files are not found, see above"
-    run_dir=$(sed -n 's/^run_dir  *//p' <<<"$plan")
-    [[ -n $run_dir ]] || fail "no run_dir in the plan above"
+    make_plan "$command" "$@"
 
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         [[ " $*" != *" seed="* ]] || fail "an array gives seed=: leave it out, or leave out --array"
@@ -27,18 +22,47 @@ launch() {
         set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "run_dir=$run_dir"
     fi
     claim "$run_dir"
-    # requeued, or submitted again after a failure
-    if [[ -n $(ls -A "$run_dir" 2>/dev/null) ]]; then
+    # requeued, or submitted again after a failure; a killed attempt may have left its lock alone
+    if [[ -n $(find "$run_dir" -mindepth 1 -maxdepth 1 ! -name writer.lock 2>/dev/null) ]]; then
         set -- "$@" --resume
     fi
+    run_on_all_nodes "$run_dir" "$command" "$@"
+}
 
+# Evaluation writes no checkpoints and can't be resumed: interrupted, it begins anew.
+evaluate() {
+    local run_dir
+    require_job "$@"
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] ||
+        fail "an evaluation takes no --array: give --checkpoint several times, or submit several jobs"
+    count_gpus
+    set_rendezvous
+    make_plan eval "$@"
+    run_on_all_nodes "$run_dir" eval "$@"
+}
+
+# Before all nodes start: one process checks the configuration and says what will run. It also knows
+# run_dir, which may stand in a configuration file.
+make_plan() {
+    local plan
+    plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh "$@" --dry-run \
+        --gpus-per-node "$TASKS_PER_NODE")
+    echo "$plan"
+    [[ $plan != *$'\n'"not found "* ]] || fail "files are not found, see above"
+    run_dir=$(sed -n 's/^run_dir  *//p' <<<"$plan")
+    [[ -n $run_dir ]] || fail "no run_dir in the plan above"
+}
+
+# run_on_all_nodes RUN_DIR COMMAND ARGUMENTS...
+run_on_all_nodes() {
     # beside the run folder: megatron-occ starts a run in an empty one only
-    logs=$run_dir.logs/$SLURM_JOB_ID
+    local run_dir=$1 logs=$1.logs/$SLURM_JOB_ID
+    shift
     mkdir -p "$logs"
-    say "megatron-occ $command $*"
+    require_healthy_nodes "$run_dir"
+    say "megatron-occ $*"
     say "$WORLD_SIZE processes on $SLURM_JOB_NUM_NODES nodes, a log of each in $logs"
-    train "$run_dir" --output="$logs/rank_%4t.log" --open-mode=append \
-        bash slurm/rank.sh "$command" "$@"
+    train "$run_dir" --output="$logs/rank_%4t.log" --open-mode=append bash slurm/rank.sh "$@"
 }
 
 # One process with all CPUs of the job that converts a checkpoint; it needs no GPU.
@@ -55,23 +79,35 @@ convert() {
 
 # One process that does the runs of a study, several at once; an element of an array its share of them.
 compare() {
-    local plan folder
+    local plan folder share
     require_job "$@"
-    trap : USR1 # interrupts `wait` in train, as in launch
+    trap ask_to_stop USR1
     count_gpus
     TASKS_PER_NODE=1
     set_rendezvous
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         [[ " $*" != *" --share"* ]] || fail "an array gives --share: leave it out, or leave out --array"
-        set -- "$@" --share \
-            "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"
+        share=$(share_of_element)
+        set -- "$@" --share "$share"
     fi
     plan=$(run_step --nodes=1 --ntasks=1 bash slurm/rank.sh compare "$@" --dry-run)
     echo "$plan"
     folder=$(sed -n 's/^folder  *//p' <<<"$plan")
     [[ -n $folder ]] || fail "no folder in the plan above"
+    mkdir -p "$folder.logs/$SLURM_JOB_ID"
+    require_healthy_nodes "$folder"
     say "megatron-occ compare $*"
     train "$folder" bash slurm/rank.sh compare "$@"
+}
+
+# I/N for the I-th of N elements, which may be numbered as in 1-7:2.
+share_of_element() {
+    local step=${SLURM_ARRAY_TASK_STEP:-1} last=$SLURM_ARRAY_TASK_MAX
+    # shellcheck disable=SC2153  # MIN, not ID
+    local first=$SLURM_ARRAY_TASK_MIN
+    ((last - first == (SLURM_ARRAY_TASK_COUNT - 1) * step)) ||
+        fail "the elements of the array, $first to $last, are not evenly spaced: give --array=1-N"
+    echo "$(((SLURM_ARRAY_TASK_ID - first) / step + 1))/$SLURM_ARRAY_TASK_COUNT"
 }
 
 # Outside a job there is nothing to run: say how to submit it.
@@ -109,63 +145,19 @@ set_rendezvous() {
     export MASTER_PORT=$((FIRST_PORT + SLURM_JOB_ID % NUMBER_OF_PORTS))
 }
 
-# srun with what all steps need. Every process sees all GPUs of its node and takes its LOCAL_RANK.
-run_step() {
+# In OPTIONS what all steps need. Every process sees all GPUs of its node and takes its LOCAL_RANK.
+step_options() {
     # shellcheck disable=SC2153  # CPUS, not GPUS
-    local cpus=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE)) options
+    local cpus=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
     ((cpus > 0)) || fail "$TASKS_PER_NODE processes on $SLURM_CPUS_ON_NODE CPUs of a node"
-    options=(--cpus-per-task="$cpus")
-    [[ -z $GPUS ]] || options+=(--gpus-per-node="$GPUS" --gpu-bind=none)
-    srun "${options[@]}" "${SRUN_OPTIONS[@]}" "$@"
+    OPTIONS=(--cpus-per-task="$cpus")
+    [[ -z $GPUS ]] || OPTIONS+=(--gpus-per-node="$GPUS" --gpu-bind=none)
+    OPTIONS+=("${SRUN_OPTIONS[@]}")
 }
 
-# Run the step on all nodes: in the background, so that bash can act on signals meanwhile.
-train() {
-    local run_dir=$1 before step status=0
-    shift
-    before=$(checkpoints "$run_dir")
-    run_step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" \
-        --ntasks-per-node="$TASKS_PER_NODE" --kill-on-bad-exit=1 "$@" &
-    step=$!
-    wait "$step" || status=$?
-    if ((status == 128 + $(kill -l USR1))); then
-        requeue_if_progress "$run_dir" "$before"
-        status=0
-        wait "$step" || status=$?
-    fi
-    say "ended with exit status $status"
-    ((status == 0)) || say "what happened: the log of the first task that srun names above"
-    # Slurm requeues a preempted job itself, but not one that ends within the time of grace
-    if ((status)) && was_preempted; then
-        requeue
-    fi
-    return "$status"
-}
-
-# The time limit is near. Start again from the last checkpoint, unless that would be the one this
-# attempt began with: such a job would go round for ever.
-requeue_if_progress() {
-    local run_dir=$1 before=$2
-    if [[ $(checkpoints "$run_dir") == "$before" ]]; then
-        say "time limit near and no checkpoint since the start of this attempt: not requeued." \
-            "Save more often (pretrain.save_every, rl.save_every) or ask for more time."
-        return
-    fi
-    requeue
-}
-
-requeue() {
-    say "requeueing: the next attempt goes on from the last checkpoint"
-    scontrol requeue "$(job_name)" || say "that failed: submit the same command again"
-}
-
-was_preempted() {
-    [[ $(scontrol show job --oneliner "$(job_name)") =~ PreemptTime=[0-9] ]]
-}
-
-# Complete checkpoints of a run, or of all runs of a study; one that was being written ends in .tmp.
-checkpoints() {
-    find "$1" -type d -name "step_*" -prune ! -name "*.tmp" 2>/dev/null | sort || true
+run_step() {
+    step_options
+    srun "${OPTIONS[@]}" "$@"
 }
 
 # Refuse a run folder that another job is writing to, or will when its turn comes.

@@ -20,4 +20,17 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
 export PYTHONUNBUFFERED=1
 echo "$(date '+%F %T') attempt $((${SLURM_RESTART_COUNT:-0} + 1)):" \
     "rank $RANK of $WORLD_SIZE on $(hostname)" >&2
-exec "$PYTHON" -m megatron_occ "$@"
+
+# Slurm signals every process of a step, Python too: this one has to outlive it
+trap : TERM USR1
+status=0
+"$PYTHON" -m megatron_occ "$@" || status=$?
+
+# srun keeps the highest status of all ranks, and kills the others at the first that is not 0: what
+# each rank ended with is left to launch.sh in a file of its own
+if [[ -n ${OCC_ENDED:-} ]] && ((status)); then
+    echo "$status" >"$OCC_ENDED/$RANK" || true
+fi
+# stopped as asked: no reason to kill the others, which are about to end as well
+((status != 75)) || status=0
+exit "$status"

@@ -36,3 +36,10 @@ site_environment() {
 # Ports for MASTER_PORT, one for each job id: free on all nodes, below those Linux hands out (32768).
 FIRST_PORT=20000
 NUMBER_OF_PORTS=10000
+
+# ---- health check --------------------------------------------------------------------------------
+# Of each node, before a job starts and after it failed (slurm/health.py): disks, memory, GPUs. A node
+# that fails it, or does not answer in time, is left out of the next attempt. 0 seconds: no check.
+HEALTH_SECONDS=300
+HEALTH_FREE_MEMORY=50     # percent of the node's memory that must be free
+HEALTH_FREE_GPU_MEMORY=90 # and of each GPU's

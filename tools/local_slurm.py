@@ -65,6 +65,8 @@ PartitionName=main Nodes=ALL Default=YES
 SITE = """\
 source slurm/site.sh
 unset SBATCH_GPUS_PER_NODE
+# both nodes are this host, which may have other things to do
+HEALTH_FREE_MEMORY=1
 PYTHON={python}
 site_environment() {{
     export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo

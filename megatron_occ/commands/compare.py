@@ -234,13 +234,15 @@ def _remove_checkpoints(runs: Sequence[RunSpec]) -> None:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the runs as Ctrl-C does."""
+    """SIGTERM, and SIGUSR1 of Slurm's scripts near the time limit, end the runs as Ctrl-C does."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt("the same command goes on")
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, interrupt) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_occ.commands.dry_run import dry_run
+from megatron_occ.commands.dry_run import Machine, dry_run
 from megatron_occ.commands.run_lock import LOCK_FILE
 from megatron_occ.config import Config, ConfigError, load_config, to_yaml, validate
 
@@ -39,7 +39,20 @@ def add_config_options(parser: argparse.ArgumentParser, *, in_place_of: str | No
         "--world-size", type=int, metavar="N", help="with --dry-run: ranks (default: $WORLD_SIZE)"
     )
     parser.add_argument(
-        "--rank", type=int, metavar="N", help="with --dry-run: the rank to build (default: 0)"
+        "--rank", type=int, metavar="N", help="with --dry-run: the rank to show (default: 0)"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="with --dry-run: ranks of a node (default: $LOCAL_WORLD_SIZE, or 8)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: memory of a rank, which the largest rank is compared with "
+        "(default: 80)",
     )
 
 
@@ -63,7 +76,7 @@ def take_words(
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not takes:
         return
-    for name in ("world_size", "rank"):
+    for name in ("world_size", "rank", "gpus_per_node", "gpu_memory"):
         if getattr(options, name, None) is not None and not options.dry_run:
             parser.error(f"--{name.replace('_', '-')} goes with --dry-run alone")
     options.overrides = [*options.overrides, *words]
@@ -92,12 +105,22 @@ def checked_config(
     config = change(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:
-        world_size = world_size if options.world_size is None else options.world_size
         window = getattr(options, "window", None)
-        dry_run(config, options.command, world_size, options.rank or 0, window)
+        dry_run(config, options.command, _machine(options, world_size), window)
         return None
     validate(config, command=options.command, world_size=world_size)
     return config
+
+
+def _machine(options: argparse.Namespace, world_size: int) -> Machine:
+    """What a dry run takes the machines to be; ``world_size`` is the environment's."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+    return Machine(
+        world_size=world_size if options.world_size is None else options.world_size,
+        rank=options.rank or 0,
+        node=node if options.gpus_per_node is None else options.gpus_per_node,
+        gpu_memory=80.0 if options.gpu_memory is None else options.gpu_memory,
+    )
 
 
 def _load(files: list[Path], overrides: list[str]) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass
 
 from megatron_occ.config import (
     Config,
@@ -12,41 +14,95 @@ from megatron_occ.config import (
     pretrains_first,
     validate,
 )
+from megatron_occ.config.sizes import most_micro_batches, pipeline_bubble
 
 
-def dry_run(
-    config: Config, command: str, world_size: int, rank: int, window: int | None = None
-) -> None:
-    """Print the plan of a run, its rank grid, and parameters and memory of a rank.
+@dataclass(frozen=True)
+class Machine:
+    """What a dry run takes the machines to be.
+
+    Args:
+        world_size: ranks in all.
+        rank: the one to show.
+        node: ranks of a node.
+        gpu_memory: of a rank, in GiB.
+    """
+
+    world_size: int
+    rank: int
+    node: int
+    gpu_memory: float
+
+
+def dry_run(config: Config, command: str, machine: Machine, window: int | None = None) -> None:
+    """Print the plan of a run, its rank grid, and parameters and memory of some ranks.
+
+    Shown are the chosen rank, the last stage of its pipeline, and the rank that needs the most
+    memory of all.
 
     Args:
         config: checked here.
         command: that would run.
-        world_size: ranks.
-        rank: the one to build, on the meta device, and the last stage of its pipeline.
+        machine: where.
         window: of an audit, where it is given.
 
     Raises:
         ConfigError: the configuration is refused, or there is no such rank.
         ValueError: a file of prompts that can't be read, or a verifier that can't be imported.
     """
+    world_size, rank = machine.world_size, machine.rank
     validate(config, command=command, world_size=world_size)
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"--rank {rank}: there are ranks 0 to {world_size - 1}. Give one of them")
+    _check(machine)
     # counted by the local layers, on a machine with GPUs too; before torch looks for them
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_occ.mcore.estimate.largest import (
+        GIB,
+        changes_that_help,
+        distinct_stage_ranks,
+        largest,
+    )
+    from megatron_occ.mcore.estimate.nodes import crossing_warnings
     from megatron_occ.mcore.estimate.ranks import estimate, last_stage_rank
-    from megatron_occ.mcore.estimate.text import grid_text, ranks_text
+    from megatron_occ.mcore.estimate.text import fit_text, grid_text, ranks_text
+    from megatron_occ.mcore.estimate.whole import model_parameters
     from megatron_occ.phases.prompt_files import FIRST_RECORDS, check_first_records
+    from megatron_occ.rl.measuring import WINDOW
 
     check_first_records(config)
     vocabulary = _vocabulary(config)
-    ranks = dict.fromkeys((rank, last_stage_rank(config, world_size, rank)))
-    kept = {"command": command} | ({} if window is None else {"window": window})
-    estimates = [estimate(config, vocabulary, world_size, one, **kept) for one in ranks]
+    window = WINDOW if window is None else window
+    kinds = distinct_stage_ranks(config, world_size, rank)
+    shown = [rank, last_stage_rank(config, world_size, rank)]
+    built = {
+        one: estimate(config, vocabulary, world_size, one, command=command, window=window)
+        for one in dict.fromkeys([*shown, *kinds])
+    }
+    every_kind = [built[one] for one in kinds]
+    top, changes = largest(every_kind), []
+    if top.memory.peak > machine.gpu_memory * GIB:
+        limit = int(machine.gpu_memory * GIB)
+        changes = changes_that_help(config, every_kind, command, window, limit)
+    model = model_parameters(config, vocabulary)
     print(_plan(config, command, world_size))
-    print(f"\n{grid_text(config, estimates[0])}\n\n{ranks_text(config, estimates)}")
+    for warning in crossing_warnings(config, world_size, machine.node):
+        print(f"warning            {warning}")
+    print(f"\n{grid_text(config, built[rank], machine.node)}\n")
+    columns = [built[one] for one in dict.fromkeys([*shown, top.rank])]
+    print(ranks_text(config, columns, model, machine.gpu_memory))
+    print(f"\n{fit_text(config, top, changes, machine.gpu_memory)}")
     print(f"\n{_unchecked(config, FIRST_RECORDS)}")
+
+
+def _check(machine: Machine) -> None:
+    if not 0 <= machine.rank < machine.world_size:
+        raise ConfigError(
+            f"--rank {machine.rank}: there are ranks 0 to {machine.world_size - 1}. Give one of "
+            "them"
+        )
+    if machine.node < 1:
+        raise ConfigError(f"--gpus-per-node {machine.node}: give 1 or more")
+    if not 0 < machine.gpu_memory < math.inf:
+        raise ConfigError(f"--gpu-memory {machine.gpu_memory:g}: give a number of GiB above 0")
 
 
 def _vocabulary(config: Config) -> int:
@@ -83,20 +139,42 @@ def _plan(config: Config, command: str, world_size: int) -> str:
         f"ranks              {world_size} (tensor {parallel.tensor}, context {parallel.context}, "
         f"data {sizes.data_parallel}, pipeline {parallel.pipeline})",
     ]
-    if pretrains_first(config) or command == "pretrain":
+    pretrains = pretrains_first(config) or command == "pretrain"
+    if pretrains:
         lines.append(
             f"pretraining        {sizes.pretrain_updates} updates of {config.pretrain.batch_size} "
-            f"sequences, {sizes.pretrain_micro_batches} micro-batches a rank"
+            f"sequences, {_micro_batches(sizes.pretrain_micro_batches)}"
         )
+        lines += _bubble(config, sizes.pretrain_micro_batches)
     if command in ("rl", "demo"):
-        micro_batches = f"{sizes.micro_batches} micro-batches a rank"
-        if config.rl.micro_batch_tokens is not None:
+        most, budget = most_micro_batches(config, world_size), config.rl.micro_batch_tokens
+        micro_batches = _micro_batches(most)
+        if budget is not None:
             micro_batches = (
-                f"micro-batches of at most {config.rl.micro_batch_tokens} tokens (as many as the "
-                "lengths of the responses make)"
+                f"micro-batches of at most {budget} tokens (as many as the lengths of the "
+                f"responses make, at most {most} a rank)"
             )
         lines.append(
             f"RL                 {config.rl.steps} steps of {sizes.step_sequences} responses, "
             f"{config.rl.mini_batches} updates each, {micro_batches}"
         )
+        lines += _bubble(config, most, at_least=budget is not None)
     return "\n".join(lines)
+
+
+def _micro_batches(count: int) -> str:
+    return f"{count} micro-batch{'es' * (count != 1)} a rank"
+
+
+def _bubble(config: Config, micro_batches: int, *, at_least: bool = False) -> list[str]:
+    """What a pipeline costs in waiting, for the line before."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return []
+    bubble = pipeline_bubble(config, micro_batches)
+    chunks = f" * {parallel.virtual_pipeline} chunks" if parallel.virtual_pipeline > 1 else ""
+    return [
+        f"  bubble           {'at least ' * at_least}{bubble:.1%} of the time that a stage works "
+        f"({parallel.pipeline} - 1 stages / ({micro_batches} micro-batches{chunks}), "
+        f"arXiv 2104.04473), or {bubble / (1 + bubble):.1%} of an update"
+    ]

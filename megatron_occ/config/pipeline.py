@@ -32,6 +32,12 @@ def parse_layout(text: str) -> list[str]:
     return unrolled.split("|")
 
 
+def spell_chunk(chunk: str) -> str:
+    """``Ettt`` as ``E t*3``."""
+    runs = re.finditer(r"(.)\1*", chunk)
+    return " ".join(run[1] if len(run[0]) == 1 else f"{run[1]}*{len(run[0])}" for run in runs)
+
+
 def model_chunks(config: Config) -> list[str]:
     """Contents of all chunks in pipeline order; chunk i lies on stage i modulo the stages.
 
@@ -104,16 +110,29 @@ def _layout(config: Config, text: str) -> Iterator[str]:
         )
         return
     order = "".join(chunks)
-    counts = {"t": config.model.num_layers, "m": config.mtp.num_layers}
-    expected = "E" + "t" * counts["t"] + "m" * counts["m"] + "L"
-    if order != expected:
+    wrong = list(_wrong_counts(config, text, order))
+    yield from wrong
+    expected = "E" + "t" * config.model.num_layers + "m" * config.mtp.num_layers + "L"
+    if not wrong and order != expected:
         yield (
-            f"{_KEY}={text}: its layers in order are {order}, the model's are {expected} "
-            f"(model.num_layers={counts['t']}, mtp.num_layers={counts['m']}). Give these in this "
-            "order"
+            f"{_KEY}={text}: its layers in order are {spell_chunk(order)}, the model's are "
+            f"{spell_chunk(expected)}. Give these in this order"
         )
-        return
-    yield from _mtp_place(text, chunks, parallel.pipeline)
+    elif not wrong:
+        yield from _mtp_place(text, chunks, parallel.pipeline)
+
+
+def _wrong_counts(config: Config, text: str, order: str) -> Iterator[str]:
+    """Layers that the layout has too many or too few of, with both numbers."""
+    model, mtp = config.model.num_layers, config.mtp.num_layers
+    kinds = {"t": ("transformer", "model.num_layers", model), "m": ("MTP", "mtp.num_layers", mtp)}
+    for letter, (name, key, wanted) in kinds.items():
+        found = order.count(letter)
+        if found != wanted:
+            yield (
+                f"{_KEY}={text}: has {found} {name} layer{'s' * (found != 1)} ({letter}), and the "
+                f"model has {wanted} ({key}={wanted}). Change one of them"
+            )
 
 
 def _mtp_place(text: str, chunks: list[str], stages: int) -> Iterator[str]:

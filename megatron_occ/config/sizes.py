@@ -99,3 +99,39 @@ def derive(config: Config, world_size: int = 1) -> Sizes:
         pretrain_micro_batches=rank_pretrain_batch // pretrain.micro_batch_size,
         pretrain_updates=pretrain.steps,
     )
+
+
+def most_micro_batches(config: Config, world_size: int) -> int:
+    """Most micro-batches of an RL update on a data-parallel rank; the number, where it is fixed.
+
+    Packed ones (``rl.micro_batch_tokens``) depend on the lengths of the responses. ``budget //
+    longest`` sequences always fit into one, so that ``plan_micro_batches`` needs no more than for
+    sequences that are all of the longest length: a micro-batch into which the next sequence does
+    not fit holds that many already.
+
+    Args:
+        config: a configuration that ``validate`` accepts.
+        world_size: ranks in all.
+    """
+    sizes, budget = derive(config, world_size), config.rl.micro_batch_tokens
+    if budget is None:
+        return sizes.micro_batches
+    longest = round_up(config.model.max_position_embeddings, sequence_multiple(config))
+    step = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+    in_one = (budget // longest) * sizes.data_parallel
+    return round_up(-(-sizes.mini_batch // in_one), step)
+
+
+def pipeline_bubble(config: Config, micro_batches: int) -> float:
+    """Time that a stage waits in an update, in units of the time that it works.
+
+    (p - 1) / (m v) with p stages, m micro-batches and v chunks a stage: Narayanan et al., arXiv
+    2104.04473, section 2.2 (1F1B, and interleaved). All chunks are taken to last equally long, and
+    messages to take no time.
+
+    Args:
+        config: its pipeline.
+        micro_batches: of an update on a data-parallel rank.
+    """
+    parallel = config.parallel
+    return (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)

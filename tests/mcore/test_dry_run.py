@@ -67,10 +67,14 @@ def test_the_plan_of_512_ranks_by_hand(capsys):
     shared, router = 3 * 4096 * 1408, 128 * 4096
     first = [attention // 2 + 2 * 4096] * 11
     trunk = sum(first) + 3 * 4096 * 10944 // 2 + 10 * (shared // 2 + router)
-    assert cells(text, "embedding") == [f"{151552 // 2 * 4096:,}"] * 2
+    assert cells(text, "embedding")[:2] == [f"{151552 // 2 * 4096:,}"] * 2
     assert cells(text, "trunk")[0] == f"{trunk:,}"
-    assert cells(text, "trunk experts") == [f"{n * 16 * shared:,}" for n in (10, 11)]
-    assert cells(text, "MTP experts") == ["-", f"{16 * shared:,}"]
+    # of all 45 MoE layers 128 experts are the model's, and 8 act on a token
+    experts = [10 * 16, 11 * 16, 45 * 128, 45 * 8]
+    assert cells(text, "trunk experts") == [f"{n * shared:,}" for n in experts]
+    assert cells(text, "MTP experts") == ["-", *[f"{n * shared:,}" for n in (16, 128, 8)]]
+    whole = 46 * (attention + 2 * 4096) + 3 * 4096 * 10944 + 45 * (shared + router) + 4096
+    assert cells(text, "trunk")[2:] == [f"{whole:,}"] * 2
 
 
 def test_another_rank_shows_its_own_place_and_the_last_stage_above_it(capsys):
@@ -82,12 +86,76 @@ def test_another_rank_shows_its_own_place_and_the_last_stage_above_it(capsys):
 
 
 def test_a_rank_of_the_last_stage_stands_alone(capsys):
-    assert len(cells(dry_run([*GLM, "--rank", "511"], capsys), "total")) == 1
+    text = dry_run([*GLM, "--rank", "511"], capsys)
+    assert len(cells(text, "peak")) == 1
+    assert len(cells(text, "total")) == 3  # beside the model's, and those that act on a token
 
 
-def test_what_does_not_fit_is_said(capsys):
+def test_what_does_not_fit_is_said_with_what_would(capsys):
     text = dry_run([*GLM, "recompute=none", "rl.micro_batch_tokens=102400"], capsys)
-    assert cells(text, "fits in 80 GiB") == ["no", "no"]
+    # with two micro-batches stage 1 of twelve layers needs more than stage 0 of eleven
+    assert cells(text, "fits in 80 GiB") == ["no", "no", "no"]
+    peak, fewer = cells(text, "peak")[2], float(cells(text, "peak")[2]) - 80
+    assert (
+        f"\nlargest rank       rank 128, like all 128 ranks of pipeline stage 1: {peak} GiB" in text
+    )
+    assert f"does not fit into --gpu-memory 80 GiB: {fewer:.2f} GiB too much\n" in text
+    assert re.search(r"\n  with +recompute=full: [\d.]+ GiB, fits\n", text)
+    assert "otherwise" not in text
+
+
+@pytest.mark.parametrize(("memory", "verdict"), [("40", "yes"), ("39", "no")])
+def test_the_largest_rank_is_compared_with_the_memory_that_is_given(memory, verdict, capsys):
+    text = dry_run([*GLM, "--gpu-memory", memory], capsys)
+    assert cells(text, f"fits in {memory} GiB") == ["yes", verdict]
+    said = "fits into" if verdict == "yes" else "does not fit into"
+    line = f"rank 384, like all 128 ranks of pipeline stage 3: 39.46 GiB. It {said}"
+    assert f"{line} --gpu-memory {memory} GiB" in text
+    assert ("leaves 0.54 GiB for what is not counted" in text) == (verdict == "yes")
+
+
+def test_a_rank_that_nothing_makes_fit_is_told_to_hold_less(capsys):
+    text = dry_run([*GLM, "--gpu-memory", "1"], capsys)
+    assert (
+        "otherwise        give a rank less of the model (parallel.tensor, parallel.pipeline, "
+        "parallel.expert) or of a sequence (parallel.context), on more ranks" in text
+    )
+
+
+TINY = ["--config", str(ROOT / "conf" / "rl" / "tiny.yaml"), "mtp.preset=detach"]
+PP2 = ["parallel.pipeline=2", "--world-size", "2"]
+
+
+def test_micro_batches_and_bubble_by_hand(capsys):
+    """Pretraining has 32 / 8 micro-batches and RL 16 / 4; two stages wait for one of these."""
+    text = dry_run(["rl", *TINY, *PP2], capsys)
+    assert "pretraining        60 updates of 32 sequences, 4 micro-batches a rank\n" in text
+    assert "2 updates each, 4 micro-batches a rank\n" in text
+    bubble = (
+        "  bubble           25.0% of the time that a stage works (2 - 1 stages / (4 micro-batches)"
+    )
+    assert text.count(f"{bubble}, arXiv 2104.04473), or 20.0% of an update") == 2
+    interleaved = ["parallel.virtual_pipeline=2", "model.num_layers=4"]
+    text = dry_run(["rl", *TINY, *PP2, *interleaved], capsys)
+    assert text.count("12.5% of the time that a stage works (2 - 1 stages / (4 micro-batches") == 2
+    assert "* 2 chunks), arXiv 2104.04473), or 11.1% of an update" in text
+    # packed, at most: 16 sequences of at most 16 tokens, two of them in 40 tokens
+    packed = ["rl.micro_batch_tokens=40", "rl.micro_batch_size=128", "rl.init_from=c"]
+    text = dry_run(["rl", *TINY, *PP2, *packed], capsys)
+    assert "at most 8 a rank)" in text
+    assert "at least 12.5% of the time" in text
+    assert "bubble" not in dry_run(["rl", *TINY], capsys)
+
+
+def test_groups_that_cross_nodes_are_warned_of(capsys, monkeypatch):
+    tensor = [*TINY, "parallel.tensor=2", "--world-size", "4"]
+    text = dry_run(["rl", *tensor, "--gpus-per-node", "1"], capsys)
+    assert "\nwarning            tensor ranks cross nodes of 1: 2 of 2 groups" in text
+    assert "4 nodes of 1; " in text
+    assert "warning" not in dry_run(["rl", *tensor], capsys)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "tensor ranks cross nodes of 1" in dry_run(["rl", *tensor], capsys)
+    assert "warning" not in dry_run(["rl", *tensor, "--gpus-per-node", "2"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +163,9 @@ def test_what_does_not_fit_is_said(capsys):
     [
         (["--rank", "512"], "--rank 512: there are ranks 0 to 511. Give one of them"),
         (["--rank", "-1"], "--rank -1: there are ranks 0 to 511"),
+        (["--gpus-per-node", "0"], "--gpus-per-node 0: give 1 or more"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1: give a number of GiB above 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan: give a number of GiB above 0"),
         (["--world-size", "100"], "does not divide the 100 ranks of this run"),
         (
             ["model.vocab_size=null"],

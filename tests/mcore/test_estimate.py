@@ -8,6 +8,7 @@ from megatron.core import parallel_state as state
 
 from megatron_occ.config import Config, load_config, validate
 from megatron_occ.mcore.estimate.ranks import RankEstimate, estimate, last_stage_rank
+from megatron_occ.mcore.estimate.whole import model_parameters
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize
 from tests.mcore.distributed import run_ranks
@@ -150,6 +151,7 @@ def test_the_estimate_counts_what_four_ranks_really_build(name, built):
     whole.model = config.model
     single = estimate(whole, VOCABULARY, 1, 0)
     assert sum(rank[name][1] for rank in built) == single.total_parameters
+    assert model_parameters(config, VOCABULARY).total == single.parameters
 
 
 def by_part(found: RankEstimate, word: str) -> int:

@@ -199,14 +199,15 @@ def test_on_a_terminal_a_line_says_how_far_the_runs_are(tmp_path):
     assert "0/1  a run 5/20" in stream.getvalue()
 
 
-def test_sigterm_ends_a_study_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_of_slurm_ends_a_study_as_ctrl_c_does(number):
+    before = signal.getsignal(number)
 
     def be_terminated():
         with terminated_as_interrupted():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
 
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         be_terminated()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before

@@ -180,13 +180,26 @@ PIPELINES = [
     ("Et|tt|t*n|mmL", "* n has no meaning there", "x*n and (...)*n for repetition"),
     ("Et|tt|tmmL", "has 3 chunks", "parallel.virtual_pipeline=1 make 4"),
     ("Et|tt||t|mmL", "has 5 chunks", "Change one"),
-    ("Et|tt|tt|mmL", "in order are EtttttmmL, the model's are EttttmmL", "model.num_layers=4"),
-    ("Et|tt|t|mL", "in order are EttttmL", "mtp.num_layers=2"),
-    ("tE|tt|t|mmL", "in order are tEtttmmL", "Give these in this order"),
-    ("Et|tt|mm|tL", "in order are EtttmmtL", "Give these in this order"),
-    ("Et|tt|t|Lmm", "in order are EttttLmm", "Give these in this order"),
-    ("t|tt|t|mmL", "in order are ttttmmL", "Give these in this order"),
-    ("Et|tt|t|mm", "in order are Ettttmm", "Give these in this order"),
+    (
+        "Et|tt|tt|mmL",
+        "has 5 transformer layers (t), and the model has 4 (model.num_layers=4)",
+        "Change one of them",
+    ),
+    ("Et||tt|mmL", "has 3 transformer layers (t), and the model has 4", "Change one of them"),
+    (
+        "Et|tt|t|mL",
+        "has 1 MTP layer (m), and the model has 2 (mtp.num_layers=2)",
+        "Change one of them",
+    ),
+    (
+        "tE|tt|t|mmL",
+        "in order are t E t*3 m*2 L, the model's are E t*4 m*2 L",
+        "Give these in this order",
+    ),
+    ("Et|tt|mm|tL", "in order are E t*3 m*2 t L", "Give these in this order"),
+    ("Et|tt|t|Lmm", "in order are E t*4 L m*2", "Give these in this order"),
+    ("t|tt|t|mmL", "in order are t*4 m*2 L", "Give these in this order"),
+    ("Et|tt|t|mm", "in order are E t*4 m*2", "Give these in this order"),
     ("Ett|tt|m|mL", "the MTP layers lie in 2 chunks", "Put all into one"),
     ("Et|tt|tmm|L", "MTP layers share chunk tmm with other layers", "Put them next to L"),
     ("Ettttmm|||L", "MTP layers share chunk Ettttmm", "a chunk of their own"),
@@ -200,6 +213,12 @@ def test_a_pipeline_layout_that_megatron_computes_wrongly_or_refuses_is_refused(
     (message,) = problems([*PP4.split(), f"parallel.pipeline_layout={layout}"], 4)
     assert message.startswith(f"parallel.pipeline_layout={layout}: ")
     assert what in message and remedy in message
+
+
+def test_a_layout_with_a_wrong_number_of_both_kinds_names_both():
+    layers, heads = problems([*PP4.split(), "parallel.pipeline_layout=Et*9|t|t|mL"], 4)
+    assert "has 11 transformer layers (t), and the model has 4" in layers
+    assert "has 1 MTP layer (m), and the model has 2" in heads
 
 
 @pytest.mark.parametrize("layout", ["Ett|tt|m|L", "Et|t|tt|m||L"])

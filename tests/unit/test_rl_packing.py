@@ -7,6 +7,8 @@ import random
 
 import pytest
 
+from megatron_occ.config import load_config
+from megatron_occ.config.sizes import most_micro_batches
 from megatron_occ.rl.packing import plan_micro_batches
 
 
@@ -124,3 +126,23 @@ def test_too_few_sequences_for_equal_counts_are_refused_with_the_remedy():
     # three of 6 do not fit into two micro-batches of 10, and four would leave one empty
     with pytest.raises(ValueError, match=r"Make the sequences of an update a multiple of 2"):
         plan_micro_batches([6, 6, 6], ranks=2, budget=10)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_there_are_never_more_micro_batches_than_the_sizes_say(seed):
+    """Also with sequences just over a half of the budget, which fill a micro-batch each."""
+    draw = random.Random(seed)
+    data, stages = draw.choice((1, 2, 3)), draw.choice((1, 2))
+    prompts = data * stages * draw.randint(1, 12)
+    longest, budget = draw.randint(34, 60), draw.randint(100, 300)
+    given = {"model.max_position_embeddings": longest, "rl.micro_batch_tokens": budget}
+    given |= {"rl.prompts_per_step": prompts, "rl.samples_per_prompt": 2, "rl.mini_batches": 1}
+    given |= {"parallel.pipeline": stages, "parallel.virtual_pipeline": stages}
+    config = load_config([], [f"{key}={value}" for key, value in given.items()])
+    most = most_micro_batches(config, data * stages)
+    settings = {"ranks": data, "budget": budget, "count_multiple": stages}
+    shapes = [[longest] * 2 * prompts, [draw.randint(1, longest) for _ in range(2 * prompts)]]
+    shapes.append([min(longest, budget // draw.choice((2, 3, 4)) + 1) for _ in range(2 * prompts)])
+    counts = [len(plan_micro_batches(lengths, **settings)[0]) for lengths in shapes]
+    assert counts[0] == most
+    assert max(counts) == most

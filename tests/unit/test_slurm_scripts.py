@@ -1,4 +1,4 @@
-"""The scripts in slurm/ run as in a job, with stand-ins for Slurm's commands.
+"""The scripts in slurm/ start a job as they should, with stand-ins for Slurm's commands.
 
 A real Slurm runs them in ``tools/local_slurm.py``.
 """
@@ -7,76 +7,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.unit.slurm_jobs import ARRAY, ROOT, Job, asked, directives, needs_bash
+
 SCRIPTS = ("pretrain", "rl")
 
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["bash", "-c", "type mapfile"], capture_output=True).returncode != 0,
-    reason="needs bash 4 or later",
-)
-
-# srun: the step with --dry-run answers with the run folder, the other runs what the test says
-FAKES = {
-    "srun": """
-if [[ "$*" == *--dry-run ]]; then
-    echo "folder             $RUN_DIR"
-    printf 'command            rl\\nrun_dir            %s\\n%s' "$RUN_DIR" "${PLAN:-}"; exit
-fi
-echo "$WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >>"$CALLS"
-eval "${STEP:-}"
-""",
-    "scontrol": """
-case "$1 $2" in
-"show hostnames") printf 'node7\\nnode8\\n' ;;
-"show job") echo "JobId=$4 PreemptTime=${PREEMPTED:-None}" ;;
-requeue*) echo "requeue $2" >>"$CALLS" ;;
-esac
-""",
-    "squeue": """[[ "$*" != *"--jobs=${QUEUED:-none}" ]] || echo "$QUEUED RUNNING" """,
-}
-
-
-class Job:
-    """A job of two nodes in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.run_dir = folder, folder / "run"
-        self.calls_file = folder / "calls"
-        commands = folder / "bin"
-        commands.mkdir()
-        for name, body in FAKES.items():
-            (commands / name).write_text(f"#!/bin/bash\n{body}")
-            (commands / name).chmod(0o755)
-        site = folder / "site.sh"
-        site.write_text("source slurm/site.sh\nunset SBATCH_GPUS_PER_NODE\nexport JOB_SHELL=$$\n")
-        self.environment = {
-            "PATH": f"{commands}:{os.environ['PATH']}",
-            "OCC_SITE": str(site),
-            "RUN_DIR": str(self.run_dir),
-            "CALLS": str(self.calls_file),
-            "SLURM_JOB_ID": "123456",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "node[7-8]",
-            "SLURM_CPUS_ON_NODE": "16",
-        }
-
-    def __call__(self, *arguments: str, script: str = "rl", **environment: str):
-        return subprocess.run(
-            ["bash", f"slurm/{script}.sbatch", *arguments],
-            cwd=ROOT,
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    @property
-    def calls(self) -> list[str]:
-        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+pytestmark = needs_bash
 
 
 @pytest.fixture
@@ -84,12 +22,10 @@ def job(tmp_path):
     return Job(tmp_path)
 
 
-def directives(script: str) -> set[str]:
-    lines = (ROOT / "slurm" / f"{script}.sbatch").read_text().splitlines()
-    return {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+BASH = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "slurm").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", BASH, ids=lambda path: path.name)
 def test_bash_can_read_it(path):
     subprocess.run(["bash", "-n", path], check=True)
 
@@ -147,11 +83,25 @@ ELEMENT = {
     "SLURM_ARRAY_JOB_ID": "123456",
     "SLURM_ARRAY_TASK_ID": "6",
     "SLURM_ARRAY_TASK_MIN": "4",
+    "SLURM_ARRAY_TASK_MAX": "8",
     "SLURM_ARRAY_TASK_COUNT": "5",
 }
+# --array=4-8:2
+EVERY_SECOND = {**ELEMENT, "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+# --array=6, as for one that failed: it does what is left of all
+ALONE = {**ELEMENT, "SLURM_ARRAY_TASK_MIN": "6", "SLURM_ARRAY_TASK_MAX": "6"}
+ALONE |= {"SLURM_ARRAY_TASK_COUNT": "1"}
 
 
-@pytest.mark.parametrize(("array", "share"), [({}, ""), (ELEMENT, " --share 3/5")])
+@pytest.mark.parametrize(
+    ("array", "share"),
+    [
+        ({}, ""),
+        (ELEMENT, " --share 3/5"),
+        (EVERY_SECOND, " --share 2/3"),
+        (ALONE, " --share 1/1"),
+    ],
+)
 def test_a_study_is_one_process_and_an_array_element_does_its_share(job, array, share):
     done = job("study.yaml", "--jobs", "8", script="compare", **STUDY, **array)
     assert done.returncode == 0, done.stderr
@@ -163,13 +113,45 @@ def test_a_study_is_one_process_and_an_array_element_does_its_share(job, array, 
     assert "--signal=B:USR1@120" in directives("compare")
 
 
+def test_shares_of_an_uneven_array_are_refused(job):
+    """--array=4,6,8,11 has no I-th of N."""
+    uneven = {"SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_COUNT": "4"}
+    done = job("study.yaml", script="compare", **STUDY, **{**ELEMENT, **uneven})
+    assert done.returncode == 1
+    assert (
+        "the elements of the array, 4 to 11, are not evenly spaced: give --array=1-N" in done.stderr
+    )
+    assert job.calls == []
+
+
 def test_a_study_near_the_time_limit_is_requeued_if_any_run_got_further(job):
     study = {**STUDY, "RUN_DIR": str(job.run_dir), "script": "compare"}
     further = 'mkdir -p "$RUN_DIR/runs/detach/seed_0/checkpoints/rl/step_000004"; '
-    assert job("study.yaml", STEP=further + SIGNAL, **study).returncode == 0
+    assert job("study.yaml", STEP=asked(further, ended=130), **study).returncode == 0
     assert job.calls[1:] == ["requeue 123456"]
-    job("study.yaml", STEP=SIGNAL, **study)
+    assert job("study.yaml", STEP=asked("", ended=130), **study).returncode == 130
     assert len(job.calls) == 3
+
+
+def test_an_evaluation_runs_on_all_nodes_and_is_not_resumed(job):
+    job.run_dir.mkdir()
+    (job.run_dir / "config.yaml").touch()
+    given = ("--config", "a.yaml", "--checkpoint", "runs/a b/step_000004")
+    done = job(*given, script="eval", SLURM_NTASKS_PER_NODE="2")
+    assert done.returncode == 0, done.stderr
+    (call,) = job.calls
+    assert call.startswith("4 node7 23456 ") and "--ntasks=4 " in call
+    assert call.endswith(f" bash slurm/rank.sh eval {' '.join(given)}")
+    assert directives("eval") == {
+        "--job-name=eval",
+        "--output=slurm-%x-%j.out",
+        "--open-mode=append",
+        "--requeue",
+    }
+    job(*given, script="eval", STEP="exit 143", PREEMPTED="2030-01-01T00:00:00")
+    assert job.calls[2:] == ["requeue 123456"]
+    refused = job(*given, script="eval", **ARRAY)
+    assert refused.returncode == 1 and "takes no --array" in refused.stderr
 
 
 def test_the_share_of_an_array_element_is_not_given_twice(job):
@@ -178,7 +160,7 @@ def test_the_share_of_an_array_element_is_not_given_twice(job):
     assert "an array gives --share" in done.stderr
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare", "eval"])
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_CPUS_ON_NODE"])
 def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     del job.environment[missing]
@@ -189,7 +171,7 @@ def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     assert job.calls == []
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare", "eval"])
 def test_outside_a_job_help_is_the_head_of_the_script(job, script):
     del job.environment["SLURM_JOB_ID"]
     done = job("--help", script=script)
@@ -219,17 +201,16 @@ def test_a_job_without_the_gpus_of_the_site_is_refused(job):
     assert job.calls == []
 
 
-@pytest.mark.parametrize("content", ["nothing", "empty", "run"])
+@pytest.mark.parametrize("content", ["nothing", "empty", "lock", "run"])
 def test_a_run_folder_with_a_run_in_it_is_resumed(job, content):
     if content != "nothing":
         job.run_dir.mkdir()
+    if content in ("lock", "run"):
+        (job.run_dir / "writer.lock").touch()
     if content == "run":
         (job.run_dir / "config.yaml").touch()
     job("rl.steps=3")
     assert job.calls[0].endswith("rl.steps=3 --resume" if content == "run" else "rl.steps=3")
-
-
-ARRAY = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}
 
 
 def test_each_element_of_an_array_has_its_seed_and_folder(job):
@@ -254,40 +235,6 @@ def test_a_run_folder_belongs_to_one_job_at_a_time(job):
     assert len(job.calls) == 1
     assert job(**second).returncode == 0  # the first one has left the queue
     assert job(QUEUED="123457", **second).returncode == 0  # itself, requeued
-
-
-SAVE = 'mkdir -p "$RUN_DIR/checkpoints/rl/step_000004"; '
-UNFINISHED = 'mkdir -p "$RUN_DIR/checkpoints/rl/step_000004.tmp"; '
-SIGNAL = 'kill -USR1 "$JOB_SHELL"; sleep 0.3'
-
-
-@pytest.mark.parametrize(
-    ("before", "array", "requeued"),
-    [(SAVE, {}, "123456"), (SAVE, ARRAY, "123456_3"), (UNFINISHED, {}, None), ("", {}, None)],
-    ids=["job", "element of an array", "unfinished checkpoint", "no checkpoint"],
-)
-def test_near_the_time_limit_a_job_with_a_new_checkpoint_is_requeued(job, before, array, requeued):
-    run_dir = {"RUN_DIR": str(job.run_dir)}
-    step = before.replace("$RUN_DIR", "$RUN_DIR/seed_3") if array else before
-    done = job(STEP=step + SIGNAL, **array, **run_dir)
-    assert done.returncode == 0, done.stderr
-    assert job.calls[1:] == ([f"requeue {requeued}"] if requeued else [])
-    assert ("Save more often" in done.stdout) == (requeued is None)
-
-
-def test_near_the_time_limit_an_old_checkpoint_is_no_progress(job):
-    (job.run_dir / "checkpoints" / "rl" / "step_000004").mkdir(parents=True)
-    job(STEP=SIGNAL)
-    assert len(job.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("preempted", "requeued"), [("2030-01-01T00:00:00", True), ("None", False)]
-)
-def test_a_job_that_fails_is_requeued_only_if_it_was_preempted(job, preempted, requeued):
-    done = job(STEP="exit 143", PREEMPTED=preempted)
-    assert done.returncode == 143
-    assert job.calls[1:] == (["requeue 123456"] if requeued else [])
 
 
 def test_a_rank_gets_the_names_of_torch(tmp_path):

@@ -11,13 +11,12 @@ Not counted: the CUDA context, buffers of NCCL and of kernels, and fragmentation
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from megatron_occ.audit.signals import SIGNALS
 from megatron_occ.config import pretrains_first
 from megatron_occ.config.schema import Config
-from megatron_occ.config.sizes import derive, round_up, sequence_multiple
+from megatron_occ.config.sizes import derive, most_micro_batches, round_up, sequence_multiple
 from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.generation import generation_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
@@ -161,15 +160,14 @@ def _micro_batch_tokens(config: Config, command: str) -> int:
     return rows * round_up(length, multiple)
 
 
-def _micro_batches(config: Config, world_size: int, command: str) -> float:
-    """Micro-batches of an update on a rank; without bound where they are packed."""
-    sizes = derive(config, world_size)
+def _micro_batches(config: Config, world_size: int, command: str) -> int:
+    """Micro-batches of an update on a rank; where they are packed, as many as there may be."""
     if command == "pretrain":
-        return sizes.pretrain_micro_batches
-    return sizes.micro_batches if config.rl.micro_batch_tokens is None else math.inf
+        return derive(config, world_size).pretrain_micro_batches
+    return most_micro_batches(config, world_size)
 
 
-def _in_flight(config: Config, stage: int, micro_batches: float) -> float:
+def _in_flight(config: Config, stage: int, micro_batches: int) -> float:
     """Micro-batches whose backward pass is due, counted on all layers of the rank.
 
     1F1B: one for each stage from here on. Interleaved: Megatron-Core's warm-up and one, in chunks;

@@ -8,7 +8,7 @@ counts by the formulas in ``estimate.memory``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize_groups, shutdown
 from megatron_occ.rl.measuring import WINDOW
 
-_META = torch.device("meta")
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RankEstimate:
             ``expert_tensor``, ``expert`` and ``expert_data`` with a mixture of experts.
         groups: ranks of each axis's group that this rank is in, in order.
         chunks: contents of each model chunk, in words.
-        parameters: counts by part: embedding, trunk, MTP, output layer, experts apart.
+        held: what the rank holds: counts of parameters by part, layers, replicas.
         memory: bytes by use.
     """
 
@@ -48,8 +48,13 @@ class RankEstimate:
     coordinates: dict[str, int]
     groups: dict[str, list[int]]
     chunks: list[str]
-    parameters: dict[str, int]
+    held: Held
     memory: MemoryUse
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Counts by part: embedding, trunk, MTP, output layer, experts apart."""
+        return self.held.parameters
 
     @property
     def total_parameters(self) -> int:
@@ -79,9 +84,9 @@ def estimate(
     Raises:
         ValueError: this process sees a CUDA device, or a rank is left without token ids.
     """
-    with _fake_rank(config, world_size, rank):
-        with _META:
-            chunks = build_chunks(config, vocab_size, _META)
+    with fake_rank(config, world_size, rank):
+        with META:
+            chunks = build_chunks(config, vocab_size, META)
         groups = _groups(config)
         held = _held(config, chunks, groups)
         return RankEstimate(
@@ -90,7 +95,7 @@ def estimate(
             coordinates={name: ranks.index(rank) for name, ranks in groups.items()},
             groups=groups,
             chunks=[_contents(chunk) for chunk in chunks],
-            parameters=held.parameters,
+            held=held,
             memory=memory_use(config, held, world_size, command, window),
         )
 
@@ -102,7 +107,12 @@ def last_stage_rank(config: Config, world_size: int, rank: int) -> int:
 
 
 @contextmanager
-def _fake_rank(config: Config, world_size: int, rank: int) -> Iterator[None]:
+def fake_rank(config: Config, world_size: int, rank: int) -> Iterator[None]:
+    """Megatron's groups as this rank would see them, without the others.
+
+    Raises:
+        ValueError: this process sees a CUDA device.
+    """
     assert not torch.distributed.is_initialized(), "one process group a process"
     if not apply_cpu_backend():
         raise ValueError(
@@ -140,7 +150,7 @@ def _held(config: Config, chunks: list[OCCGPTModel], groups: dict[str, list[int]
     moe = [any(".experts." in name for name, _ in layer.named_parameters()) for layer in layers]
     replicas = len(groups["data"]) * len(groups["context"])
     return Held(
-        parameters=_count(chunks),
+        parameters=count_by_part(chunks),
         dense_layers=moe.count(False),
         moe_layers=moe.count(True),
         has_mtp=any(chunk.mtp_process for chunk in chunks),
@@ -152,7 +162,15 @@ def _held(config: Config, chunks: list[OCCGPTModel], groups: dict[str, list[int]
     )
 
 
-def _count(chunks: list[OCCGPTModel]) -> dict[str, int]:
+def count_by_part(
+    chunks: list[OCCGPTModel], repeats: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Parameters by part: embedding, trunk, MTP, output layer, routed experts apart.
+
+    Args:
+        chunks: of a rank.
+        repeats: by beginning of a name: how many such modules the one that is there stands for.
+    """
     parts = dict.fromkeys(
         ("embedding", "trunk", "trunk experts", "MTP", "MTP experts", "output layer"), 0
     )
@@ -160,8 +178,9 @@ def _count(chunks: list[OCCGPTModel]) -> dict[str, int]:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             part = names.get(name.partition(".")[0], "output layer")
+            times = next((n for start, n in (repeats or {}).items() if name.startswith(start)), 1)
             # routed experts; shared ones are called shared_experts
-            parts[part + (" experts" if ".experts." in name else "")] += parameter.numel()
+            parts[part + (" experts" if ".experts." in name else "")] += times * parameter.numel()
     return {part: count for part, count in parts.items() if count}
 
 

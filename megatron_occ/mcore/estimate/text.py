@@ -1,35 +1,35 @@
-"""The dry run's text: rank grid, stages, and parameters and memory of some ranks side by side."""
+"""The dry run's text: rank grid, stages, parameters and memory of some ranks, what fits."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-from megatron_occ.config.pipeline import model_chunks
+from megatron_occ.config.pipeline import model_chunks, spell_chunk
 from megatron_occ.config.schema import Config
+from megatron_occ.mcore.estimate.largest import GIB, Change
 from megatron_occ.mcore.estimate.ranks import RankEstimate
+from megatron_occ.mcore.estimate.whole import ModelParameters
 
-NODE = 8
-GPU_GIB = 80
-_UNITS = {"GiB": 2**30, "MiB": 2**20}
+_UNITS = {"GiB": GIB, "MiB": 2**20}
 _NAME = 36
-_COLUMN = 16
+_COLUMN = 20
 
 
-def grid_text(config: Config, estimate: RankEstimate) -> str:
+def grid_text(config: Config, estimate: RankEstimate, node: int) -> str:
     """Axes, how a rank's number follows from its place on them, groups, and pipeline stages.
 
     Args:
         config: the run's configuration.
         estimate: of the rank whose groups are shown.
+        node: ranks of a node.
     """
     groups, world_size = estimate.groups, estimate.world_size
-    nodes = -(-world_size // NODE)
+    nodes = -(-world_size // node)
     lines = [
         f"rank grid          {world_size} rank{'s' * (world_size > 1)}, {nodes} "
-        f"node{'s' * (nodes > 1)} of {NODE}; tensor varies fastest, then context, data, pipeline",
+        f"node{'s' * (nodes > 1)} of {node}; tensor varies fastest, then context, data, pipeline",
         f"  rank             = {_formula(groups, ('tensor', 'context', 'data', 'pipeline'))}",
     ]
     if "expert" in groups:
@@ -43,9 +43,9 @@ def grid_text(config: Config, estimate: RankEstimate) -> str:
     size = world_size // stages
     for stage in range(stages):
         first, last = stage * size, (stage + 1) * size - 1
-        span, node = _span(first, last), _span(first // NODE, last // NODE)
-        held = ", ".join(_short(chunk) for chunk in chunks[stage::stages])
-        lines.append(f"  {stage:<8}{span:<12}{node:<10}{held}")
+        span, places = _span(first, last), _span(first // node, last // node)
+        held = ", ".join(spell_chunk(chunk) for chunk in chunks[stage::stages])
+        lines.append(f"  {stage:<8}{span:<12}{places:<10}{held}")
     return "\n".join(lines)
 
 
@@ -60,7 +60,7 @@ def _formula(groups: dict[str, list[int]], axes: Sequence[str]) -> str:
 
 def _ranks(ranks: list[int]) -> str:
     steps = {later - earlier for earlier, later in pairwise(ranks)}
-    if len(ranks) <= NODE or len(steps) > 1:
+    if len(ranks) <= 8 or len(steps) > 1:
         return " ".join(map(str, ranks))
     return f"{ranks[0]} {ranks[1]} {ranks[2]} ... {ranks[-1]}"
 
@@ -69,39 +69,89 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _short(chunk: str) -> str:
-    """``Ettt`` as ``E t*3``."""
-    runs = re.finditer(r"(.)\1*", chunk)
-    return " ".join(run[1] if len(run[0]) == 1 else f"{run[1]}*{len(run[0])}" for run in runs)
+def ranks_text(
+    config: Config, estimates: Sequence[RankEstimate], model: ModelParameters, gpu_memory: float
+) -> str:
+    """Contents, exact parameters beside the model's, and memory by use of some ranks.
 
-
-def ranks_text(config: Config, estimates: Sequence[RankEstimate]) -> str:
-    """Contents, exact parameters, and memory by use of some ranks."""
+    Args:
+        config: the run's configuration.
+        estimates: of the ranks.
+        model: parameters of the whole model.
+        gpu_memory: of a rank, in GiB.
+    """
     lines = []
     for entry in estimates:
         place = ", ".join(f"{n.replace('_', ' ')} {i}" for n, i in entry.coordinates.items())
         lines += [f"rank {entry.rank:<13} {place}"]
         lines += [f"  {'holds':<16} {chunk}" for chunk in entry.chunks]
-    lines += ["", _row("parameters", [f"rank {entry.rank}" for entry in estimates])]
-    lines += _rows(estimates, lambda entry: entry.parameters, "{:,}".format)
-    lines.append(_row("  total", [f"{entry.total_parameters:,}" for entry in estimates]))
-    return "\n".join([*lines, "", *_memory(estimates), "", *_notes(config, estimates)])
+    counts = {f"rank {entry.rank}": entry.parameters for entry in estimates}
+    counts["model"] = model.total
+    if model.active != model.total:
+        counts["active on a token"] = model.active
+    tables = list(counts.values())
+    lines += ["", _row("parameters", list(counts)), *_rows(tables, "{:,}".format)]
+    lines.append(_row("  total", [f"{sum(table.values()):,}" for table in tables]))
+    memory = _memory(estimates, gpu_memory)
+    return "\n".join([*lines, "", *memory, "", *_notes(config, estimates)])
 
 
-def _memory(estimates: Sequence[RankEstimate]) -> list[str]:
-    peaks = [entry.memory.peak for entry in estimates]
+def _memory(estimates: Sequence[RankEstimate], gpu_memory: float) -> list[str]:
+    uses = [entry.memory for entry in estimates]
     unit = _unit(estimates)
     size = partial(_size, unit=unit)
     lines = [_row(f"memory, {unit}", [f"rank {entry.rank}" for entry in estimates])]
-    lines += _rows(estimates, lambda entry: entry.memory.resident, size)
-    lines += _rows(estimates, lambda entry: entry.memory.training, size, "update: ")
-    lines += _rows(estimates, lambda entry: entry.memory.generation, size, "rollout: ")
-    fits = ["yes" if peak <= GPU_GIB * _UNITS["GiB"] else "no" for peak in peaks]
+    lines += _rows([use.resident for use in uses], size)
+    lines += _rows([use.training for use in uses], size, "update: ")
+    lines += _rows([use.generation for use in uses], size, "rollout: ")
+    fits = ["yes" if use.peak <= gpu_memory * GIB else "no" for use in uses]
     return [
         *lines,
-        _row("  peak", [size(peak) for peak in peaks]),
-        _row(f"  fits in {GPU_GIB} GiB", fits),
+        _row("  peak", [size(use.peak) for use in uses]),
+        _row(f"  fits in {gpu_memory:g} GiB", fits),
     ]
+
+
+def fit_text(
+    config: Config, entry: RankEstimate, changes: Sequence[tuple[Change, int]], gpu_memory: float
+) -> str:
+    """Which rank is the largest, whether it fits, and if not what would make it fit.
+
+    Args:
+        config: the run's configuration.
+        entry: the largest rank.
+        changes: those that lower its peak, with the peak that they lead to, in bytes.
+        gpu_memory: of a rank, in GiB.
+    """
+    limit, peak = int(gpu_memory * GIB), entry.memory.peak
+    unit = _unit([entry])
+    size = partial(_size, unit=unit)
+    ranks = entry.world_size // config.parallel.pipeline
+    alike = f", like all {ranks} ranks of pipeline stage {entry.held.stage}" if ranks > 1 else ""
+    lines = [f"largest rank       rank {entry.rank}{alike}: {size(peak)} {unit}. It "]
+    if peak <= limit:
+        left = f"leaves {_size(limit - peak, 'GiB')} GiB for what is not counted"
+        return f"{lines[0]}fits into --gpu-memory {gpu_memory:g} GiB and {left}"
+    lines[0] += (
+        f"does not fit into --gpu-memory {gpu_memory:g} GiB: {size(peak - limit)} {unit} too much"
+    )
+    for change, after in changes:
+        keys = " ".join(f"{key}={_spell(value)}" for key, value in change.items())
+        verdict = "fits" if after <= limit else "not enough"
+        lines.append(f"  with             {keys}: {size(after)} {unit}, {verdict}")
+    if not any(after <= limit for _, after in changes):
+        layout = "parallel.tensor, parallel.pipeline"
+        if config.model.moe.num_experts is not None:
+            layout += ", parallel.expert"
+        lines.append(
+            f"  otherwise        give a rank less of the model ({layout}) or of a sequence "
+            "(parallel.context), on more ranks"
+        )
+    return "\n".join(lines)
+
+
+def _spell(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
@@ -109,15 +159,11 @@ def _row(name: str, cells: Sequence[str]) -> str:
 
 
 def _rows(
-    estimates: Sequence[RankEstimate],
-    table: Callable[[RankEstimate], dict[str, int]],
-    spell: Callable[[int], str],
-    prefix: str = "",
+    tables: Sequence[dict[str, int]], write: Callable[[int], str], prefix: str = ""
 ) -> list[str]:
-    tables = [table(entry) for entry in estimates]
     names = dict.fromkeys(name for entries in tables for name in entries)
     return [
-        _row(f"  {prefix}{name}", [spell(t[name]) if name in t else "-" for t in tables])
+        _row(f"  {prefix}{name}", [write(t[name]) if name in t else "-" for t in tables])
         for name in names
     ]
 
