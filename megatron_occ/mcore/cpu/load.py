@@ -15,7 +15,7 @@ _COUNTED = slice(0, 8)  # what follows, guest time, is part of user time
 _TIMES = slice(11, 13)
 
 
-def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Processors that this process may use, at least 1: its affinity, and a container's quota."""
     allowed = len(processors())
     try:
