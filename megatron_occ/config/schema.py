@@ -3,80 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_occ.config.options import option, section
+from megatron_occ.config.schema_data import DataConfig, TokenizerConfig
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
-
-
-@dataclass
-class TokenizerConfig:
-    kind: str = option(
-        "char", "char, or hf for a local Hugging Face folder", choices=("char", "hf")
-    )
-    alphabet: str | None = option(None, "characters of a char tokenizer (null: the task's own)")
-    path: str | None = option(None, "folder of a Hugging Face tokenizer")
-    unused_rows: bool = option(
-        False,
-        "rows of the output layer beyond the tokenizer's ids take part in softmax and are drawn "
-        "(with a rollout server they always do)",
-    )
-
-
-@dataclass
-class TaskConfig:
-    name: str | None = option("reversed_multiplication", "generated task (null: use data.prompts)")
-    params: dict[str, Any] = option({}, "parameters of the generated task, e.g. {digits_a: 3}")
-
-
-@dataclass
-class FieldsConfig:
-    prompt: str | None = option(None, "prompt, text or messages (null: recognised)")
-    answer: str | None = option(None, "reference answer (null: recognised)")
-    task_name: str | None = option(None, "name of the verifier (null: task_name, if there is one)")
-
-
-@dataclass
-class ChatConfig:
-    apply: str = option(
-        "auto",
-        "whose prompts get the tokenizer's chat template: those that are messages, or text too",
-        choices=("auto", "always"),
-    )
-    system: str | None = option(None, "system message before each chat (null: none)")
-    suffix: str = option("", "text appended to each prompt, inside the user's message of a chat")
-    kwargs: dict[str, Any] = option({}, "variables of the template, e.g. {enable_thinking: false}")
-
-
-@dataclass
-class DataConfig:
-    task: TaskConfig = section(TaskConfig, "generated problems")
-    corpus: str | None = option(None, "pretraining text: path prefix written by preprocess_data.py")
-    prompts: str | dict[str, Any] | None = option(
-        None, "RL prompts: jsonl, json or parquet, or several, {a.jsonl: 2, b.parquet: 1} by weight"
-    )
-    validation_prompts: str | dict[str, Any] | None = option(
-        None, "held-out prompts: jsonl, json or parquet, or several sets, {aime24: a.jsonl} by name"
-    )
-    fields: FieldsConfig = section(FieldsConfig, "which fields of a record hold what")
-    chat: ChatConfig = section(ChatConfig, "chat template and text around prompts")
-    max_prompt_tokens: int | None = option(
-        None,
-        "drop training prompts longer than this (null: a prompt that does not fit is an error)",
-        minimum=1,
-    )
-    verifier: str = option("math", "verifier for records without a task_name")
-    verifiers: dict[str, Any] = option(
-        {}, "your own verifiers, by task_name, e.g. {echo: 'my_module:echo_verifier'}"
-    )
-    verifier_timeout: float = option(
-        5.0, "time limit of a verifier, in seconds per response", above=0
-    )
-    verifier_workers: int | None = option(
-        None, "verifier processes per rank (null: its share of the node's cores)", minimum=1
-    )
 
 
 @dataclass
@@ -172,7 +104,9 @@ class SpeculativeConfig:
 class ServerConfig:
     urls: list[str] = option([], "base URLs, e.g. ['http://node7:8000']; they serve this run alone")
     weights_dir: str | None = option(
-        None, "folder for weights, the same path on all machines (null: rollout_weights in run_dir)"
+        None,
+        "folder for weights, the same path on all machines (null: rollout_weights in run_dir)",
+        reads="path",
     )
     timeout: float = option(600.0, "seconds a response may take", above=0)
     update_timeout: float = option(
@@ -206,7 +140,9 @@ class RolloutConfig:
         1.0, "nucleus sampling: probability mass kept (1: all)", above=0, maximum=1
     )
     top_k: int | None = option(None, "number of most likely tokens kept (null: all)", minimum=1)
-    stop: list[str] = option([], "texts that end a response; a special token's counts as its id")
+    stop: list[str] = option(
+        [], "texts that end a response; a special token's counts as its id", reads="text"
+    )
     stop_ids: list[int] = option([], "token ids that end a response, besides those of the folder")
     batch_size: int = option(
         512, "concurrent sequences per data-parallel rank (engine=megatron)", minimum=1
@@ -243,7 +179,9 @@ class ValidationConfig:
 @dataclass
 class RLConfig:
     init_from: str | None = option(
-        None, "checkpoint folder of the policy (null: pretrain first, for pretrain.steps)"
+        None,
+        "checkpoint folder of the policy (null: pretrain first, for pretrain.steps)",
+        reads="path",
     )
     train_trunk: bool = option(
         True,
@@ -283,7 +221,7 @@ class RLConfig:
 
 @dataclass
 class Config:
-    run_dir: str = option("runs/default", "folder the run writes to")
+    run_dir: str = option("runs/default", "folder the run writes to", reads="path")
     seed: int = option(0, "seed of weights, data and sampling", minimum=0, maximum=2**31 - 1)
     precision: str = option(
         "fp32", "precision of parameters and activations", choices=("fp32", "bf16")

@@ -92,6 +92,7 @@ class ModelConfig:
     from_hf: str | None = option(
         None,
         "Hugging Face folder that gives this section, MTP layers, tokenizer and first weights",
+        reads="path",
     )
     num_layers: int = option(3, "transformer layers of the trunk", minimum=1)
     hidden_size: int = option(96, "width of the residual stream", minimum=1)

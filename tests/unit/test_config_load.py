@@ -245,8 +245,8 @@ def test_interpolation_sees_the_final_values(tmp_path):
         [],
         *([f"mtp.preset={name}", "mtp.trunk.weight=0.7"] for name in PRESETS["mtp.preset"]),
         *([f"rl.algorithm={name}", "rl.optimizer.lr=1e-6"] for name in PRESETS["rl.algorithm"]),
-        ["run_dir='1e-4'", "data.corpus='yes'", "data.prompts='null'", "data.verifier='12'"],
-        ["run_dir='2024-01-01'", "data.prompts=''", "tokenizer.alphabet=' #\"\\\\:é√\t'"],
+        ["run_dir='1e-4'", "data.corpus='yes'", "data.prompts='true'", "data.verifier='12'"],
+        ["run_dir='2024-01-01'", "data.chat.system=''", "tokenizer.alphabet=' #\"\\\\:é√\t'"],
         ["run_dir='\\${seed}'", "data.task.params={a: 1.0, b: [x, null, '\\${y}'], c: {d: '07'}}"],
     ],
 )
