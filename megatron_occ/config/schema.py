@@ -77,8 +77,24 @@ class PolicyLossConfig:
     )
     kl_kind: str = option(
         "k3",
-        "estimator of the KL (k1 is for rewards: in a loss its expected gradient is 0)",
+        "estimator of KL(policy || reference): on policy k2 has that KL's gradient and a biased "
+        "value, k3 an unbiased value and the gradient of KL(reference || policy). Neither is "
+        "corrected by an importance weight in later mini-batches of a step (k1 is for rewards: in "
+        "a loss its expected gradient is 0)",
         choices=("k2", "k3"),
+    )
+    kl_input_clamp: float = option(
+        20.0,
+        "a token's log-ratio to the reference policy is clamped to +- this, in nats, before the "
+        "estimate, which has no gradient beyond (k3 would overflow)",
+        above=0,
+        maximum=80,
+    )
+    kl_output_clamp: float | None = option(
+        10.0,
+        "a token's estimate is clamped to this, in nats, and has no gradient beyond: for k3 at a "
+        "log-ratio below -2.6 or above 11, for k2 beyond +- 4.5 (null: off)",
+        above=0,
     )
 
 
