@@ -64,15 +64,16 @@ class Leaf:
     def allowed(self) -> str:
         """What the key accepts, in words."""
         entries = f" or {spell(None)}" if self.nullable else ""
+        bounds = " and ".join(
+            f"{sign} {self.limits[name]:,}" for name, sign in _LIMITS.items() if name in self.limits
+        )
+        bounds = f" {bounds}" if bounds else ""
         if self.kind is list:
-            return f"a list of {_PLURALS[self.item]}{entries}"
+            return f"a list of {_PLURALS[self.item]}{bounds}{entries}"
         if "choices" in self.limits:
             return f"one of {', '.join(self.limits['choices'])}{entries}"
         noun = f"a string or {_NOUNS[dict]}" if self.or_text else _NOUNS[self.kind]
-        bounds = " and ".join(
-            f"{sign} {self.limits[name]}" for name, sign in _LIMITS.items() if name in self.limits
-        )
-        return f"{noun}{' ' + bounds if bounds else ''}{entries}"
+        return f"{noun}{bounds}{entries}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def check_value(leaf: Leaf, value: Any) -> Any:
     """
     if not _fits(leaf, value):
         raise ValueError(
-            f"{leaf.key} = {spell(value)}: must be {leaf.allowed()}{_hint(leaf, value)}"
+            f"{leaf.key} = {_shortened(spell(value))}: must be {leaf.allowed()}{_hint(leaf, value)}"
         )
     if "choices" not in leaf.limits and (leaf.item or leaf.kind) in (str, dict):
         problem = text_problem(value, leaf.reads, _without_value(leaf))

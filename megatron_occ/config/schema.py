@@ -4,52 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_occ.config import limits
 from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_data import DataConfig, TokenizerConfig
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
-
-
-@dataclass
-class OptimizerConfig:
-    lr: float = option(1e-3, "peak learning rate", above=0)
-    min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
-    schedule: str = option(
-        "constant", "decay after the warm-up", choices=("constant", "cosine", "linear")
-    )
-    warmup_steps: int = option(0, "updates of linear warm-up", minimum=0)
-    weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
-    beta1: float = option(0.9, "Adam's first decay", minimum=0, below=1)
-    beta2: float = option(0.95, "Adam's second decay", minimum=0, below=1)
-    eps: float = option(1e-8, "Adam's epsilon", above=0)
-    clip_grad: float = option(
-        1.0,
-        "gradient norm of trunk and shared parameters is clipped to this (0: no clipping)",
-        minimum=0,
-    )
-
-
-@dataclass
-class PretrainConfig:
-    steps: int = option(750, "updates", minimum=0)
-    batch_size: int = option(128, "sequences per update, over all ranks", minimum=1)
-    micro_batch_size: int = option(128, "sequences per forward pass", minimum=1)
-    sequence_length: int = option(48, "tokens per sequence", minimum=2)
-    mtp_weight: float = option(
-        0.1, "weight of the MTP cross-entropy, averaged over depths", minimum=0
-    )
-    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of pretraining")
-    save_every: int = option(250, "updates between checkpoints", minimum=1)
-    log_every: int = option(10, "updates between lines of metrics", minimum=1)
-    validate_every: int = option(
-        0,
-        "updates between measurements of pass@1, as in rl.validation on other problems (0: never)",
-        minimum=0,
-    )
-    stop_at_pass_rate: float | None = option(
-        None, "end pretraining at this pass@1, for RL to start from", above=0, maximum=1
-    )
+from megatron_occ.config.schema_pretrain import OptimizerConfig, PretrainConfig
 
 
 @dataclass
@@ -64,16 +25,21 @@ class PolicyLossConfig:
         "token", "how token losses are averaged", choices=("token", "sequence", "gspo")
     )
     clip_low: float = option(0.2, "lower clip of the ratio", above=0, below=1)
-    clip_high: float = option(0.28, "upper clip of the ratio", above=0)
-    dual_clip: float | None = option(None, "bound for negative advantages (null: off)", above=1)
+    clip_high: float = option(0.28, "upper clip of the ratio", above=0, maximum=limits.FACTOR)
+    dual_clip: float | None = option(
+        None, "bound for negative advantages (null: off)", above=1, maximum=limits.FACTOR
+    )
     importance_cap: float | None = option(
         None,
         "cap of the truncated importance weights against rollout log-probs (null: off)",
         above=0,
+        maximum=limits.FACTOR,
     )
-    entropy_coefficient: float = option(0.0, "weight of the entropy bonus", minimum=0)
+    entropy_coefficient: float = option(
+        0.0, "weight of the entropy bonus", minimum=0, maximum=limits.FACTOR
+    )
     kl_coefficient: float = option(
-        0.0, "weight of the KL penalty to the reference policy", minimum=0
+        0.0, "weight of the KL penalty to the reference policy", minimum=0, maximum=limits.FACTOR
     )
     kl_kind: str = option(
         "k3",
@@ -95,6 +61,7 @@ class PolicyLossConfig:
         "a token's estimate is clamped to this, in nats, and has no gradient beyond: for k3 at a "
         "log-ratio below -2.6 or above 11, for k2 beyond +- 4.5 (null: off)",
         above=0,
+        maximum=limits.FACTOR,
     )
 
 
@@ -106,7 +73,10 @@ class SpeculativeConfig:
         choices=("auto", "fixed", "off"),
     )
     draft_length: int = option(
-        3, "tokens of a draft (auto: at most); behind depth K the last depth goes on", minimum=1
+        3,
+        "tokens of a draft (auto: at most); behind depth K the last depth goes on",
+        minimum=1,
+        maximum=limits.DRAFT,
     )
     acceptance: str = option(
         "coupled",
@@ -124,16 +94,28 @@ class ServerConfig:
         "folder for weights, the same path on all machines (null: rollout_weights in run_dir)",
         reads="path",
     )
-    timeout: float = option(600.0, "seconds a response may take", above=0)
+    timeout: float = option(600.0, "seconds a response may take", above=0, maximum=limits.SECONDS)
     update_timeout: float = option(
-        900.0, "seconds a server may take to come up or to load weights", above=0
+        900.0,
+        "seconds a server may take to come up or to load weights",
+        above=0,
+        maximum=limits.SECONDS,
     )
-    retries: int = option(3, "times a failed request is sent again", minimum=0)
-    concurrency: int = option(64, "concurrent requests, over all servers", minimum=1)
+    retries: int = option(
+        3, "times a failed request is sent again", minimum=0, maximum=limits.WORKERS
+    )
+    concurrency: int = option(
+        64, "concurrent requests, over all servers", minimum=1, maximum=limits.REQUESTS
+    )
     gap_mean: float = option(
-        0.05, "mean gap to the trainer's log-probs, in nats, that is put down to rounding", above=0
+        0.05,
+        "mean gap to the trainer's log-probs, in nats, that is put down to rounding",
+        above=0,
+        maximum=limits.FACTOR,
     )
-    gap_max: float = option(2.0, "largest gap of one token, in nats", above=0)
+    gap_max: float = option(
+        2.0, "largest gap of one token, in nats", above=0, maximum=limits.FACTOR
+    )
     draft_share: float = option(
         0.5,
         "drafts' acceptance, as a share of the run's best, that tells old heads (0: no check)",
@@ -150,46 +132,78 @@ class RolloutConfig:
         "who samples: the training processes, or servers of their own",
         choices=("megatron", "vllm", "sglang"),
     )
-    max_response_length: int = option(32, "maximum tokens in a response", minimum=1)
-    temperature: float = option(1.0, "sampling temperature; divides main and MTP logits", above=0)
+    max_response_length: int = option(
+        32, "maximum tokens in a response", minimum=1, maximum=limits.TOKENS
+    )
+    temperature: float = option(
+        1.0, "sampling temperature; divides main and MTP logits", above=0, maximum=limits.FACTOR
+    )
     top_p: float = option(
         1.0, "nucleus sampling: probability mass kept (1: all)", above=0, maximum=1
     )
-    top_k: int | None = option(None, "number of most likely tokens kept (null: all)", minimum=1)
+    top_k: int | None = option(
+        None, "number of most likely tokens kept (null: all)", minimum=1, maximum=limits.VOCABULARY
+    )
     stop: list[str] = option(
         [], "texts that end a response; a special token's counts as its id", reads="text"
     )
-    stop_ids: list[int] = option([], "token ids that end a response, besides those of the folder")
+    stop_ids: list[int] = option(
+        [],
+        "token ids that end a response, besides those of the folder",
+        minimum=0,
+        maximum=limits.VOCABULARY,
+    )
     batch_size: int = option(
-        512, "concurrent sequences per data-parallel rank (engine=megatron)", minimum=1
+        512,
+        "concurrent sequences per data-parallel rank (engine=megatron)",
+        minimum=1,
+        maximum=limits.SEQUENCES,
     )
     speculative: SpeculativeConfig = section(
         SpeculativeConfig, "speculative decoding of engine=megatron"
     )
     server: ServerConfig = section(ServerConfig, "servers of engine=vllm and sglang")
-    log_samples: int = option(8, "responses per step written to rollouts.jsonl", minimum=0)
+    log_samples: int = option(
+        8, "responses per step written to rollouts.jsonl", minimum=0, maximum=limits.SEQUENCES
+    )
 
 
 @dataclass
 class DynamicSamplingConfig:
     enabled: bool = option(False, "replace groups whose rewards have no spread (DAPO)")
-    max_rounds: int = option(4, "maximum rounds of rollouts per step", minimum=1)
+    max_rounds: int = option(
+        4, "maximum rounds of rollouts per step", minimum=1, maximum=limits.STEPS
+    )
 
 
 @dataclass
 class OverlongConfig:
     buffer: int = option(
-        0, "tokens before the limit over which the penalty grows (0: off)", minimum=0
+        0,
+        "tokens before the limit over which the penalty grows (0: off)",
+        minimum=0,
+        maximum=limits.TOKENS,
     )
-    penalty: float = option(1.0, "penalty at the limit", minimum=0)
+    penalty: float = option(1.0, "penalty at the limit", minimum=0, maximum=limits.FACTOR)
 
 
 @dataclass
 class ValidationConfig:
-    every: int = option(25, "RL steps between validations (0: only before and after)", minimum=0)
-    problems: int = option(512, "held-out problems of each set", minimum=1)
-    samples: int = option(1, "samples per problem, the k of avg@k and pass@k", minimum=1)
-    temperature: float = option(1.0, "sampling temperature (0: greedy)", minimum=0)
+    every: int = option(
+        25,
+        "RL steps between validations (0: only before and after)",
+        minimum=0,
+        maximum=limits.STEPS,
+    )
+    problems: int = option(
+        512, "held-out problems of each set", minimum=1, maximum=limits.SEQUENCES
+    )
+    samples: int = option(
+        1, "samples per problem, the k of avg@k and pass@k", minimum=1, maximum=limits.SEQUENCES
+    )
+    temperature: float = option(
+        1.0, "sampling temperature (0: greedy)", minimum=0, maximum=limits.FACTOR
+    )
 
 
 @dataclass
@@ -204,20 +218,27 @@ class RLConfig:
         "false: a stage before RL that trains the MTP head alone, on responses of a policy that "
         "stays as it is",
     )
-    steps: int = option(100, "rollout steps", minimum=1)
+    steps: int = option(100, "rollout steps", minimum=1, maximum=limits.STEPS)
     algorithm: str | None = option(
         None,
         "published setting: sets advantage, loss and (dapo) dynamic sampling",
         choices=("grpo", "dapo", "gspo"),
     )
-    prompts_per_step: int = option(32, "prompts per step, over all ranks", minimum=1)
-    samples_per_prompt: int = option(16, "samples per prompt (the group)", minimum=1)
-    mini_batches: int = option(4, "updates per step", minimum=1)
-    micro_batch_size: int = option(128, "sequences per forward pass", minimum=1)
+    prompts_per_step: int = option(
+        32, "prompts per step, over all ranks", minimum=1, maximum=limits.SEQUENCES
+    )
+    samples_per_prompt: int = option(
+        16, "samples per prompt (the group)", minimum=1, maximum=limits.SEQUENCES
+    )
+    mini_batches: int = option(4, "updates per step", minimum=1, maximum=limits.SEQUENCES)
+    micro_batch_size: int = option(
+        128, "sequences per forward pass", minimum=1, maximum=limits.SEQUENCES
+    )
     micro_batch_tokens: int | None = option(
         None,
         "maximum tokens in a packed micro-batch (null: padded, rl.micro_batch_size sequences)",
         minimum=2,
+        maximum=limits.TOKENS,
     )
     old_logprobs: str = option(
         "training",
@@ -232,7 +253,7 @@ class RLConfig:
     overlong: OverlongConfig = section(OverlongConfig, "overlong reward shaping")
     validation: ValidationConfig = section(ValidationConfig, "validation")
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of RL")
-    save_every: int = option(25, "RL steps between checkpoints", minimum=1)
+    save_every: int = option(25, "RL steps between checkpoints", minimum=1, maximum=limits.STEPS)
 
 
 @dataclass
@@ -245,7 +266,9 @@ class Config:
     recompute: str = option(
         "none", "activations recomputed in the backward pass", choices=("none", "full")
     )
-    keep_checkpoints: int = option(2, "number of newest checkpoints kept for each phase", minimum=1)
+    keep_checkpoints: int = option(
+        2, "number of newest checkpoints kept for each phase", minimum=1, maximum=limits.STEPS
+    )
     model: ModelConfig = section(ModelConfig, "architecture")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     data: DataConfig = section(DataConfig, "data")

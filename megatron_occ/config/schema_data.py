@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_occ.config import limits
 from megatron_occ.config.options import option, section
 
 
@@ -75,14 +76,18 @@ class DataConfig:
         None,
         "drop training prompts longer than this (null: a prompt that does not fit is an error)",
         minimum=1,
+        maximum=limits.TOKENS,
     )
     verifier: str = option("math", "verifier for records without a task_name")
     verifiers: dict[str, Any] = option(
         {}, "your own verifiers, by task_name, e.g. {echo: 'my_module:echo_verifier'}"
     )
     verifier_timeout: float = option(
-        5.0, "time limit of a verifier, in seconds per response", above=0
+        5.0, "time limit of a verifier, in seconds per response", above=0, maximum=limits.SECONDS
     )
     verifier_workers: int | None = option(
-        None, "verifier processes per rank (null: its share of the node's cores)", minimum=1
+        None,
+        "verifier processes per rank (null: its share of the node's cores)",
+        minimum=1,
+        maximum=limits.WORKERS,
     )

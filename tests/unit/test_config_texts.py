@@ -105,9 +105,9 @@ def test_a_choice_called_none_stays_and_others_say_null(leaf):
 
 
 def test_numbers_that_may_be_null_say_so():
-    with pytest.raises(ConfigError, match=r"must be an integer >= 1 .*or null\. Use null$"):
+    with pytest.raises(ConfigError, match=r"must be an integer >= 1 and .* or null\. Use null$"):
         load_config([], ["data.max_prompt_tokens=None"])
-    with pytest.raises(ConfigError, match=r"a list of numbers or null\. Use null$"):
+    with pytest.raises(ConfigError, match=r"a list of numbers .* or null\. Use null$"):
         load_config([], ["mtp.trunk.clamp=[None, 1]"])
     with pytest.raises(ConfigError, match=r"must be an integer >= 1.*, not a string$"):
         load_config([], ["rl.steps=None"])

@@ -87,7 +87,7 @@ WRONG_CONFIGURATIONS = [
     # single values
     Wrong(
         "wrong type in a file",
-        ["{file}:2: rl.steps = '12': must be an integer >= 1, not a string"],
+        ["{file}:2: rl.steps = '12': must be an integer >= 1 and <= 1,000,000,000, not a string"],
         yaml="rl:\n  steps: '12'\n",
     ),
     Wrong(
