@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_occ.config import limits
 from megatron_occ.config.schema import Config
 
 _KEY = "parallel.pipeline_layout"
+_LONGEST = 10 * limits.LAYERS  # characters of a repetition: layers, ends of chunks, inner counts
 
 
 def parse_layout(text: str) -> list[str]:
@@ -17,10 +19,17 @@ def parse_layout(text: str) -> list[str]:
     language for pipeline layouts).
 
     Raises:
-        ValueError: another character.
+        ValueError: another character, or more layers than a model has.
     """
     unrolled = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        repeats = [(len(part), count) for part, count in re.findall(pattern, unrolled)]
+        # by digits first: Python refuses to read thousands of them
+        if any(len(n) > 9 or size * int(n) > _LONGEST for size, n in repeats):
+            raise ValueError(
+                f"{_KEY}={text}: repeats more than the {limits.LAYERS:,} layers that a model may "
+                "have. Give fewer"
+            )
         unrolled = re.sub(pattern, lambda m: m.group(1) * int(m.group(2)), unrolled)
     strange = sorted(set(unrolled) - set("EtmL|"))
     if strange:

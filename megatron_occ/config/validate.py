@@ -19,6 +19,7 @@ from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_servers import server_problems
+from megatron_occ.config.validate_sizes import size_problems
 from megatron_occ.config.validate_switches import switch_problems
 
 COMMANDS = ("pretrain", "rl", "demo", "eval", "audit")
@@ -69,6 +70,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     pretrains = command == "pretrain" or first
     yield from _tokenizer(config)
     yield from model_problems(config)
+    yield from size_problems(config, trains=trains)
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
     if pretrains:
         yield from _pretraining(config)

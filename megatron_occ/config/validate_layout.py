@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_occ.config import limits
 from megatron_occ.config.pipeline import pipeline_problems
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import (
@@ -42,6 +43,9 @@ def layout_problems(
             f"ranks share a sequence). Give sizes whose product divides {world_size}, or start a "
             f"multiple of {share} ranks"
         )
+        return
+    if world_size > limits.RANKS:
+        yield f"{world_size} ranks: at most {limits.RANKS:,} are counted with. Give fewer"
         return
     ranks = world_size // share
     if pretrains:

@@ -140,7 +140,10 @@ def test_unknown_keys_name_file_and_line_and_all_of_them_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("rl.steps='12'", "rl.steps = '12': must be an integer >= 1 and <= 1,000,000,000, not a string"),
+        (
+            "rl.steps='12'",
+            "rl.steps = '12': must be an integer >= 1 and <= 1,000,000,000, not a string",
+        ),
         ("rl.steps=true", "rl.steps = true: must be an integer >= 1"),
         ("rl.steps=1.0", "rl.steps = 1.0: must be an integer >= 1"),
         ("rl.steps=", "rl.steps = null: must be an integer >= 1"),
