@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_occ.config import limits
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 
 _KEY = "parallel.pipeline_layout"
 _LONGEST = 10 * limits.LAYERS  # characters of a repetition: layers, ends of chunks, inner counts
@@ -107,9 +108,10 @@ def _layout(config: Config, text: str) -> Iterator[str]:
     wanted = parallel.pipeline * parallel.virtual_pipeline
     if len(chunks) != wanted:
         yield (
-            f"{_KEY}={text}: has {len(chunks)} chunks, but parallel.pipeline={parallel.pipeline} "
-            f"and parallel.virtual_pipeline={parallel.virtual_pipeline} make {wanted}. Change one "
-            "of them"
+            f"{_KEY}={text}: has {counted(len(chunks), 'chunk')}, but "
+            f"parallel.pipeline={parallel.pipeline} and "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} make {wanted}. Change one of "
+            "them"
         )
         return
     order = "".join(chunks)

@@ -151,7 +151,11 @@ WRONG_CONFIGURATIONS = [
     ),
     Wrong(
         "mini-batch not divisible",
-        ["rl.mini_batches=3", "32 sequences are not divisible by 3", "Change one of the three"],
+        [
+            "rl.mini_batches=3",
+            "32 sequences can't be cut into 3 mini-batches",
+            "Change one of the three",
+        ],
         overrides=["rl.mini_batches=3"],
     ),
     Wrong(
