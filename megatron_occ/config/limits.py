@@ -25,4 +25,5 @@ SECONDS = 1_000_000  # eleven days
 LEARNING_RATE = 1  # Adam then moves every weight by about 1 in an update
 BASE = 10**15  # of the rotary embedding; 4.5e10 was trained with
 FACTOR = 1_000_000  # weights of losses, ratios, bounds, temperatures
+COLDEST = 0.001  # temperature of sampling but 0: logits are divided by it, and overflow
 NORM = 10**12  # of a gradient: somebody may write a huge one for "never"

@@ -136,7 +136,10 @@ class RolloutConfig:
         32, "maximum tokens in a response", minimum=1, maximum=limits.TOKENS
     )
     temperature: float = option(
-        1.0, "sampling temperature; divides main and MTP logits", above=0, maximum=limits.FACTOR
+        1.0,
+        "sampling temperature; divides main and MTP logits",
+        minimum=limits.COLDEST,
+        maximum=limits.FACTOR,
     )
     top_p: float = option(
         1.0, "nucleus sampling: probability mass kept (1: all)", above=0, maximum=1

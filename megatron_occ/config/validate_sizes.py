@@ -1,4 +1,4 @@
-"""Products of numbers that are each allowed, and together are more than can be counted or held."""
+"""Sizes that are each allowed, and together are more than can be counted or held."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def size_problems(config: Config, *, trains: bool) -> Iterator[str]:
     """
     yield from _attention(config)
     yield from _experts(config)
+    yield from _temperatures(config)
     rl = config.rl
     responses = rl.prompts_per_step * rl.samples_per_prompt
     if trains and responses > limits.SEQUENCES:
@@ -25,6 +26,16 @@ def size_problems(config: Config, *, trains: bool) -> Iterator[str]:
             f"rl.samples_per_prompt={rl.samples_per_prompt}, and at most {limits.SEQUENCES:,} are "
             "held at once. Lower one of them"
         )
+
+
+def _temperatures(config: Config) -> Iterator[str]:
+    given = {"rl.validation": config.rl.validation.temperature, "eval": config.eval.temperature}
+    for section, temperature in given.items():
+        if temperature and temperature < limits.COLDEST:
+            yield (
+                f"{section}.temperature={temperature}: logits divided by it overflow. Give 0, "
+                f"which is greedy, or at least {limits.COLDEST}"
+            )
 
 
 def _attention(config: Config) -> Iterator[str]:

@@ -131,6 +131,15 @@ def test_products_at_the_limit_are_taken():
     assert problems(*experts) == []
 
 
+def test_a_temperature_between_greedy_and_cold_is_refused():
+    for key in ("rl.validation.temperature", "eval.temperature"):
+        (told,) = problems(f"{key}=1e-4", *(["eval.after_rl=true"] if key[0] == "e" else []))
+        assert told.startswith(f"{key}=0.0001: logits divided by it overflow. Give 0, which is")
+        assert problems(f"{key}=0", *(["eval.after_rl=true"] if key[0] == "e" else [])) == []
+    with pytest.raises(ConfigError, match=r"must be a number >= 0\.001 and <= 1,000,000"):
+        load_config([], ["rl.rollout.temperature=1e-4"])
+
+
 def test_ranks_that_no_cluster_has_are_refused():
     ranks = 2**19
     batches = [f"rl.prompts_per_step={ranks}", f"pretrain.batch_size={ranks}"]
