@@ -6,6 +6,7 @@ Help, ``--print-config`` and refused configurations answer without importing tor
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader has seen enough; without this Python complains when it flushes at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        # of all others the place in the code says more than the sentence
+        if options.debug or error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.exit(f"megatron-occ: error: {error.strerror}: {error.filename!s:.100}... Shorten it")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -117,7 +117,7 @@ class Job:
 
 def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
     """Until the moment has come, or the run has ended without it."""
-    begin = lines(run)
+    begin, wanted = lines(run), draw.randint(1, 8)
     delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 1.0))
     deadline = time.monotonic() + _LIMIT
     while process.poll() is None and time.monotonic() < deadline:
@@ -126,8 +126,8 @@ def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Ra
         if moment == "checkpoint" and any(run.glob("checkpoints/*/*.tmp")):
             break
         # of its own or a later phase: the earlier one may be over
-        new = {line["phase"] for line in lines(run)[len(begin) :]}
-        if moment in new or (moment == "pretrain" and "rl" in new):
+        new = [line["phase"] for line in lines(run)[len(begin) :]]
+        if new.count(moment) >= wanted or (moment == "pretrain" and "rl" in new):
             break
         time.sleep(0.005)
     end = time.monotonic() + delay
@@ -137,10 +137,12 @@ def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Ra
 
 def children(pid: int) -> list[int]:
     """Processes that a process has started, by their order."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(int(word) for file in files for word in file.read_text().split())
-    return []
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        # of a thread that has ended meanwhile
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in file.read_text().split()]
+    return sorted(found)
 
 
 def session(leader: int) -> list[int]:

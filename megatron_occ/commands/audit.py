@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_occ.commands.configuration import add_config_options, checked_config
 from megatron_occ.commands.running import running
-from megatron_occ.config import Config, ConfigError, help_text
+from megatron_occ.config import Config, ConfigError, help_text, limits
 from megatron_occ.config.schema_mtp import HeadConfig, TrunkConfig
 from megatron_occ.config.sources import read_override
 
@@ -51,8 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _at_least_one(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    if not 1 <= number <= limits.STEPS:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more, at most {limits.STEPS:,}")
     return number
 
 

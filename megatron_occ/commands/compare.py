@@ -26,6 +26,7 @@ from megatron_occ.compare.runs import (
 )
 from megatron_occ.compare.study import Study, read_study
 from megatron_occ.config import ConfigError
+from megatron_occ.config.words import counted
 
 HELP = "train regimes x seeds from one checkpoint and compare them"
 
@@ -221,7 +222,7 @@ def _failures_text(tally: Tally) -> str:
         lines += [f"    {line}" for line in failure.last_lines]
         lines.append(f"    all of it: {failure.run.log}")
     if tally.not_tried:
-        lines.append(f"none succeeded, so {len(tally.not_tried)} runs were not started")
+        lines.append(f"none succeeded; not started: {counted(len(tally.not_tried), 'run')}")
     lines.append("the same command tries them again; finished runs are kept")
     return "\n".join(lines)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_occ.commands.dry_run import Machine, dry_run
-from megatron_occ.commands.run_lock import LOCK_FILE
 from megatron_occ.config import Config, ConfigError, load_config, to_yaml, validate
+from megatron_occ.observe.metrics import LOCK_FILE
 
 
 def add_config_options(parser: argparse.ArgumentParser, *, in_place_of: str | None = None) -> None:

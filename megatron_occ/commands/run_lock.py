@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_occ.config import ConfigError
+from megatron_occ.observe.metrics import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "writer.lock"
 # file systems without locks, or mounted so
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 

@@ -10,7 +10,7 @@ from megatron_occ.compare.study import Study, differences
 from megatron_occ.config import Config, ConfigError, load_config, pretrains_first
 from megatron_occ.config.keys import spell
 from megatron_occ.observe.jsonl import read_records
-from megatron_occ.observe.metrics import METRICS_FILE
+from megatron_occ.observe.metrics import LOCK_FILE, METRICS_FILE
 
 # what a run may differ in from what its study says: bookkeeping, not what a step computes
 _FREE = ("run_dir", "keep_checkpoints", "rl.save_every")
@@ -44,8 +44,8 @@ class RunSpec:
     @property
     def state(self) -> str:
         """``missing``, ``unfinished`` or ``finished``, by the run's own log."""
-        # a run that was killed sooner has left its lock's file at most
-        if not (self.folder / "config.yaml").is_file():
+        # a run that was killed at its start has left its lock's file at most
+        if not self.folder.is_dir() or {p.name for p in self.folder.iterdir()} <= {LOCK_FILE}:
             return "missing"
         last = None
         for record in read_records(self.folder / METRICS_FILE):

@@ -32,7 +32,8 @@ range, and keys that contradict each other are errors; nothing is converted or i
 key that has no effect because another one switches it off must keep its default, see
 [switches](#switches). Sections of a phase that the command does not run are left alone, so that one
 file can serve all commands.
-Scalars are those of YAML 1.2: `1e-4` is a number; `yes`, `no` and `none` are strings.
+Scalars are those of YAML 1.2: `1e-4` is a number; `yes`, `no` and `none` are strings. A missing
+value is `null`: a text such as `None`, or an empty name, is refused.
 A run writes its resolved configuration to `config.yaml`, which can be given as a file again.
 
 ## Presets

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.texts import means_null, text_problem
 
 _SUGGESTIONS = 3
+_SHOWN = 100  # characters of a refused text in the message
 _CLOSE = 0.85  # below, whole dotted keys are alike by their common section alone
 _NOUNS = {
     int: "an integer",
@@ -39,6 +41,7 @@ class Leaf:
         or_text: whether a mapping may also be a single text.
         text: one line of help.
         limits: choices, min, max, above and below, as far as they are set.
+        reads: what the key's texts are, see :func:`text_problem`.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Leaf:
     or_text: bool
     text: str
     limits: Mapping[str, Any]
+    reads: str
     field: dataclasses.Field
 
     def default(self) -> Any:
@@ -60,15 +64,16 @@ class Leaf:
     def allowed(self) -> str:
         """What the key accepts, in words."""
         entries = f" or {spell(None)}" if self.nullable else ""
+        bounds = " and ".join(
+            f"{sign} {self.limits[name]:,}" for name, sign in _LIMITS.items() if name in self.limits
+        )
+        bounds = f" {bounds}" if bounds else ""
         if self.kind is list:
-            return f"a list of {_PLURALS[self.item]}{entries}"
+            return f"a list of {_PLURALS[self.item]}{bounds}{entries}"
         if "choices" in self.limits:
             return f"one of {', '.join(self.limits['choices'])}{entries}"
         noun = f"a string or {_NOUNS[dict]}" if self.or_text else _NOUNS[self.kind]
-        bounds = " and ".join(
-            f"{sign} {self.limits[name]}" for name, sign in _LIMITS.items() if name in self.limits
-        )
-        return f"{noun}{' ' + bounds if bounds else ''}{entries}"
+        return f"{noun}{bounds}{entries}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +123,11 @@ def _leaf(key: str, section: str, hint: Any, field: dataclasses.Field) -> Leaf:
     item = None
     if typing.get_origin(kind) is list:
         item, nullable = _split_null(typing.get_args(kind)[0])
-    limits = {name: limit for name, limit in field.metadata.items() if name != "help"}
+    reads = field.metadata["reads"]
+    limits = {n: limit for n, limit in field.metadata.items() if n not in ("help", "reads")}
     kind = typing.get_origin(kind) or kind
     text = field.metadata["help"]
-    return Leaf(key, section, kind, item, nullable, or_text, text, limits, field)
+    return Leaf(key, section, kind, item, nullable, or_text, text, limits, reads, field)
 
 
 def _split_null(hint: Any) -> tuple[Any, bool]:
@@ -161,8 +167,12 @@ def check_value(leaf: Leaf, value: Any) -> Any:
     """
     if not _fits(leaf, value):
         raise ValueError(
-            f"{leaf.key} = {spell(value)}: must be {leaf.allowed()}{_hint(leaf, value)}"
+            f"{leaf.key} = {_shortened(spell(value))}: must be {leaf.allowed()}{_hint(leaf, value)}"
         )
+    if "choices" not in leaf.limits and (leaf.item or leaf.kind) in (str, dict):
+        problem = text_problem(value, leaf.reads, _without_value(leaf))
+        if problem:
+            raise ValueError(f"{leaf.key} = {_shortened(spell(value))}: {problem}")
     if leaf.kind is float and value is not None:
         return float(value)
     if leaf.kind is list:
@@ -205,7 +215,23 @@ def _in_range(limits: Mapping[str, Any], value: float) -> bool:
     )
 
 
+def _without_value(leaf: Leaf) -> str:
+    """What to write for no value of a key with texts."""
+    if leaf.kind is list:
+        return "Leave it out of the list"
+    if leaf.reads == "values":
+        return "Use null, or leave it out of the mapping"
+    return "Use null" if leaf.nullable else "Leave the key out for its default, or give a name"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _hint(leaf: Leaf, value: Any) -> str:
+    entries = value if isinstance(value, list) else [value]
+    if leaf.nullable and any(map(means_null, entries)) and "none" not in _choices(leaf):
+        return ". Use null"
     if leaf.kind is str and isinstance(value, (int, float)):
         return '; write it in quotes to make it a string: "..."'
     if leaf.kind in (int, float) and isinstance(value, str):
@@ -214,6 +240,10 @@ def _hint(leaf: Leaf, value: Any) -> str:
         close = difflib.get_close_matches(value, leaf.limits["choices"], n=1)
         return f". Did you mean {close[0]}?" if close else ""
     return ""
+
+
+def _choices(leaf: Leaf) -> tuple[str, ...]:
+    return leaf.limits.get("choices", ())
 
 
 def suggest(key: str) -> list[str]:

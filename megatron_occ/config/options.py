@@ -15,6 +15,7 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    reads: str = "name",
 ) -> Any:
     """A dataclass field with its help text and allowed range.
 
@@ -24,10 +25,13 @@ def option(
         choices: the allowed strings.
         minimum, maximum: inclusive bounds.
         above, below: exclusive bounds.
+        reads: what the texts of a string, list or mapping are: ``name``, ``path``, ``text`` or
+            ``values``, see ``texts.text_problem``.
     """
     limits = {"choices": choices, "min": minimum, "max": maximum, "above": above, "below": below}
     metadata = {
         "help": text,
+        "reads": reads,
         **{name: limit for name, limit in limits.items() if limit is not None},
     }
     if isinstance(default, (dict, list)):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_occ.config import limits
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 
 _KEY = "parallel.pipeline_layout"
+_LONGEST = 10 * limits.LAYERS  # characters of a repetition: layers, ends of chunks, inner counts
 
 
 def parse_layout(text: str) -> list[str]:
@@ -17,10 +20,17 @@ def parse_layout(text: str) -> list[str]:
     language for pipeline layouts).
 
     Raises:
-        ValueError: another character.
+        ValueError: another character, or more layers than a model has.
     """
     unrolled = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        repeats = [(len(part), count) for part, count in re.findall(pattern, unrolled)]
+        # by digits first: Python refuses to read thousands of them
+        if any(len(n) > 9 or size * int(n) > _LONGEST for size, n in repeats):
+            raise ValueError(
+                f"{_KEY}={text}: repeats more than the {limits.LAYERS:,} layers that a model may "
+                "have. Give fewer"
+            )
         unrolled = re.sub(pattern, lambda m: m.group(1) * int(m.group(2)), unrolled)
     strange = sorted(set(unrolled) - set("EtmL|"))
     if strange:
@@ -104,9 +114,10 @@ def _layout(config: Config, text: str) -> Iterator[str]:
     wanted = parallel.pipeline * parallel.virtual_pipeline
     if len(chunks) != wanted:
         yield (
-            f"{_KEY}={text}: has {len(chunks)} chunks, but parallel.pipeline={parallel.pipeline} "
-            f"and parallel.virtual_pipeline={parallel.virtual_pipeline} make {wanted}. Change one "
-            "of them"
+            f"{_KEY}={text}: has {counted(len(chunks), 'chunk')}, but "
+            f"parallel.pipeline={parallel.pipeline} and "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} make {wanted}. Change one of "
+            "them"
         )
         return
     order = "".join(chunks)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 
 # length, bookkeeping and speed; not what a step computes
 _CHANGEABLE = (
@@ -74,7 +75,7 @@ def _objection(key: str, config: Config, done: Mapping[str, int]) -> str:
         phase = config.pretrain if key == "pretrain.steps" else config.rl
         behind = done.get(key.partition(".")[0], 0)
         if phase.steps < behind:
-            return f"{behind} steps are done"
+            return f"{counted(behind, 'step')} done"
         decays = phase.optimizer.schedule != "constant"
         return "the learning rate decays over the whole phase" if decays else ""
     if key.startswith("rl.micro_batch_") and config.mtp.trunk.estimator == "released":

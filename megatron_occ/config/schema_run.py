@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_occ.config import limits
 from megatron_occ.config.options import option
-
-_DAY = 86_400.0
 
 
 @dataclass
 class PhaseLimitsConfig:
-    pretrain: float | None = option(3600.0, "an update of pretraining", above=0, maximum=_DAY)
-    rollout: float | None = option(14400.0, "responses of a round", above=0, maximum=_DAY)
-    reward: float | None = option(7200.0, "scores of a round", above=0, maximum=_DAY)
-    logprobs: float | None = option(3600.0, "old log-probs of a step", above=0, maximum=_DAY)
-    train: float | None = option(3600.0, "all updates of a step", above=0, maximum=_DAY)
-    validation: float | None = option(14400.0, "a validation", above=0, maximum=_DAY)
-    save: float | None = option(3600.0, "a checkpoint", above=0, maximum=_DAY)
+    pretrain: float | None = option(
+        3600.0, "an update of pretraining", above=0, maximum=limits.SECONDS
+    )
+    rollout: float | None = option(14400.0, "responses of a round", above=0, maximum=limits.SECONDS)
+    reward: float | None = option(7200.0, "scores of a round", above=0, maximum=limits.SECONDS)
+    logprobs: float | None = option(
+        3600.0, "old log-probs of a step", above=0, maximum=limits.SECONDS
+    )
+    train: float | None = option(3600.0, "all updates of a step", above=0, maximum=limits.SECONDS)
+    validation: float | None = option(14400.0, "a validation", above=0, maximum=limits.SECONDS)
+    save: float | None = option(3600.0, "a checkpoint", above=0, maximum=limits.SECONDS)

@@ -19,7 +19,9 @@ from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_servers import server_problems
+from megatron_occ.config.validate_sizes import size_problems
 from megatron_occ.config.validate_switches import switch_problems
+from megatron_occ.config.words import counted
 
 COMMANDS = ("pretrain", "rl", "demo", "eval", "audit")
 _VERIFIER_NAME = re.compile(r"[\w-]+", re.ASCII)
@@ -69,6 +71,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     pretrains = command == "pretrain" or first
     yield from _tokenizer(config)
     yield from model_problems(config)
+    yield from size_problems(config, trains=trains)
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
     if pretrains:
         yield from _pretraining(config)
@@ -125,7 +128,7 @@ def _pretraining(config: Config) -> Iterator[str]:
         )
     if pretrain.mtp_weight == 0 and config.mtp.num_layers > 0:
         yield (
-            f"pretrain.mtp_weight=0: the mtp.num_layers={config.mtp.num_layers} MTP layers would "
+            f"pretrain.mtp_weight=0: the MTP layers (mtp.num_layers={config.mtp.num_layers}) would "
             "not be trained. Give a weight above 0, or mtp.num_layers=0"
         )
 
@@ -270,6 +273,6 @@ def _optimizer(key: str, optimizer: OptimizerConfig, updates: int) -> Iterator[s
         )
     if optimizer.warmup_steps > updates > 0:
         yield (
-            f"{key}.warmup_steps={optimizer.warmup_steps}: the run has {updates} updates in all. "
-            f"Give at most {updates}"
+            f"{key}.warmup_steps={optimizer.warmup_steps}: the run has "
+            f"{counted(updates, 'update')} in all. Give at most {updates}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_occ.config import limits
 from megatron_occ.config.pipeline import pipeline_problems
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import (
@@ -13,6 +14,7 @@ from megatron_occ.config.sizes import (
     sequence_multiple,
 )
 from megatron_occ.config.validate_exact import measures_gradients
+from megatron_occ.config.words import counted
 
 
 def layout_problems(
@@ -38,10 +40,13 @@ def layout_problems(
     share = model_parallel_size(config)
     if world_size < 1 or world_size % share:
         yield (
-            f"{_factors(config)}: does not divide the {world_size} ranks of this run ({share} "
-            f"ranks share a sequence). Give sizes whose product divides {world_size}, or start a "
-            f"multiple of {share} ranks"
+            f"{_factors(config)}: does not divide the {counted(world_size, 'rank')} of this run (a "
+            f"sequence is shared by {counted(share, 'rank')}). Give sizes whose product divides "
+            f"{world_size}, or start a multiple of {counted(share, 'rank')}"
         )
+        return
+    if world_size > limits.RANKS:
+        yield f"{world_size} ranks: at most {limits.RANKS:,} are counted with. Give fewer"
         return
     ranks = world_size // share
     if pretrains:
@@ -139,8 +144,8 @@ def _expert_ranks(config: Config, experts: int, world_size: int) -> Iterator[str
     stage, share = world_size // parallel.pipeline, parallel.expert * expert_tensor
     if stage % share and world_size % model_parallel_size(config) == 0:
         yield (
-            f"parallel.expert={parallel.expert}: times the {expert_tensor} ranks that share one "
-            f"expert is {share}, which does not divide the {stage} ranks of a pipeline stage. "
+            f"parallel.expert={parallel.expert}: times the ranks of one expert, {expert_tensor}, "
+            f"is {share}, which does not divide the {counted(stage, 'rank')} of a pipeline stage. "
             "Change parallel.expert or parallel.expert_tensor"
         )
 
@@ -152,8 +157,9 @@ def _rollout_batch(config: Config, ranks: int) -> Iterator[str]:
     if sequences % (rl.mini_batches * ranks):
         yield (
             f"rl.mini_batches={rl.mini_batches}: rl.prompts_per_step * rl.samples_per_prompt = "
-            f"{sequences} sequences are not divisible by {rl.mini_batches} mini-batches * {ranks} "
-            "data-parallel ranks. Change one of the three"
+            f"{counted(sequences, 'sequence')} can't be cut into "
+            f"{counted(rl.mini_batches, 'mini-batch')} * {counted(ranks, 'data-parallel rank')}. "
+            "Change one of the three"
         )
         return
     if rl.micro_batch_tokens is not None:
@@ -172,7 +178,7 @@ def _parts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
     if sequences % (exact.parts * ranks):
         yield (
             f"mtp.trunk.exact.parts={exact.parts}: the {sequences} sequences of a mini-batch are "
-            f"not divisible by so many parts * {ranks} data-parallel ranks. Change "
+            f"not divisible by so many parts * {counted(ranks, 'data-parallel rank')}. Change "
             "rl.samples_per_prompt or rl.prompts_per_step, or set mtp.trunk.exact.pairs=same"
         )
         return
@@ -186,10 +192,10 @@ def _parts(config: Config, sequences: int, ranks: int) -> Iterator[str]:
     elif stages > 1 and share > rl.micro_batch_size and share % rl.micro_batch_size:
         best = max(size for size in range(1, rl.micro_batch_size) if share % size == 0)
         yield (
-            f"rl.micro_batch_size={rl.micro_batch_size}: does not divide the {share} sequences "
-            f"that a rank has in a part of a mini-batch (mtp.trunk.exact.parts={exact.parts}), and "
-            f"a pipeline sends micro-batches of one size. Give rl.micro_batch_size={best}, or "
-            "mtp.trunk.exact.pairs=same"
+            f"rl.micro_batch_size={rl.micro_batch_size}: does not divide the "
+            f"{counted(share, 'sequence')} that a rank has in a part of a mini-batch "
+            f"(mtp.trunk.exact.parts={exact.parts}), and a pipeline sends micro-batches of one "
+            f"size. Give rl.micro_batch_size={best}, or mtp.trunk.exact.pairs=same"
         )
 
 
@@ -212,9 +218,9 @@ def _packed_counts(
         yield (
             f"parallel.virtual_pipeline={parallel.virtual_pipeline}: {who} has {sequences} "
             f"sequences, which can't always be packed into a multiple of {step} micro-batches "
-            f"({ranks} data-parallel ranks, parallel.pipeline={parallel.pipeline}). Make them a "
-            "multiple of it (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or "
-            "give parallel.virtual_pipeline=1"
+            f"({counted(ranks, 'data-parallel rank')}, parallel.pipeline={parallel.pipeline}). "
+            "Make them a multiple of it (rl.prompts_per_step, rl.samples_per_prompt, "
+            "rl.mini_batches), or give parallel.virtual_pipeline=1"
         )
 
 
@@ -235,15 +241,15 @@ def _micro_batch(
     if share % micro_batch:
         best = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
         yield (
-            f"{phase}.micro_batch_size={micro_batch}: does not divide the {share} sequences that a "
-            f"data-parallel rank has in an update ({batch} over {ranks}). "
-            f"Give {phase}.micro_batch_size={best}"
+            f"{phase}.micro_batch_size={micro_batch}: does not divide the "
+            f"{counted(share, 'sequence')} that a data-parallel rank has in an update ({batch} "
+            f"over {ranks}). Give {phase}.micro_batch_size={best}"
         )
         return
     stages, count = config.parallel.pipeline, share // micro_batch
     if config.parallel.virtual_pipeline > 1 and count % stages:
         yield (
-            f"{phase}.micro_batch_size={micro_batch}: makes {count} micro-batches a rank, and the "
-            f"interleaved schedule needs a multiple of parallel.pipeline={stages}. Give another "
-            f"{phase}.micro_batch_size, or parallel.virtual_pipeline=1"
+            f"{phase}.micro_batch_size={micro_batch}: makes {counted(count, 'micro-batch')} a "
+            f"rank, and the interleaved schedule needs a multiple of parallel.pipeline={stages}. "
+            f"Give another {phase}.micro_batch_size, or parallel.virtual_pipeline=1"
         )

@@ -234,7 +234,7 @@ RL_SWITCHES = (
     Switch(
         "rl.loss.kl_coefficient",
         _is(0),
-        ("rl.loss.kl_kind",),
+        ("rl.loss.kl_kind", "rl.loss.kl_input_clamp", "rl.loss.kl_output_clamp"),
         "rl.loss.kl_coefficient above 0",
     ),
 )

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from megatron_occ.config.schema import Config
+from megatron_occ.config.schema import Config, OptimizerConfig
+
+_HIGH_RATE = 0.05  # more than twice the usual size of initial weights
 
 
-def regime_warnings(config: Config) -> list[str]:
-    """Warnings about the MTP regime in RL, for the run's log.
+def rate_warnings(key: str, optimizer: OptimizerConfig) -> list[str]:
+    """A warning about a learning rate that may be a slip; one above 1 is refused.
+
+    Args:
+        key: ``rl.optimizer`` or ``pretrain.optimizer``.
+        optimizer: its values.
+    """
+    if optimizer.lr < _HIGH_RATE:
+        return []
+    return [
+        f"{key}.lr={optimizer.lr:g}: Adam moves every weight by about this much in an update, and "
+        "weights are rarely larger than that. 1e-3 is much for a small model, and 1e-6 usual for "
+        "RL of a large one"
+    ]
+
+
+def rl_warnings(config: Config) -> list[str]:
+    """Warnings about RL, for the run's log: the MTP regime and the learning rate.
 
     Args:
         config: a configuration that ``validate`` accepts.
     """
     trunk, head = config.mtp.trunk, config.mtp.head
     clips = trunk.weighting == "ppo" and "policy" in (trunk.signal, head.signal)
-    found = []
+    found = rate_warnings("rl.optimizer", config.rl.optimizer)
     if clips and trunk.dual_clip is None:
         found.append(
             "mtp.trunk.dual_clip=null: nothing bounds the ratio exp(m - o) of an MTP head where "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.exporting import SHARD, ExportPlan, plan_export, write_weights
@@ -177,7 +178,7 @@ def _check_reader(plan: ExportPlan, reads: str) -> None:
         return
     raise FolderError(
         f"--reader sglang: is for MiMo's MTP layers if they read the trunk's state after its final "
-        f"norm; this is {plan.family.architecture} with {plan.depths} MTP layers, and "
+        f"norm; this is {plan.family.architecture} with {counted(plan.depths, 'MTP layer')}, and "
         f"model.mtp_reads={reads}. Leave it out"
     )
 

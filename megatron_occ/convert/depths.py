@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.source import Source
 from megatron_occ.convert.table import Family
@@ -61,7 +62,7 @@ def source_depths(source: Source, family: Family, config: Config, mtp: MTPChoice
         )
     raise FolderError(
         f"{source.folder / 'config.json'}: {family.depths_key}={said}, but there are tensors of "
-        f"{found} MTP layers ({prefix}* and so on). {remedy}"
+        f"{counted(found, 'MTP layer')} ({prefix}* and so on). {remedy}"
     )
 
 
@@ -82,8 +83,8 @@ def wanted_depths(mtp: MTPChoice, found: int, family: Family) -> int:
         return 0
     if mtp.kind == "init" and found:
         raise FolderError(
-            f"--mtp init:{mtp.depths}: {family.architecture} brings {found} MTP layers. Use keep, "
-            f"or expand:{found + mtp.depths} to add copies of the last one"
+            f"--mtp init:{mtp.depths}: {family.architecture} brings {counted(found, 'MTP layer')}. "
+            f"Use keep, or expand:{found + mtp.depths} to add copies of the last one"
         )
     if mtp.kind == "expand" and found == 0:
         raise FolderError(
@@ -91,7 +92,8 @@ def wanted_depths(mtp: MTPChoice, found: int, family: Family) -> int:
         )
     if mtp.kind == "expand" and mtp.depths <= found:
         raise FolderError(
-            f"--mtp expand:{mtp.depths}: there are {found} MTP layers already. Give a larger number"
+            f"--mtp expand:{mtp.depths}: it has {counted(found, 'MTP layer')} already. Give a "
+            "larger number"
         )
     return mtp.depths
 

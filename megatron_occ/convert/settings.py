@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_occ.config.load import flat_values
+from megatron_occ.config.words import counted
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.plan import MTPChoice, read_model
 from megatron_occ.convert.source import read_config
@@ -51,7 +52,7 @@ def choice_for(folder: Path, depths: int) -> MTPChoice:
         return MTPChoice("drop")
     if depths < there:
         raise FolderError(
-            f"mtp.num_layers={depths}: {folder} has {there} MTP layers. Give {there}, more (copies "
-            "of the last one), or 0 (none)"
+            f"mtp.num_layers={depths}: {folder} has {counted(there, 'MTP layer')}. Give {there}, "
+            "more (copies of the last one), or 0 (none)"
         )
     return MTPChoice("expand" if there else "init", depths)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_occ.config.words import counted
 from megatron_occ.convert.dtypes import DTYPES, FP8
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.kinds import MODEL_FILE, what_it_is
@@ -131,7 +132,9 @@ class Source:
         if len(found) == 1:
             return found + beside
         if found:
-            raise FolderError(f"{index}: is missing, and there are {len(found)} safetensors files")
+            raise FolderError(
+                f"{index}: is missing, and the folder has {counted(len(found), 'safetensors file')}"
+            )
         pickled = sorted(self.folder.glob("*.bin"))
         hint = f": {pickled[0].name} is a pickle, which is never opened" if pickled else ""
         raise FolderError(f"{self.folder}: has no safetensors{hint}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 from megatron_occ.convert.checkpoints import read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.dtypes import FP8, dtype_name
@@ -42,8 +43,8 @@ def import_text(source: Source, plan: ImportPlan) -> str:
     lines += [f"(dropped)  <-  {name}" for name in plan.dropped]
     lines.append("")
     lines.append(
-        f"{len(source.entries)} tensors in, {len(plan.moves)} parameters out, {human(plan.bytes)}; "
-        f"peak memory about {human(peak + _RUNTIME)}"
+        f"{counted(len(source.entries), 'tensor')} in, {counted(len(plan.moves), 'parameter')} "
+        f"out, {human(plan.bytes)}; peak memory about {human(peak + _RUNTIME)}"
     )
     return "\n".join(lines)
 
@@ -60,16 +61,16 @@ def done_text(done: Imported, target: Path) -> str:
         if plan.family.mtp_beside and plan.config.mtp.num_layers
         else ""
     )
-    layers = f"{plan.config.mtp.num_layers} MTP layers (of {plan.source_depths} there)"
+    layers = f"{counted(plan.config.mtp.num_layers, 'MTP layer')} (of {plan.source_depths} there)"
     return (
-        f"{target}: {plan.family.architecture}, {len(plan.moves)} parameters, "
-        f"{human(plan.bytes)}, {layers}, {done.parts} files{again}{drafts}"
+        f"{target}: {plan.family.architecture}, {counted(len(plan.moves), 'parameter')}, "
+        f"{human(plan.bytes)}, {layers}, {counted(done.parts, 'file')}{again}{drafts}"
     )
 
 
 def export_text(plan: ExportPlan) -> str:
     """Every mapping of an export."""
-    lines = [f"{plan.family.architecture}, {plan.depths} MTP layers", ""]
+    lines = [f"{plan.family.architecture}, {counted(plan.depths, 'MTP layer')}", ""]
     for output in plan.outputs:
         move, _ = plan.places[output.name]
         origin = "(zeros)" if move.slot.name in plan.absent else move.slot.name
@@ -83,7 +84,8 @@ def export_text(plan: ExportPlan) -> str:
 
 def exported_text(plan: ExportPlan, target: Path) -> str:
     """After an export."""
-    return f"{target}: {plan.family.architecture}, {plan.depths} MTP layers, {_written(plan)}"
+    layers = counted(plan.depths, "MTP layer")
+    return f"{target}: {plan.family.architecture}, {layers}, {_written(plan)}"
 
 
 def inspect_text(folder: Path) -> str:
@@ -131,7 +133,7 @@ def _first_of_each_key(slots: Iterable) -> list:
 
 def _written(plan: ExportPlan) -> str:
     size = human(sum(output.bytes for output in plan.outputs))
-    written = f"{len(plan.outputs)} tensors, {size}"
+    written = f"{counted(len(plan.outputs), 'tensor')}, {size}"
     if plan.fits_head:
         return (
             f"{written}; MTP layers of this folder read the trunk's state before its final norm, "

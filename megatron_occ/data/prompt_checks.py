@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_occ.config.words import counted
 from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.tokenizers import Tokenizer
 
@@ -34,7 +35,7 @@ def check_prompts(
     lines = "".join(f"\n  - {text}" for text in problems[:_SHOWN])
     if len(problems) > _SHOWN:
         lines += f"\n  - and {len(problems) - _SHOWN} more"
-    count = "1 prompt" if len(problems) == 1 else f"{len(problems)} prompts"
+    count = counted(len(problems), "prompt")
     raise ValueError(f"{count} can't be used:{lines}\n{remedy}")
 
 
@@ -73,7 +74,8 @@ def _problems(
             if isinstance(ids, str):
                 yield f"{place}: {ids}"
             elif not 0 < len(ids) <= room:
-                yield f"{place}: the prompt has {len(ids)} tokens, allowed are 1 to {room}"
+                length = counted(len(ids), "token")
+                yield f"{place}: the prompt has {length}, allowed are 1 to {room}"
 
 
 def _ids_or_problem(text: str, tokenizer: Tokenizer) -> list[int] | str:

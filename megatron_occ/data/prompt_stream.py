@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from megatron_occ.config.words import counted
 from megatron_occ.data.prompts import (
     PromptFile,
     PromptOptions,
@@ -120,8 +121,8 @@ class PromptStream:
     def _in_file_order(self, positions: range) -> list[PromptRecord]:
         if positions.stop > len(self._records):
             raise ValueError(
-                f"validation has {len(self._records)} prompts, number {positions.stop} was asked "
-                "for; validate on fewer"
+                f"validation has {counted(len(self._records), 'prompt')}, number {positions.stop} "
+                "was asked for; validate on fewer"
             )
         return self._records[positions.start : positions.stop]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from megatron_occ.config.words import counted
 from megatron_occ.data.chat import ChatFormat
 from megatron_occ.data.fields import read_answer, read_prompt, read_task_name, recognise
 from megatron_occ.data.records import Record, read_records
@@ -76,7 +77,9 @@ class PromptFile:
     @property
     def description(self) -> str:
         """What was read, in a line."""
-        text = f"{len(self.records):,} prompts from {self.path} ({' or '.join(self.shapes)})"
+        text = (
+            f"{counted(len(self.records), 'prompt')} from {self.path} ({' or '.join(self.shapes)})"
+        )
         return f"{text}; left out: {'; '.join(self.left_out)}" if self.left_out else text
 
 

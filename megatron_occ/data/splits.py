@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from megatron_occ.config.words import counted
+
 SPLITS = ("train", "validation")
 # One problem in ten is held out.
 HELD_OUT_ONE_IN = 10
@@ -125,8 +127,8 @@ class DrawnSplits:
             if self._scanned == min(self._total, self._found_at + _PATIENCE):
                 raise ValueError(
                     f"validation problem {index} does not exist: these parameters give only "
-                    f"{len(self._validation_list)} held-out problems; ask for fewer, or make the "
-                    "problems larger"
+                    f"{counted(len(self._validation_list), 'held-out problem')}; ask for fewer, or "
+                    "make the problems larger"
                 )
             self._scan_one()
         return self._validation_list[index]

@@ -122,7 +122,15 @@ class JointLoss:
         return loss
 
     def _kl(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-        return kl_penalty(logprobs, reference, self.policy.kl_kind, mask=mask)
+        policy = self.policy
+        return kl_penalty(
+            logprobs,
+            reference,
+            policy.kl_kind,
+            input_clamp=policy.kl_input_clamp,
+            output_clamp=policy.kl_output_clamp,
+            mask=mask,
+        )
 
     def _policy_loss(
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int

@@ -30,14 +30,26 @@ def kl_penalty(
 
     - k1 = `d`: unbiased, high variance, of either sign. Its expected gradient is 0, so it belongs
       into the reward, not into the loss.
-    - k2 = `d^2 / 2`: biased value, but on policy its gradient is the gradient of the KL divergence.
-    - k3 = `exp(-d) - 1 + d`: unbiased and never negative (GRPO, arXiv 2402.03300, eq. 4).
+    - k2 = `d^2 / 2`: biased value, but on policy its gradient is the gradient of the KL divergence:
+      E[d grad log p] = grad KL(policy || reference).
+    - k3 = `exp(-d) - 1 + d`: unbiased and never negative (GRPO, arXiv 2402.03300, eq. 4). On policy
+      its gradient is that of the other divergence: E[(1 - reference / p) grad log p] =
+      -sum reference grad log p = grad KL(reference || policy), since E[grad log p] = 0.
+
+    Both hold for tokens of the policy itself. Tokens of an older policy, as in all mini-batches of
+    a step but the first, are not weighted by importance: value and gradient are off from there on.
+
+    The slope of k3 is 1 - exp(-d): -1e26 at d = -60, and below -88 the estimate overflows. A clamp
+    bounds it by cutting the gradient to 0 where it acts, so that a token that is far from the
+    reference is no longer drawn back. With the default clamps of `PolicySettings` (20 and 10, as
+    in NeMo-RL) the slope of k3 lies between -12.7 and 1, that of k2 between -4.5 and 4.5.
 
     Args:
         logprobs: [b, s] log-probs of the policy; the gradient flows into these.
         ref_logprobs: [b, s] log-probs of the reference policy; taken as constants.
         input_clamp: clamps `d` to [-input_clamp, input_clamp].
-        output_clamp: clamps the result to [-output_clamp, output_clamp].
+        output_clamp: clamps the result to [-output_clamp, output_clamp]. It needs an input_clamp of
+            at most 80: the gradient of an infinite k3 is NaN even where it is clamped.
         mask: [b, s]; where it is 0 the result and its gradient are 0 whatever the inputs hold.
             Without it, k3 of an infinite `d` has a NaN gradient even if masked out later.
 

@@ -16,6 +16,8 @@ class PolicySettings:
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0
     kl_kind: str = "k3"
+    kl_input_clamp: float | None = 20.0
+    kl_output_clamp: float | None = 10.0
 
 
 @dataclass(frozen=True)

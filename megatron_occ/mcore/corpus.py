@@ -31,6 +31,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tqdm import tqdm
 
+from megatron_occ.config.words import counted
 from megatron_occ.data import Tokenizer
 from megatron_occ.data.jsonl import read_jsonl, text_field
 from megatron_occ.data.splits import mix64
@@ -148,8 +149,8 @@ class IndexedCorpus:
         count = self.tokens // sequence_length
         if count == 0:
             raise ValueError(
-                f"corpus {self._prefix} has {self.tokens} tokens, fewer than one sequence of "
-                f"{sequence_length}: add text, or lower the sequence length to at most "
+                f"corpus {self._prefix} has {counted(self.tokens, 'token')}, fewer than one "
+                f"sequence of {sequence_length}: add text, or lower the sequence length to at most "
                 f"{self.tokens}"
             )
         rows = []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +50,8 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
         device: of the parameters; "meta" counts them without allocating any.
 
     Raises:
-        ValueError: what this machine can't do, or a size that does not fit the vocabulary.
+        ValueError: what this machine can't do, a size that does not fit the vocabulary, or a model
+            that does not fit in memory.
     """
     check_machine(config, device)
     rows, ids = _vocabulary(config, vocab_size)
@@ -56,10 +60,27 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
     logger.info("layer spec: %s", layers)
     virtual = config.parallel.virtual_pipeline
     stages = [None] if virtual == 1 else list(range(virtual))
-    chunks = [_build_chunk(config, megatron, (rows, ids), stage).to(device) for stage in stages]
+    with _told_without_memory(device):
+        chunks = [_build_chunk(config, megatron, (rows, ids), stage).to(device) for stage in stages]
     if device.type != "meta":
         _draw_experts_apart(chunks, config)
     return chunks
+
+
+@contextmanager
+def _told_without_memory(device: torch.device) -> Iterator[None]:
+    """Turn torch's error about an allocation into one about the model."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, that of the CPU has no name
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        if wanted is None:
+            raise
+        raise ValueError(
+            f"the model does not fit in the memory of {device}: there is none left for another "
+            f"{wanted[1]}. --dry-run prints what each rank needs: make the model smaller, or "
+            "parallel.tensor, parallel.pipeline or parallel.expert larger"
+        ) from error
 
 
 def _vocabulary(config: Config, vocab_size: int) -> tuple[int, int]:

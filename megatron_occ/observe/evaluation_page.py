@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_occ.config.words import counted
 from megatron_occ.observe.evaluation_table import (
     AVERAGE,
     cell,
@@ -78,7 +79,7 @@ def _head(results: Mapping[str, Any]) -> str:
 
 def _table(results: Mapping[str, Any]) -> str:
     """A group of rows for each figure, a row for each checkpoint in it, a column for each set."""
-    counts = {each["name"]: f"{each['problems']:,} problems" for each in results["sets"]}
+    counts = {each["name"]: counted(each["problems"], "problem") for each in results["sets"]}
     heads = columns(results)
     titles = "".join(
         f'<td class="{_kind(head)}">{escape(head)}<small>{escape(counts.get(head, "of sets"))}'
@@ -121,7 +122,8 @@ def _set_section(
     for row in results["rows"]:
         heading = f"<h3>{escape(row['name'])}</h3>" if len(results["rows"]) > 1 else ""
         parts.append(heading + lists.get((row["name"], entry["name"]), ""))
-    source = f"{entry['problems']:,} problems of {entry['source']}. Open one to read the responses."
+    problems = counted(entry["problems"], "problem")
+    source = f"{problems} of {entry['source']}. Open one to read the responses."
     return section(entry["name"], "".join(parts), source)
 
 
@@ -198,7 +200,7 @@ def _problem(lines: list[Line]) -> str:
 
 def _response(line: Line) -> str:
     kind, sign = ("right", "✓") if line["correct"] else ("wrong", "✗")
-    facts = [f"score {line['score']:g}", f"{line['tokens']:,} tokens"]
+    facts = [f"score {line['score']:g}", counted(line["tokens"], "token")]
     if line["truncated"]:
         facts.append("cut off at the limit")
     if "read" in line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_occ.config.words import counted
 from megatron_occ.observe.text import format_number, format_percent
 
 AVERAGE = "average"
@@ -96,7 +97,7 @@ def settings_facts(results: Mapping[str, Any]) -> list[str]:
     """How responses were drawn."""
     settings = results["settings"]
     count = settings["samples"]
-    facts = ["1 response a problem" if count == 1 else f"{count} responses a problem"]
+    facts = [f"{counted(count, 'response')} a problem"]
     temperature = settings["temperature"]
     facts.append("greedy" if temperature == 0 else f"temperature {temperature:g}")
     if settings["top_p"] < 1:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+LOCK_FILE = "writer.lock"  # held by the process that writes the run
 PHASES = ("pretrain", "rl", "validation")
 _RESERVED = frozenset({"phase", "step", "time"})
 

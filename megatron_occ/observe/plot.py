@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megatron_occ.config.words import counted
 from megatron_occ.observe import plot_scale
 from megatron_occ.observe.plot_scale import Point, Scale
 from megatron_occ.observe.text import escape, format_number, format_percent, tick_formatter
@@ -204,7 +205,7 @@ def _outside_note(finite: list[Point], frame: Frame) -> str:
     count = sum(not frame.y.low <= y <= frame.y.high for _, y in finite)
     if not count:
         return ""
-    text = f"{count} point{'s' if count > 1 else ''} outside the range shown"
+    text = f"{counted(count, 'point')} outside the range shown"
     x, y = frame.x.start, frame.y.start + 31
     return f'<text class="note" x="{x:.1f}" y="{y:.1f}">{text}</text>'
 

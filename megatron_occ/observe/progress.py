@@ -14,14 +14,16 @@ from megatron_occ.observe.text import format_duration, format_number
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-PLAIN_LINES = 20  # about this many progress lines for a whole run without a terminal
+PLAIN_LINES = 20  # at most so many progress lines for a whole run without a terminal, and the last
+PATIENCE = 3.0  # seconds that pass without one: work that ends within them prints none
 
 
 class Progress:
     """A progress bar on stderr with the few numbers that matter.
 
     Without a terminal (a Slurm log, a file) it prints one plain line every 5% instead, so that the
-    log is not one long line of carriage returns. Create it with `enabled=False` on other ranks.
+    log is not one long line of carriage returns, and none in the first seconds: short work has
+    nothing to report. Create it with `enabled=False` on other ranks.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Progress:
         self._initial = initial
         self._enabled = enabled
         self._stream = stream if stream is not None else sys.stderr
-        self._every = max(1, total // PLAIN_LINES)
+        self._every = max(1, -(-total // PLAIN_LINES))
         self._start = time.monotonic()
         self._bar = self._open_bar() if enabled and self._stream.isatty() else None
 
@@ -54,7 +56,9 @@ class Progress:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(advanced)
         elif step % self._every == 0 or step >= self.total:
-            print(self._plain_line(shown), file=self._stream, flush=True)
+            elapsed = time.monotonic() - self._start
+            if elapsed >= PATIENCE:
+                print(self._plain_line(shown, elapsed), file=self._stream, flush=True)
 
     def close(self) -> None:
         """End the bar and leave the cursor on a new line."""
@@ -78,8 +82,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def _plain_line(self, shown: dict[str, str]) -> str:
-        elapsed = time.monotonic() - self._start
+    def _plain_line(self, shown: dict[str, str], elapsed: float) -> str:
         per_step = elapsed / max(1, self.done - self._initial)
         left = format_duration(per_step * max(0, self.total - self.done))
         numbers = "".join(f"  {name} {value}" for name, value in shown.items())

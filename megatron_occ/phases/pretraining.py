@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_occ.config.sizes import derive
+from megatron_occ.config.warnings import rate_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.phases.inputs import PRETRAINING_PART, Inputs
@@ -43,5 +44,8 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
             supervision=phase.supervision(),
         )
         phase.attach(trainer)
+        if trainer.step == 0:
+            for warning in rate_warnings("pretrain.optimizer", config.pretrain.optimizer):
+                run.metrics.event(0, warning)
         trainer.fit()
     return run.latest("pretrain")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_occ.config.pipeline import what_parts_drafts
 from megatron_occ.config.sizes import derive
-from megatron_occ.config.warnings import regime_warnings
+from megatron_occ.config.warnings import rl_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.observe import RolloutLog
@@ -101,7 +101,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         phase.attach(trainer)
         _say_how_it_starts(run, start, trainer.step)
         if trainer.step == 0:
-            for warning in (*inputs.warnings, *regime_warnings(config)):
+            for warning in (*inputs.warnings, *rl_warnings(config)):
                 run.metrics.event(0, warning)
         if run.resume:
             rollout_log.truncate_after(trainer.step)

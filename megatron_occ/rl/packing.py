@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from heapq import heapreplace
 
 from megatron_occ.config.sizes import round_up
+from megatron_occ.config.words import counted
 
 Bin = list[int]
 
@@ -57,9 +58,10 @@ def plan_micro_batches(
             return _deal(bins, loads, ranks)
     raise ValueError(
         f"rl.micro_batch_tokens={budget}: the {len(aligned)} sequences of an update can't be cut "
-        f"into micro-batches of at most so many tokens, a multiple of {step} of them ({ranks} "
-        f"data-parallel ranks). Make the sequences of an update a multiple of {step} (rl."
-        "prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or raise rl.micro_batch_tokens"
+        f"into micro-batches of at most so many tokens, a multiple of {step} of them "
+        f"({counted(ranks, 'data-parallel rank')}). Make the sequences of an update a multiple of "
+        f"{step} (rl.prompts_per_step, rl.samples_per_prompt, rl.mini_batches), or raise "
+        "rl.micro_batch_tokens"
     )
 
 
@@ -68,8 +70,9 @@ def _check_longest(lengths: Sequence[int], aligned: list[int], budget: int) -> N
         row = aligned.index(max(aligned))
         padded = "" if aligned[row] == lengths[row] else f", {aligned[row]} with padding"
         raise ValueError(
-            f"rl.micro_batch_tokens={budget}: a sequence has {lengths[row]} tokens{padded}. Give "
-            f"at least {aligned[row]}, or lower rl.rollout.max_response_length"
+            f"rl.micro_batch_tokens={budget}: a sequence has "
+            f"{counted(lengths[row], 'token')}{padded}. Give at least {aligned[row]}, or lower "
+            "rl.rollout.max_response_length"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.config.schema import RLConfig
+from megatron_occ.config.words import counted
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.splits import mix64
 from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
@@ -99,7 +100,8 @@ class RolloutSource:
         short = wanted - sum(useful)
         if short > 0:
             events.append(
-                f"dynamic sampling: {short} groups without spread kept after {rounds} rounds"
+                f"dynamic sampling: {counted(short, 'group')} without spread kept after "
+                f"{counted(rounds, 'round')}"
             )
         order = sorted(range(len(useful)), key=lambda group: not useful[group])
         return self._assemble(drawn, order[:wanted], len(useful) - wanted, events)

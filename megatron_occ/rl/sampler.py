@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megatron_occ.config.words import counted
 from megatron_occ.data.prompts import PromptRecord
 from megatron_occ.data.splits import mix64
 from megatron_occ.data.tokenizers import Tokenizer
@@ -164,9 +165,9 @@ class Sampler:
         prompt = self.tokenizer.encode(record.prompt)
         if not 0 < len(prompt) <= self.max_prompt_length:
             raise ValueError(
-                f"prompt {record.index} ({record.prompt!r:.60}) has {len(prompt)} tokens, allowed "
-                f"are 1 to {self.max_prompt_length}: shorten it, lower "
-                f"{self.length_key}={self.sampling.max_response_length} or raise "
+                f"prompt {record.index} ({record.prompt!r:.60}) has "
+                f"{counted(len(prompt), 'token')}, allowed are 1 to {self.max_prompt_length}: "
+                f"shorten it, lower {self.length_key}={self.sampling.max_response_length} or raise "
                 "model.max_position_embeddings"
             )
         return prompt

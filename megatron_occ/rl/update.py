@@ -285,4 +285,6 @@ def policy_settings(config: Config) -> PolicySettings:
         entropy_coefficient=loss.entropy_coefficient,
         kl_coefficient=loss.kl_coefficient,
         kl_kind=loss.kl_kind,
+        kl_input_clamp=loss.kl_input_clamp,
+        kl_output_clamp=loss.kl_output_clamp,
     )

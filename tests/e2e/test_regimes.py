@@ -74,6 +74,15 @@ def test_a_warning_is_in_the_log(run, pretrained):
     assert any("mtp.trunk.dual_clip=10" in event["message"] for event in events)
 
 
+def test_a_high_learning_rate_is_in_the_log_of_its_phase(run):
+    rates = ("pretrain.optimizer.lr=0.06", "rl.optimizer.lr=0.05", "pretrain.steps=6", "rl.steps=1")
+    folder = run("rl", "run", *QUICK, *rates, "pretrain.optimizer.warmup_steps=0")
+    told = [event["message"] for event in metrics(folder, "event")]
+    first, second = (text for text in told if "Adam moves every weight" in text)
+    assert first.startswith("pretrain.optimizer.lr=0.06: ")
+    assert second.startswith("rl.optimizer.lr=0.05: ")
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("head", ["soft_ce", "tv"])
 def test_every_algorithm_runs_with_every_draft_loss(run, pretrained, algorithm, head):

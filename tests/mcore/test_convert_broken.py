@@ -137,18 +137,21 @@ BROKEN = {
     ),
     "K too large": (
         edit(CONFIG, lambda c: c.update(num_nextn_predict_layers=2)),
-        "num_nextn_predict_layers=2, but there are tensors of 1 MTP layers",
+        "num_nextn_predict_layers=2, but there are tensors of 1 MTP layer ",
     ),
     "K too small": (
         edit(CONFIG, lambda c: c.update(num_nextn_predict_layers=0)),
-        "num_nextn_predict_layers=0, but there are tensors of 1 MTP layers",
+        "num_nextn_predict_layers=0, but there are tensors of 1 MTP layer ",
     ),
     "another quantization": (
         edit(CONFIG, lambda c: c.update(quantization_config={"quant_method": "awq"})),
         "quant_method='awq': only blocks of fp8",
     ),
     "missing shard": (lambda f: (f / FIRST).unlink(), f"names {FIRST}, which is not there"),
-    "missing index": (lambda f: (f / INDEX).unlink(), "is missing, and there are 3 safetensors"),
+    "missing index": (
+        lambda f: (f / INDEX).unlink(),
+        "is missing, and the folder has 3 safetensors files",
+    ),
     "index without a map": (edit(INDEX, lambda c: c.pop("weight_map")), "has no weight_map"),
     "index leads elsewhere": (
         edit(INDEX, lambda c: c["weight_map"].update({NORM: "../x.safetensors"})),

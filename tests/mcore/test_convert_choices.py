@@ -131,9 +131,9 @@ def test_init_makes_layers_as_megatron_initialises(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "depths", "mtp", "message"),
     [
-        ("mimo", 1, "init:1", "brings 1 MTP layers. Use keep, or expand:2"),
+        ("mimo", 1, "init:1", "brings 1 MTP layer. Use keep, or expand:2"),
         ("llama", 0, "expand:2", "no MTP layer to copy. Use init:2"),
-        ("mimo", 2, "expand:2", "there are 2 MTP layers already"),
+        ("mimo", 2, "expand:2", "it has 2 MTP layers already"),
     ],
 )
 def test_a_choice_that_does_not_fit_is_refused(tmp_path, name, depths, mtp, message):

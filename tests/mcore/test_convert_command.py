@@ -99,7 +99,7 @@ def test_a_reader_that_makes_no_difference_is_refused(tmp_path):
     convert("import", make_folder(tmp_path / "hf", "glm", 1), tmp_path / "mcore")
     message = refused("export", tmp_path / "mcore", tmp_path / "back", "--reader", "sglang")
     assert "is for MiMo's MTP layers" in message
-    assert "this is Glm4MoeForCausalLM with 1 MTP layers, and model.mtp_reads=after" in message
+    assert "this is Glm4MoeForCausalLM with 1 MTP layer, and model.mtp_reads=after" in message
 
 
 def test_another_architecture_than_that_of_the_config_to_keep(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_occ.cli import main
+from megatron_occ.config import limits
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the dry run hides CUDA from its process; here it is in use"
@@ -178,6 +179,20 @@ def test_what_cannot_be_planned_is_refused(given, message, capsys):
     with pytest.raises(SystemExit) as ended:
         dry_run([*GLM, *given], capsys)
     assert message in ended.value.code
+
+
+def test_the_largest_sizes_are_counted(capsys):
+    """By the numbers of the plan: nothing overflows, nothing of the size is allocated."""
+    width, rows = limits.WIDTH, limits.VOCABULARY
+    sizes = [f"model.hidden_size={width}", f"model.ffn_hidden_size={width}", "model.num_layers=2"]
+    sizes += ["model.num_attention_heads=4000", f"model.vocab_size={rows}", "mtp.num_layers=0"]
+    sizes += ["mtp.preset=none", f"model.max_position_embeddings={limits.TOKENS}"]
+    text = dry_run(["rl", "--config", str(ROOT / "conf/rl/tiny.yaml"), *sizes], capsys)
+    # tied; of a layer: qkv with as many groups as heads, projection, gated MLP and two norms
+    assert cells(text, "embedding") == [f"{width * rows:,}"]
+    layer = width * (3 + 1 + 3) * width + 2 * width
+    assert cells(text, "trunk") == [f"{2 * layer + width:,}"]
+    assert cells(text, "fits in 80 GiB") == ["no"]
 
 
 def test_ranks_are_given_for_a_dry_run_alone(capsys):

@@ -150,6 +150,12 @@ def test_rows_beyond_the_tokenizer_take_part_where_asked_for(layout, given, ids)
     torch.testing.assert_close(found.exp().sum(0), torch.ones(6))
 
 
+def test_a_model_that_no_memory_holds_is_named(layout):
+    config = load_config([], ["model.hidden_size=1000000", "mtp.num_layers=0"])
+    with pytest.raises(ValueError, match=r"does not fit in the memory of cpu.*--dry-run prints"):
+        build_chunks(config, 10**9, layout.device)  # beyond the address space
+
+
 def test_a_rank_without_an_id_is_refused(layout):
     config = load_config([], ["model.vocab_size=60"])
     config.parallel.tensor = 2

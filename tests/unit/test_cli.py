@@ -29,6 +29,14 @@ def narrow(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
+def test_a_name_that_no_file_has_is_told_in_a_sentence():
+    told = ended("report", "a" * 300)
+    assert told.startswith("megatron-occ: error: File name too long: aaa")
+    assert told.endswith("Shorten it") and len(told) < 160
+    with pytest.raises(OSError, match="File name too long"):
+        main(["report", "a" * 300, "--debug"])
+
+
 @pytest.mark.parametrize(("words", "code"), [((), 2), (("--help",), 0)])
 def test_every_command_has_its_line(words, code, capsys):
     assert ended(*words) == code

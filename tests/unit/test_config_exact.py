@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_occ.config import ConfigError, load_config, validate
-from megatron_occ.config.warnings import regime_warnings
+from megatron_occ.config.warnings import rl_warnings
 
 EXACT = "mtp.preset=occ_exact"
 EXACT_BY_KEYS = "mtp.trunk={signal: policy, coefficient: occ, estimator: exact, ema: 0.9}"
@@ -131,7 +131,7 @@ def test_an_audit_needs_mtp_layers_and_whole_groups():
 
 def test_an_unbounded_ratio_and_a_one_sided_one_are_warned_about():
     def warnings(*overrides):
-        return regime_warnings(load_config([], list(overrides)))
+        return rl_warnings(load_config([], list(overrides)))
 
     assert warnings("mtp.preset=occ") == []
     (unbounded,) = warnings("mtp.preset=policy", "mtp.trunk.dual_clip=null")

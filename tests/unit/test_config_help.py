@@ -24,7 +24,7 @@ def test_help_shows_every_key_once_with_its_default():
     assert len(values) > 80
     for key in values:
         assert text.count(f"\n  {key}=") == 1
-    assert "  rl.loss.clip_high=0.28 " in text and "[a number > 0]" in text
+    assert "  rl.loss.clip_high=0.28 " in text and "[a number > 0 and <= 1,000,000]" in text
     assert "[one of none, ce, policy]" in " ".join(text.split())
     assert max(len(line) for line in text.splitlines()) <= 100
 

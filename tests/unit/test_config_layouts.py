@@ -44,12 +44,12 @@ def _split(text: str) -> list[str]:
 LAYOUTS = [
     # sizes and ranks
     ("parallel.pipeline=2", 3, "parallel.pipeline=2: does not divide the 3 ranks", "multiple of 2"),
-    ("parallel.context=2", 1, "parallel.context=2: does not divide the 1 ranks", "multiple of 2"),
+    ("parallel.context=2", 1, "parallel.context=2: does not divide the 1 rank of", "multiple of 2"),
     (
         "parallel.tensor=2 parallel.pipeline=2 parallel.context=2",
         12,
         "parallel.tensor=2, parallel.pipeline=2, parallel.context=2: does not divide the 12 ranks",
-        "(8 ranks share a sequence). Give sizes whose product divides 12",
+        "(a sequence is shared by 8 ranks). Give sizes whose product divides 12",
     ),
     ("parallel.sequence=true", 1, "parallel.sequence=true: parallel.tensor=1", "=false"),
     (
@@ -92,13 +92,13 @@ LAYOUTS = [
     (
         f"{VPP} rl.micro_batch_size=16",
         2,
-        "rl.micro_batch_size=16: makes 1 micro-batches a rank",
+        "rl.micro_batch_size=16: makes 1 micro-batch a rank",
         "multiple of parallel.pipeline=2. Give another rl.micro_batch_size, or",
     ),
     (
         f"{VPP} pretrain.micro_batch_size=32",
         2,
-        "pretrain.micro_batch_size=32: makes 1 micro-batches a rank",
+        "pretrain.micro_batch_size=32: makes 1 micro-batch a rank",
         "parallel.virtual_pipeline=1",
     ),
     # experts
@@ -114,15 +114,15 @@ LAYOUTS = [
     (
         f"{MOE} parallel.expert=4 parallel.expert_tensor=2",
         4,
-        "parallel.expert=4: times the 2 ranks that share one expert is 8, which does not divide "
+        "parallel.expert=4: times the ranks of one expert, 2, is 8, which does not divide "
         "the 4 ranks of a pipeline stage",
         "Change parallel.expert or parallel.expert_tensor",
     ),
     (
         f"{MOE} parallel.expert=2 parallel.pipeline=2",
         2,
-        "parallel.expert=2: times the 1 ranks that share one expert is 2",
-        "the 1 ranks of a pipeline stage",
+        "parallel.expert=2: times the ranks of one expert, 1, is 2",
+        "the 1 rank of a pipeline stage",
     ),
     (
         f"{MOE} parallel.expert_tensor=2",

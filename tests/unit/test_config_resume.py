@@ -80,5 +80,5 @@ def test_micro_batches_stay_where_lambda_is_taken_from_each():
 def test_a_run_does_not_end_before_where_it_is():
     saved, now = load_config([], ["rl.steps=400"]), load_config([], ["rl.steps=40"])
     assert check_resumed(saved, now, done={"pretrain": 50, "rl": 40}) == ["rl.steps was 400, is 40"]
-    with pytest.raises(ConfigError, match=r"rl\.steps was 400, is 40 \(42 steps are done\)"):
+    with pytest.raises(ConfigError, match=r"rl\.steps was 400, is 40 \(42 steps done\)"):
         check_resumed(saved, now, done={"pretrain": 0, "rl": 42})

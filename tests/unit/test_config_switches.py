@@ -62,6 +62,8 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.1",
     "rl.loss.kl_kind=k2",
+    "rl.loss.kl_input_clamp=5",
+    "rl.loss.kl_output_clamp=5",
     "rl.dynamic_sampling.enabled=true",
     "rl.dynamic_sampling.max_rounds=8",
     "rl.overlong.buffer=2",
@@ -87,6 +89,8 @@ SWITCHED_OFF = [
     ("rl.algorithm=grpo", "rl.dynamic_sampling.max_rounds=8", "enabled=false", "max_rounds=4"),
     ("", "rl.overlong.penalty=0.5", "rl.overlong.buffer=0", "rl.overlong.buffer=1 or more"),
     ("", "rl.loss.kl_kind=k2", "rl.loss.kl_coefficient=0", "rl.loss.kl_coefficient above 0"),
+    ("", "rl.loss.kl_input_clamp=5", "rl.loss.kl_coefficient=0", "rl.loss.kl_coefficient above 0"),
+    ("", "rl.loss.kl_output_clamp=5", "rl.loss.kl_coefficient=0", "rl.loss.kl_coefficient above 0"),
     ("", "data.verifier=exact", "data.task.name=reversed_addition", "data.task.name=null"),
     ("", "data.verifiers={a: 'm:f'}", "data.task.name=reversed_addition", "data.verifiers={}"),
     *(

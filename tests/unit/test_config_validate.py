@@ -162,7 +162,7 @@ def test_a_contradiction_is_the_one_problem_reported(overrides, what, remedy):
     ("overrides", "world_size", "what"),
     [
         (["parallel.tensor=2"], 3, "parallel.tensor=2: does not divide the 3 ranks"),
-        (["parallel.tensor=2"], 1, "parallel.tensor=2: does not divide the 1 ranks"),
+        (["parallel.tensor=2"], 1, "parallel.tensor=2: does not divide the 1 rank of"),
         (["parallel.tensor=3"], 3, "model.num_attention_heads=4"),
         (["parallel.tensor=4", "model.num_query_groups=2"], 4, "model.num_query_groups=2"),
         (["parallel.tensor=4", "model.ffn_hidden_size=66"], 4, "model.ffn_hidden_size=66"),

@@ -68,7 +68,7 @@ def test_all_wrong_prompts_are_counted_and_the_first_are_shown():
     prompts = [
         (f"f:{n}", PromptRecord("abc" if n % 3 else "abcde", "a", "exact", n)) for n in range(3000)
     ]
-    with pytest.raises(ValueError, match=r"^1000 prompts can't be used:\n") as refused:
+    with pytest.raises(ValueError, match=r"^1,000 prompts can't be used:\n") as refused:
         check_prompts(prompts, TOKENIZER, 4, "Shorten them")
     _, *lines, rest, remedy = str(refused.value).splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"  - f:{n}" for n in (0, 3, 6, 9, 12)]

@@ -7,7 +7,22 @@ import math
 import pytest
 import torch
 
+from megatron_occ.config import load_config
 from megatron_occ.losses import kl_penalty, masked_sum
+from megatron_occ.losses.heads import HeadOutputs, JointTargets, Normalizers
+from megatron_occ.losses.joint import JointLoss
+from megatron_occ.losses.regime import Regime
+from megatron_occ.rl.update import policy_settings
+
+DEFAULT_CLAMPS = {"input_clamp": 20.0, "output_clamp": 10.0}
+
+
+def value_and_slope(ratio: float, kind: str = "k3", **clamps: float) -> tuple[float, float]:
+    """The estimate of one token at a log-ratio to the reference, and its derivative."""
+    logprobs = torch.tensor([[ratio]], requires_grad=True)
+    estimate = kl_penalty(logprobs, torch.zeros(1, 1), kind, **clamps)
+    estimate.sum().backward()
+    return estimate.item(), logprobs.grad.item()
 
 
 def test_estimators_by_hand() -> None:
@@ -34,6 +49,8 @@ def test_expectation_and_gradient_over_a_whole_vocabulary() -> None:
     logits, logprobs = policy()
     exact = (logprobs.exp() * (logprobs - reference)).sum()
     exact.backward()
+    reversed_logits, reversed_logprobs = policy()
+    (reference.exp() * (reference - reversed_logprobs)).sum().backward()
     gradients = {}
     for kind in ("k1", "k2", "k3"):
         own, own_logprobs = policy()
@@ -44,6 +61,8 @@ def test_expectation_and_gradient_over_a_whole_vocabulary() -> None:
         gradients[kind] = own.grad
     torch.testing.assert_close(gradients["k2"], logits.grad)
     assert gradients["k1"].abs().max() < 1e-15  # why k1 belongs into the reward
+    # the gradient of the other divergence, KL(reference || policy)
+    torch.testing.assert_close(gradients["k3"], reversed_logits.grad)
     assert (gradients["k3"] - logits.grad).abs().max() > 1e-2
 
 
@@ -60,6 +79,85 @@ def test_clamps() -> None:
     assert kl_penalty(logprobs, reference, "k2", output_clamp=10.0).tolist() == [[10.0, 10.0]]
     both = kl_penalty(logprobs, reference, "k3", input_clamp=2.0, output_clamp=3.0)[0].tolist()
     assert both == pytest.approx([math.exp(-2) + 1, 3.0])
+
+
+def test_without_clamps_a_far_token_is_the_whole_gradient() -> None:
+    value, slope = value_and_slope(-60.0)
+    assert value == pytest.approx(math.exp(60) - 61, rel=1e-5)
+    assert slope == pytest.approx(1 - math.exp(60), rel=1e-5)  # -1.1e26
+    assert value_and_slope(-100.0)[0] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind", "clamps", "value", "slope"),
+    [
+        # beyond the clamp of the input, and of the output
+        (-100.0, "k3", {"input_clamp": 20.0}, math.exp(20) - 21, 0.0),
+        (-100.0, "k3", DEFAULT_CLAMPS, 10.0, 0.0),
+        (-60.0, "k3", DEFAULT_CLAMPS, 10.0, 0.0),
+        (-100.0, "k3", {"input_clamp": 80.0, "output_clamp": 10.0}, 10.0, 0.0),
+        (100.0, "k3", {"input_clamp": 20.0}, 19.0, 0.0),
+        (-100.0, "k2", DEFAULT_CLAMPS, 10.0, 0.0),
+        (-math.inf, "k3", DEFAULT_CLAMPS, 10.0, 0.0),
+        (math.inf, "k3", DEFAULT_CLAMPS, 10.0, 0.0),
+        # inside: e^2 - 3 and 1 - e^2; d - 1 + e^-d
+        (-2.0, "k3", DEFAULT_CLAMPS, math.exp(2) - 3, 1 - math.exp(2)),
+        (8.0, "k3", DEFAULT_CLAMPS, 7 + math.exp(-8), 1 - math.exp(-8)),
+        (4.0, "k2", DEFAULT_CLAMPS, 8.0, 4.0),
+        (0.0, "k3", DEFAULT_CLAMPS, 0.0, 0.0),
+        (1e-3, "k3", DEFAULT_CLAMPS, 5e-7 - 1e-9 / 6, 1e-3 - 5e-7),
+    ],
+)
+def test_clamped_value_and_slope(ratio, kind, clamps, value, slope) -> None:
+    assert value_and_slope(ratio, kind, **clamps) == pytest.approx(
+        (value, slope), rel=1e-4, abs=2e-10
+    )
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_inside_the_clamps_nothing_changes_and_outside_the_slope_is_bounded(kind) -> None:
+    ratios = torch.linspace(-120, 120, 4801)
+    plain, bounded = (ratios.clone().requires_grad_() for _ in range(2))
+    reference = torch.zeros_like(ratios)
+    free = kl_penalty(plain, reference, kind)
+    held = kl_penalty(bounded, reference, kind, **DEFAULT_CLAMPS)
+    free.sum().backward()
+    held.sum().backward()
+    inside = free < 10
+    assert 100 < inside.sum() < 300
+    assert torch.equal(free[inside], held[inside])
+    assert torch.equal(plain.grad[inside], bounded.grad[inside])
+    assert held[~inside].unique().tolist() == [10.0]
+    assert bounded.grad[~inside].unique().tolist() == [0.0]
+    lowest = {"k2": -math.sqrt(20), "k3": -12.7}[kind]
+    assert bounded.grad.min() > lowest and bounded.grad.max() < 4.5
+
+
+def test_the_training_loss_takes_the_clamps_of_the_configuration() -> None:
+    def loss_and_gradient(*overrides: str) -> tuple[float, list[float]]:
+        config = load_config([], ["rl.loss.kl_coefficient=0.5", *overrides])
+        logprobs = torch.tensor([[-100.0, -2.0]], requires_grad=True)
+        targets = JointTargets(
+            mask=torch.ones(1, 1, 2),
+            old_logprobs=logprobs.detach()[None],
+            advantages=torch.zeros(1),
+            ref_logprobs=torch.zeros(1, 2),
+        )
+        normalizers = Normalizers(torch.tensor([2.0]), torch.tensor([1.0]))
+        joint = JointLoss(policy_settings(config), Regime())
+        loss, _ = joint(HeadOutputs(logprobs), targets, normalizers)
+        loss.backward()
+        return loss.item(), logprobs.grad[0].tolist()
+
+    k3, slope = math.exp(2) - 3, 1 - math.exp(2)
+    loss, gradient = loss_and_gradient()
+    assert loss == pytest.approx(0.25 * (10 + k3))
+    assert gradient == pytest.approx([0.0, 0.25 * slope])
+    loss, gradient = loss_and_gradient("rl.loss.kl_output_clamp=null", "rl.loss.kl_input_clamp=3")
+    assert loss == pytest.approx(0.25 * (math.exp(3) - 4 + k3))
+    assert gradient == pytest.approx([0.0, 0.25 * slope])
+    loss, gradient = loss_and_gradient("rl.loss.kl_output_clamp=4")
+    assert (loss, gradient) == (2.0, [0.0, 0.0])
 
 
 def test_mask_neutralises_value_and_gradient() -> None:

@@ -43,12 +43,44 @@ def test_a_resumed_run_estimates_from_its_own_steps(clock):
     assert stream.getvalue() == "rl 95/100 (95%)  10.0 s left\n"
 
 
-def test_the_last_step_is_always_shown():
+def test_the_last_step_is_always_shown(clock):
     stream = io.StringIO()
-    bar = Progress(45, "rl", stream=stream)  # 45 is not a multiple of 45 // 20
-    for step in range(1, 46):
+    bar = Progress(44, "rl", stream=stream)  # 44 is not a multiple of 44 / 20, rounded up
+    for step in range(1, 45):
+        clock[0] += 4.0
         bar.update(step)
-    assert stream.getvalue().splitlines()[-1].startswith("rl 45/45 (100%)")
+    assert stream.getvalue().splitlines()[-1].startswith("rl 44/44 (100%)")
+
+
+@pytest.mark.parametrize("total", [19, 20, 21, 30, 39, 59, 1000])
+def test_there_are_at_most_twenty_lines_and_the_last(clock, total):
+    stream = io.StringIO()
+    bar = Progress(total, "rl", stream=stream)
+    for step in range(1, total + 1):
+        clock[0] += 4.0
+        bar.update(step)
+    lines = stream.getvalue().splitlines()
+    assert 10 < len(lines) <= 20 + (total % -(-total // 20) > 0)
+
+
+def test_work_that_ends_within_seconds_prints_no_line(clock):
+    stream = io.StringIO()
+    with Progress(30, "import", stream=stream) as bar:
+        for step in range(1, 31):
+            clock[0] += 0.09
+            bar.update(step)
+    assert stream.getvalue() == ""
+
+
+def test_lines_begin_where_work_turns_out_to_be_long(clock):
+    stream = io.StringIO()
+    bar = Progress(20, "import", stream=stream)
+    for step in range(1, 21):
+        clock[0] += 1.0
+        bar.update(step)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [
+        f"{step}/20" for step in range(3, 21)
+    ]
 
 
 def test_on_a_terminal_it_is_a_bar_with_the_numbers():

@@ -87,7 +87,7 @@ WRONG_CONFIGURATIONS = [
     # single values
     Wrong(
         "wrong type in a file",
-        ["{file}:2: rl.steps = '12': must be an integer >= 1, not a string"],
+        ["{file}:2: rl.steps = '12': must be an integer >= 1 and <= 1,000,000,000, not a string"],
         yaml="rl:\n  steps: '12'\n",
     ),
     Wrong(
@@ -151,7 +151,11 @@ WRONG_CONFIGURATIONS = [
     ),
     Wrong(
         "mini-batch not divisible",
-        ["rl.mini_batches=3", "32 sequences are not divisible by 3", "Change one of the three"],
+        [
+            "rl.mini_batches=3",
+            "32 sequences can't be cut into 3 mini-batches",
+            "Change one of the three",
+        ],
         overrides=["rl.mini_batches=3"],
     ),
     Wrong(

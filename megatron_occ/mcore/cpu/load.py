@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -73,8 +74,11 @@ def _busy_ticks(file: Path, wanted: list[int]) -> list[int]:
 
 
 def _children(proc: Path) -> list[Path]:
-    files = (proc / "self" / "task").glob("*/children")
-    return [proc / word for file in files for word in file.read_text().split()]
+    words: list[str] = []
+    for file in (proc / "self" / "task").glob("*/children"):
+        with contextlib.suppress(OSError):  # of a thread that has ended meanwhile
+            words += file.read_text().split()
+    return [proc / word for word in words]
 
 
 def _ticks_of(process: Path) -> int:
