@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_occ.config import check_resumed, load_config, save_config
 from megatron_occ.config.identity import describe
+from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
 from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.tasks import Task
@@ -26,6 +27,7 @@ from megatron_occ.mcore.checkpoint import (
 )
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
+from megatron_occ.observe.outlets import open_outlets
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
 from megatron_occ.rl.trainer import GRPOTrainer
@@ -74,7 +76,9 @@ class Run:
             except OSError as error:
                 raise ValueError(f"run_dir={self.folder}: can't be made: {error}") from error
             save_config(self.config, saved)
-        self.metrics = MetricsLogger(self.folder, is_main=is_main)
+        settings = flat_values(self.config)
+        outlets = open_outlets(self.config.log, self.folder, settings) if is_main else ()
+        self.metrics = MetricsLogger(self.folder, outlets=outlets, is_main=is_main)
         for change in changes:
             step = done["rl"] or done["pretrain"]
             self.metrics.event(step, f"resumed with {change}", kind="resumed")

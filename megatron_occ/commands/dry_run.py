@@ -12,6 +12,7 @@ from megatron_occ.config import (
     pretrains_first,
     validate,
 )
+from megatron_occ.observe.outlets import missing_packages
 
 
 def dry_run(
@@ -72,6 +73,7 @@ def _vocabulary(config: Config) -> int:
 def _unchecked(config: Config, read: int) -> str:
     """What a run may still stumble over."""
     missing = "".join(f"not found          {text}\n" for text in files_not_found(config))
+    missing += "".join(f"not installed      {text}\n" for text in missing_packages(config.log))
     return f"{missing}not checked        prompts after the first {read}, weights, servers"
 
 

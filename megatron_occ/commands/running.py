@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_occ.commands.configuration import check_run_folder
+from megatron_occ.commands.configuration import check_packages, check_run_folder
 from megatron_occ.config import Config
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def training(config: Config, *, resume: bool) -> Iterator[Run]:
         ConfigError: the run folder is another's, or there is none to resume.
     """
     check_run_folder(Path(config.run_dir), resume)
+    check_packages(config)
     with running(config, resume=resume) as run:
         try:
             yield run

@@ -27,6 +27,7 @@ _CHANGEABLE = (
     "rl.validation.",
     "rl.save_every",
     "eval.",
+    "log.",
 )
 
 

@@ -9,6 +9,7 @@ from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
+from megatron_occ.config.schema_observe import LogConfig
 
 
 @dataclass
@@ -300,4 +301,5 @@ class Config:
     mtp: MTPConfig = section(MTPConfig, "multi-token prediction in RL")
     pretrain: PretrainConfig = section(PretrainConfig, "pretraining")
     rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")
+    log: LogConfig = section(LogConfig, "where metrics go besides metrics.jsonl")
     eval: EvalConfig = section(EvalConfig, "evaluation, where it differs from RL's validation")
