@@ -27,6 +27,7 @@ from megatron_occ.mcore.checkpoint import (
 )
 from megatron_occ.mcore.startup import Layout, barrier, initialize
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
+from megatron_occ.observe.alerts import Alerts
 from megatron_occ.observe.outlets import open_outlets
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
@@ -78,7 +79,8 @@ class Run:
             save_config(self.config, saved)
         settings = flat_values(self.config)
         outlets = open_outlets(self.config.log, self.folder, settings) if is_main else ()
-        self.metrics = MetricsLogger(self.folder, outlets=outlets, is_main=is_main)
+        alerts = Alerts(self.config.alerts)
+        self.metrics = MetricsLogger(self.folder, outlets=outlets, alerts=alerts, is_main=is_main)
         for change in changes:
             step = done["rl"] or done["pretrain"]
             self.metrics.event(step, f"resumed with {change}", kind="resumed")

@@ -28,6 +28,7 @@ _CHANGEABLE = (
     "rl.save_every",
     "eval.",
     "log.",
+    "alerts.",
 )
 
 

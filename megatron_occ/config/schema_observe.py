@@ -39,3 +39,47 @@ class LogConfig:
     )
     wandb: WandbConfig = section(WandbConfig, "metrics to Weights & Biases")
     mlflow: MlflowConfig = section(MlflowConfig, "metrics to MLflow")
+
+
+@dataclass
+class AlertsConfig:
+    entropy: float | None = option(
+        0.1,
+        "entropy of the last 5 RL steps, as a share of that of the first 10, below which a "
+        "collapse is told (null: off)",
+        above=0,
+        below=1,
+    )
+    logprob_gap: float | None = option(
+        0.05,
+        "mean gap between the log-probs of rollout and training, in nats, above which it is told "
+        "(null: off)",
+        above=0,
+    )
+    acceptance: float | None = option(
+        0.7,
+        "accepted share of first drafts in the last 5 RL steps with drafts, as a share of that in "
+        "the first 10, below which it is told (null: off)",
+        above=0,
+        below=1,
+    )
+    length_burst: float | None = option(
+        2.0,
+        "mean response length of an RL step, as a multiple of that of the 20 before, above which "
+        "it is told (null: off)",
+        above=1,
+    )
+    verifier_failures: float | None = option(
+        0.1,
+        "share of responses whose verifier failed or took too long, above which it is told "
+        "(null: off)",
+        above=0,
+        below=1,
+    )
+    straggler: float | None = option(
+        0.25,
+        "share of an RL step by which the same rank is behind the median rank in a phase, three "
+        "steps in a row, above which it is told (null: off)",
+        above=0,
+        below=1,
+    )

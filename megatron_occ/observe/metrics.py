@@ -6,11 +6,12 @@ from __future__ import annotations
 import atexit
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.observe.jsonl import JsonlFile
+from megatron_occ.observe.alerts import Alerts
+from megatron_occ.observe.jsonl import JsonlFile, read_records, to_number
 from megatron_occ.observe.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -25,15 +26,20 @@ class MetricsLogger:
     """Writes the metrics of a run. On ranks other than the main one every method does nothing.
 
     One line of `metrics.jsonl` is `{"phase": ..., "step": ..., "time": <unix seconds>, **metrics}`.
-    The same lines go to `outlets`, whose faults become events.
+    The same lines go to `outlets`, whose faults become events. `alerts` reads those of RL.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, outlets: Sequence[Outlet] = (), is_main: bool = True
+        self,
+        run_dir: str | Path,
+        *,
+        outlets: Sequence[Outlet] = (),
+        alerts: Alerts | None = None,
+        is_main: bool = True,
     ) -> None:
         self._is_main = is_main
         self._file = JsonlFile(Path(run_dir) / METRICS_FILE)
-        self._outlets = list(outlets)
+        self._outlets, self._alerts = list(outlets), alerts
         self._step = 0
         if self._outlets:
             # also where the run ends by an exception
@@ -56,6 +62,9 @@ class MetricsLogger:
         self._file.append({"phase": phase, "step": int(step), "time": now, **values})
         for outlet in self._outlets:
             self._tell(outlet.put(phase, int(step), now, values))
+        if phase == "rl" and self._alerts is not None:
+            for message in self._alerts.check(values):
+                self.event(step, message, kind="alert")
 
     def event(self, step: int, message: str, *, kind: str = "warning") -> None:
         """Record something a person should see, for example a lambda that is not finite.
@@ -94,6 +103,8 @@ class MetricsLogger:
         if not self._is_main:
             return 0
         dropped = self._file.filter(_KeepUpTo(step, phase))
+        if self._alerts is not None:
+            self._alerts.replay(_rl_steps(self._file.path))
         if step is not None:
             self._write_event(step, "resumed", f"resumed from the checkpoint of step {step}")
         elif dropped:
@@ -168,3 +179,11 @@ class _KeepUpTo:
         if record.get("kind") == "resumed":
             return True
         return self._owner != self._phase or record.get("step", 0) <= self._step
+
+
+def _rl_steps(path: Path) -> Iterator[dict[str, float]]:
+    """Metrics of the RL steps in a log."""
+    for record in read_records(path):
+        if record.get("phase") == "rl":
+            values = {name: to_number(value) for name, value in record.items()}
+            yield {name: value for name, value in values.items() if value is not None}

@@ -29,6 +29,7 @@ class Collectives(Protocol):
 
     data_parallel_rank: int
     data_parallel_size: int
+    world_size: int
     device: Any
 
     @property
@@ -47,6 +48,10 @@ class Collectives(Protocol):
 
     def gather_data_parallel(self, values: Tensor) -> Tensor:
         """Values of all data-parallel ranks, equal shapes, on dimension 0 in rank order."""
+        ...
+
+    def gather_ranks(self, values: Tensor) -> Tensor:
+        """Values of all ranks, equal shapes, on dimension 0 in rank order."""
         ...
 
     def broadcast_model_parallel(self, values: Tensor) -> Tensor:

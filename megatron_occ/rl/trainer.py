@@ -18,6 +18,7 @@ from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
 from megatron_occ.rl.rollouts import RolloutSource
+from megatron_occ.rl.stragglers import times_over_ranks
 from megatron_occ.rl.update import PolicyUpdater
 
 # what the progress bar shows of what there is
@@ -145,6 +146,7 @@ class GRPOTrainer:
         tokens = metrics.pop("rollout/tokens")
         metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
         metrics.update(times)
+        metrics.update(times_over_ranks(times, self.layout))
         # since the last line: validation and saving belong to the step that comes after them
         now = time.perf_counter()
         metrics["time/step"], self._logged_at = now - self._logged_at, now

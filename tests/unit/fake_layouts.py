@@ -22,11 +22,18 @@ class FakeLayout:
     def is_main(self):
         return self.data_parallel_rank == 0
 
+    @property
+    def world_size(self):
+        return self.data_parallel_size
+
     def all_reduce_data_parallel(self, values, *, maximum=False):
         return values
 
     def gather_data_parallel(self, values):
         return values
+
+    def gather_ranks(self, values):
+        return self.gather_data_parallel(values)
 
     def broadcast_model_parallel(self, values):
         return values
