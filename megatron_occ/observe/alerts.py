@@ -29,8 +29,6 @@ CALM = 0.8
 CALM_STEPS = 10
 # as `time/<phase>` names them
 STRAGGLER_PHASES = ("rollout", "reward", "logprobs", "train")
-STRAGGLER = "straggler/"
-_RANK = "_rank"
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,8 @@ class SlowRank:
     _lost: deque[float] = field(default_factory=lambda: deque(maxlen=STRAGGLER_STEPS))
 
     def read(self, metrics: Mapping[str, float]) -> Reading | None:
-        lost = _finite(metrics, f"{STRAGGLER}{self.phase}")
-        rank = _finite(metrics, f"{STRAGGLER}{self.phase}{_RANK}")
+        lost = _finite(metrics, _behind(self.phase))
+        rank = _finite(metrics, _slowest(self.phase))
         if lost is None or rank is None:
             return None
         if rank != self._rank:
@@ -225,17 +223,25 @@ def straggler_metrics(by_rank: list[list[float]]) -> dict[str, float]:
         by_rank: seconds of `STRAGGLER_PHASES`, for each rank.
 
     Returns:
-        `straggler/<phase>`, the difference as a share of the longest step of a rank, and
-        `straggler/<phase>_rank`.
+        `time/<phase>_behind`, the difference as a share of the longest step of a rank, and
+        `time/<phase>_slowest`, the rank.
     """
     step = max(sum(seconds) for seconds in by_rank)
     found: dict[str, float] = {}
     for place, phase in enumerate(STRAGGLER_PHASES):
         times = [seconds[place] for seconds in by_rank]
         behind = max(times) - statistics.median_low(times)
-        found[f"{STRAGGLER}{phase}"] = behind / step if step > 0 else 0.0
-        found[f"{STRAGGLER}{phase}{_RANK}"] = float(times.index(max(times)))
+        found[_behind(phase)] = behind / step if step > 0 else 0.0
+        found[_slowest(phase)] = float(times.index(max(times)))
     return found
+
+
+def _behind(phase: str) -> str:
+    return f"time/{phase}_behind"
+
+
+def _slowest(phase: str) -> str:
+    return f"time/{phase}_slowest"
 
 
 def _finite(metrics: Mapping[str, float], name: str) -> float | None:

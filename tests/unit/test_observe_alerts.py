@@ -103,19 +103,19 @@ def test_all_off_tells_nothing():
 def test_the_slowest_rank_is_compared_with_the_median_one():
     # seconds of rollout, reward, logprobs, train; the longest step is 10 s
     found = straggler_metrics([[2, 1, 1, 4], [3, 0, 1, 4], [5, 0, 1, 4]])
-    assert found["straggler/rollout"] == pytest.approx(0.2)  # 5 - 3 of 10
-    assert found["straggler/rollout_rank"] == 2
-    assert found["straggler/reward"] == pytest.approx(0.1)
-    assert found["straggler/reward_rank"] == 0
-    assert found["straggler/train"] == 0
+    assert found["time/rollout_behind"] == pytest.approx(0.2)  # 5 - 3 of 10
+    assert found["time/rollout_slowest"] == 2
+    assert found["time/reward_behind"] == pytest.approx(0.1)
+    assert found["time/reward_slowest"] == 0
+    assert found["time/train_behind"] == 0
     # of two ranks the quicker one counts as median
-    assert straggler_metrics([[1, 0, 0, 1], [3, 0, 0, 1]])["straggler/rollout"] == 0.5
-    assert straggler_metrics([[0, 0, 0, 0]])["straggler/rollout"] == 0
+    assert straggler_metrics([[1, 0, 0, 1], [3, 0, 0, 1]])["time/rollout_behind"] == 0.5
+    assert straggler_metrics([[0, 0, 0, 0]])["time/rollout_behind"] == 0
 
 
 def test_a_straggler_is_the_same_rank_three_steps_in_a_row():
     def step(rank, behind):
-        return {"straggler/rollout": behind, "straggler/rollout_rank": float(rank)}
+        return {"time/rollout_behind": behind, "time/rollout_slowest": float(rank)}
 
     uneven = [step(0, 0.5), step(0, 0.5), step(1, 0.5), step(0, 0.5), step(0, 0.5)]
     assert told(alerts(straggler=0.25), uneven) == []
@@ -136,8 +136,8 @@ def test_times_are_gathered_from_all_ranks_and_not_by_a_single_one():
 
     results = run_ranks(3, work)
     assert results[0] == results[1] == results[2]
-    assert results[0]["straggler/rollout"] == pytest.approx(1 / 3)  # 3 - 2 of 3
-    assert results[0]["straggler/rollout_rank"] == 2
+    assert results[0]["time/rollout_behind"] == pytest.approx(1 / 3)  # 3 - 2 of 3
+    assert results[0]["time/rollout_slowest"] == 2
     assert times_over_ranks({"time/rollout": 1.0}, FakeLayout()) == {}
 
 
