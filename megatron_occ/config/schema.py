@@ -9,7 +9,7 @@ from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
-from megatron_occ.config.schema_observe import AlertsConfig, LogConfig
+from megatron_occ.config.schema_observe import AlertsConfig, LogConfig, ProfileConfig
 
 
 @dataclass
@@ -303,4 +303,5 @@ class Config:
     rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")
     log: LogConfig = section(LogConfig, "where metrics go besides metrics.jsonl")
     alerts: AlertsConfig = section(AlertsConfig, "limits of RL's metrics that are told")
+    profile: ProfileConfig = section(ProfileConfig, "trace of some steps")
     eval: EvalConfig = section(EvalConfig, "evaluation, where it differs from RL's validation")

@@ -83,3 +83,14 @@ class AlertsConfig:
         above=0,
         below=1,
     )
+
+
+@dataclass
+class ProfileConfig:
+    steps: list[int] = option(
+        [], "first and last step of a trace by torch's profiler, e.g. [3, 5] ([]: none)", minimum=1
+    )
+    phase: str = option("rl", "whose steps these are", choices=("pretrain", "rl"))
+    ranks: list[int] = option(
+        [0], "ranks that write a trace, to the folder profile in run_dir", minimum=0
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_occ.observe.text import format_duration, format_number
@@ -91,18 +91,21 @@ class Timers:
     """Adds up wall-clock seconds per phase: `with timers("rollout"): ...`, then `pop()`.
 
     It reads the clock of the host. Work that an accelerator still has in its queue when the block
-    ends counts for the block that waits for it.
+    ends counts for the block that waits for it. Each block runs inside `mark(name)`, which a
+    profiler sets to name it in a trace.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self.mark: Callable[[str], AbstractContextManager] = nullcontext
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the duration of the block to phase `name`, also if the block raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self.mark(name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - start
 

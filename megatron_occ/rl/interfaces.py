@@ -27,9 +27,10 @@ class Collectives(Protocol):
     The ranks of one data-parallel share (tensor, context, pipeline) hold the same sequences.
     """
 
+    rank: int
+    world_size: int
     data_parallel_rank: int
     data_parallel_size: int
-    world_size: int
     device: Any
 
     @property

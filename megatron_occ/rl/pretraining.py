@@ -16,6 +16,7 @@ from megatron_occ.observe.progress import Progress
 from megatron_occ.rl.batch import head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
+from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 
 PASS_RATE = "pass@1"
@@ -53,6 +54,7 @@ class PretrainTrainer:
         self.config, self.actor, self.corpus = config, actor, corpus
         self.validate, self.logger, self.save = validate, logger, save
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
+        self.profiler = StepProfiler(config, "pretrain", actor.layout)
         self.step, self.finished = 0, False
 
     def fit(self) -> None:
@@ -61,7 +63,8 @@ class PretrainTrainer:
         start, done = time.perf_counter(), self.step
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
             while not self.finished:
-                metrics = self.run_step()
+                with self.profiler.step(self.step + 1):
+                    metrics = self.run_step()
                 self.step += 1
                 trained = time.perf_counter()
                 metrics.update(self._measured())
@@ -76,6 +79,7 @@ class PretrainTrainer:
                     start, done = time.perf_counter(), self.step
                 if self.finished or self.step % settings.save_every == 0:
                     self.save(self.step)
+        self.profiler.close(self.step)
 
     def _measured(self) -> dict[str, float]:
         every = self.config.pretrain.validate_every

@@ -17,6 +17,7 @@ from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
+from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.rollouts import RolloutSource
 from megatron_occ.rl.stragglers import times_over_ranks
 from megatron_occ.rl.update import PolicyUpdater
@@ -60,6 +61,7 @@ class GRPOTrainer:
         self.logger, self.rollout_log = logger, rollout_log
         self.layout = updater.actor.layout
         self.timers = Timers()
+        self.profiler = StepProfiler(config, "rl", self.layout)
         self.step = 0
         self._logged_at = time.perf_counter()
 
@@ -71,7 +73,8 @@ class GRPOTrainer:
             self.run_validation()
         with Progress(rl.steps, "rl", self.step, enabled=self.layout.is_main) as progress:
             while self.step < rl.steps:
-                metrics = self.run_step()
+                with self.profiler.step(self.step + 1, self.timers):
+                    metrics = self.run_step()
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))

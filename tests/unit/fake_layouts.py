@@ -23,6 +23,10 @@ class FakeLayout:
         return self.data_parallel_rank == 0
 
     @property
+    def rank(self):
+        return self.data_parallel_rank
+
+    @property
     def world_size(self):
         return self.data_parallel_size
 

@@ -141,6 +141,10 @@ SWITCHED_OFF = [
         ("", given, "log.mlflow.uri=null", "log.mlflow.uri")
         for given in ("log.mlflow.experiment=e", "log.mlflow.name=n")
     ),
+    *(
+        ("", given, "profile.steps=[]", "profile.steps=[first, last]")
+        for given in ("profile.phase=pretrain", "profile.ranks=[1]")
+    ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",
