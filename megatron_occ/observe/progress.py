@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 PLAIN_LINES = 20  # about this many progress lines for a whole run without a terminal
+SHORT_SECONDS = 5.0  # work that is over sooner prints none
 
 
 class Progress:
     """A progress bar on stderr with the few numbers that matter.
 
     Without a terminal (a Slurm log, a file) it prints one plain line every 5% instead, so that the
-    log is not one long line of carriage returns. Create it with `enabled=False` on other ranks.
+    log is not one long line of carriage returns, and none in the first five seconds, so that short
+    work is not twenty lines. Create it with `enabled=False` on other ranks.
     """
 
     def __init__(
@@ -53,8 +55,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(advanced)
-        elif step % self._every == 0 or step >= self.total:
+        elif (step % self._every == 0 or step >= self.total) and not self._is_short:
             print(self._plain_line(shown), file=self._stream, flush=True)
+
+    @property
+    def _is_short(self) -> bool:
+        return time.monotonic() - self._start < SHORT_SECONDS
 
     def close(self) -> None:
         """End the bar and leave the cursor on a new line."""

@@ -43,10 +43,25 @@ def test_a_resumed_run_estimates_from_its_own_steps(clock):
     assert stream.getvalue() == "rl 95/100 (95%)  10.0 s left\n"
 
 
-def test_the_last_step_is_always_shown():
+def test_short_work_prints_nothing_and_long_work_begins_after_five_seconds(clock):
+    stream = io.StringIO()
+    with Progress(20, "import", stream=stream) as bar:
+        for step in range(1, 21):
+            clock[0] += 0.24
+            bar.update(step)
+    assert stream.getvalue() == ""
+    with Progress(20, "import", stream=stream) as bar:
+        for step in range(1, 21):
+            clock[0] += 0.26
+            bar.update(step)
+    assert stream.getvalue() == "import 20/20 (100%)  0 ms left\n"
+
+
+def test_the_last_step_is_always_shown(clock):
     stream = io.StringIO()
     bar = Progress(45, "rl", stream=stream)  # 45 is not a multiple of 45 // 20
     for step in range(1, 46):
+        clock[0] += 1.0
         bar.update(step)
     assert stream.getvalue().splitlines()[-1].startswith("rl 45/45 (100%)")
 
