@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from megatron_occ.cli import main
+from megatron_occ.commands import configuration
 from megatron_occ.config import ConfigError, load_config, validate
 from megatron_occ.observe import MetricsLogger
 from megatron_occ.observe.outlet import Outlet
@@ -216,6 +218,16 @@ def test_sinks_without_their_package_are_refused_with_what_to_install():
     ]
     assert missing_packages(load_config().log, lambda name: name == "tensorboard") == []
     assert "log.tensorboard=false" in missing_packages(load_config().log, lambda name: False)[0]
+
+
+def test_a_missing_package_ends_the_command_before_the_run_has_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        configuration, "missing_packages", lambda log: missing_packages(log, lambda name: False)
+    )
+    with pytest.raises(SystemExit) as caught:
+        main(["rl", f"run_dir={tmp_path / 'run'}"])
+    assert "log.tensorboard=true: the package tensorboard is not installed" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_named_like_a_package_is_no_package(tmp_path, monkeypatch):
