@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from megatron_occ.observe.jsonl import to_number
@@ -20,6 +21,9 @@ from megatron_occ.observe.sinks import Sink
 
 # a sink that can't be opened is not tried with every line: that may take a minute each
 RETRY_SECONDS = 60.0
+# how often a process without lines looks whether the run is still there
+WATCH_SECONDS = 1.0
+ALARM_MARGIN = 5
 
 
 def main() -> None:
@@ -28,21 +32,37 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     answers = _own_output()
-    description = json.loads(sys.stdin.readline())
-    module, _, name = description["sink"].partition(":")
+    texts = lines_of(sys.stdin.fileno(), os.getppid)
+    description = json.loads(next(texts))
+    feeder = Feeder(lambda: _made(description["sink"], description["options"]))
     finished = False
-    feeder = Feeder(
-        lambda: getattr(importlib.import_module(module), name)(**description["options"])
-    )
-    for text in sys.stdin:
+    for text in texts:
         line = json.loads(text)
         if "finished" in line:
             finished = line["finished"]
             break
         _answer(answers, feeder.write(line))
-    # nobody may be left who could end this process where it hangs
-    signal.alarm(max(1, round(description["patience"])))
+    # nobody may be left who could end this process where it hangs; the run itself is quicker
+    signal.alarm(round(description["patience"]) + ALARM_MARGIN)
     _answer(answers, feeder.close(finished=finished))
+
+
+def lines_of(source: int, parent: Callable[[], int]) -> Iterator[bytes]:
+    """Lines of a pipe until it ends, or until the process that writes to it is gone.
+
+    A killed run may leave processes that it had forked, and they hold the pipe open.
+    """
+    writer, rest = parent(), b""
+    while True:
+        if not select.select([source], [], [], WATCH_SECONDS)[0]:
+            if parent() != writer:
+                return
+            continue
+        read = os.read(source, 65536)
+        if not read:
+            return
+        *lines, rest = (rest + read).split(b"\n")
+        yield from lines
 
 
 def _made(sink: str, options: dict[str, Any]) -> Sink:

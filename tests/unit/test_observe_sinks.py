@@ -12,7 +12,7 @@ import pytest
 from megatron_occ.cli import main
 from megatron_occ.commands import configuration
 from megatron_occ.config import ConfigError, load_config, validate
-from megatron_occ.observe import MetricsLogger
+from megatron_occ.observe import MetricsLogger, sink_process
 from megatron_occ.observe.outlet import Outlet
 from megatron_occ.observe.outlets import is_installed, missing_packages, open_outlets
 from megatron_occ.observe.sink_process import RETRY_SECONDS, Feeder
@@ -48,6 +48,12 @@ def log_steps(logger, steps):
 def ended(outlet):
     outlet.begin_end(finished=True)
     return outlet.close()
+
+
+def wait_for_answers(outlet):
+    while outlet._unanswered:
+        outlet._pull()
+        time.sleep(0.01)
 
 
 def is_gone(pid):
@@ -128,9 +134,7 @@ def test_a_sink_that_is_slow_at_times_is_not_told(tmp_path):
     slow = outlet(tmp_path, "Recording", clock=lambda: now[0])
     logger = MetricsLogger(tmp_path, outlets=[slow])
     log_steps(logger, [1])
-    while slow._unanswered:
-        slow._pull()
-        time.sleep(0.01)
+    wait_for_answers(slow)
     # an hour between two steps is not the sink's
     now[0] = 3600.0
     log_steps(logger, [2])
@@ -151,11 +155,12 @@ def test_lines_beyond_the_room_are_dropped_and_counted(tmp_path):
 
 
 def test_a_sink_that_hangs_at_its_end_is_stopped(tmp_path):
-    hanging = outlet(tmp_path, "BlocksAtTheEnd", patience=1.0)
+    hanging = outlet(tmp_path, "BlocksAtTheEnd", patience=0.5)
     hanging.put("rl", 1, 0.0, {"x": 1.0})
+    wait_for_answers(hanging)
     pid = hanging._process.pid
     told = ended(hanging)
-    assert "was not done 1 s after the run's end, and was stopped" in told
+    assert "was not done 0.5 s after the run's end, and was stopped" in told
     assert "lost" not in told
     assert is_gone(pid)
 
@@ -191,6 +196,17 @@ def test_a_killed_run_leaves_no_process(tmp_path):
     process.stdin.close()
     assert process.wait(20) == 0
     assert calls(tmp_path)[-1] == ["close", False]
+
+
+def test_lines_end_with_the_run_also_where_its_forks_hold_the_pipe_open(monkeypatch):
+    monkeypatch.setattr(sink_process, "WATCH_SECONDS", 0.01)
+    source, target = os.pipe()
+    parents = iter([7, 7, 7, 1])
+    os.write(target, b'{"a": 1}\n{"b": 2}\n{"half')
+    assert list(sink_process.lines_of(source, lambda: next(parents))) == [b'{"a": 1}', b'{"b": 2}']
+    assert next(parents, None) is None
+    for end in (source, target):
+        os.close(end)
 
 
 def test_a_sink_that_did_not_open_is_tried_again_after_a_minute(tmp_path):
