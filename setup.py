@@ -27,6 +27,8 @@ setup(
     extras_require={
         # the version whose verifiers were read: megatron_occ/data/tasks/reasoning_gym.py
         "reasoning": ["reasoning-gym==0.1.25"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow>=2.10"],
         "gpu": ["transformer-engine[pytorch]"],
         "dev": ["pytest", "ruff", "pre-commit"],
     },

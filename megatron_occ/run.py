@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_occ.config import check_resumed, load_config, save_config
 from megatron_occ.config.identity import describe
+from megatron_occ.config.load import flat_values
 from megatron_occ.config.schema import Config
 from megatron_occ.data.from_config import read_task, read_tokenizer
 from megatron_occ.data.tasks import Task
@@ -25,8 +26,10 @@ from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.cpu.threads import Threads, choose_threads
 from megatron_occ.mcore.startup import Layout, barrier, initialize, places_of_ranks
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
+from megatron_occ.observe.alerts import Alerts
 from megatron_occ.observe.jsonl import read_records, to_number
 from megatron_occ.observe.metrics import METRICS_FILE
+from megatron_occ.observe.outlets import open_outlets
 from megatron_occ.rl.non_finite import NonFiniteError, SkippedUpdates
 from megatron_occ.rl.pretraining import PASS_RATE, PretrainTrainer
 from megatron_occ.rl.rewards import register_verifiers
@@ -86,7 +89,10 @@ class Run:
             except OSError as error:
                 raise ValueError(f"run_dir={self.folder}: can't be made: {error}") from error
             save_config(self.config, saved)
-        self.metrics = MetricsLogger(self.folder, is_main=is_main)
+        settings = flat_values(self.config)
+        outlets = open_outlets(self.config.log, self.folder, settings) if is_main else ()
+        alerts = Alerts(self.config.alerts)
+        self.metrics = MetricsLogger(self.folder, outlets=outlets, alerts=alerts, is_main=is_main)
         for change in changes:
             step = done["rl"] or done["pretrain"]
             self.metrics.event(step, f"resumed with {change}", kind="resumed")

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_occ.commands.dry_run import Machine, dry_run
 from megatron_occ.config import Config, ConfigError, load_config, to_yaml, validate
 from megatron_occ.observe.metrics import LOCK_FILE
+from megatron_occ.observe.outlets import missing_packages
 
 
 def add_config_options(parser: argparse.ArgumentParser, *, in_place_of: str | None = None) -> None:
@@ -133,6 +134,16 @@ def _load(files: list[Path], overrides: list[str]) -> Config:
 
     folder = folder_settings(Path(config.model.from_hf))
     return load_config(files, overrides, folder=folder)
+
+
+def check_packages(config: Config) -> None:
+    """Refuse to log to what is not installed.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    if missing := missing_packages(config.log):
+        raise ConfigError(missing)
 
 
 def check_run_folder(folder: Path, resume: bool) -> None:

@@ -15,6 +15,7 @@ from megatron_occ.config import (
     validate,
 )
 from megatron_occ.config.sizes import most_micro_batches, pipeline_bubble
+from megatron_occ.observe.outlets import missing_packages
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _vocabulary(config: Config) -> int:
 def _unchecked(config: Config, read: int) -> str:
     """What a run may still stumble over."""
     missing = "".join(f"not found          {text}\n" for text in files_not_found(config))
+    missing += "".join(f"not installed      {text}\n" for text in missing_packages(config.log))
     return f"{missing}not checked        prompts after the first {read}, weights, servers"
 
 

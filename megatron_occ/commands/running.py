@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_occ.commands.configuration import check_run_folder
+from megatron_occ.commands.configuration import check_packages, check_run_folder
 from megatron_occ.commands.run_lock import locked
 from megatron_occ.config import Config
 from megatron_occ.rl.stopping import StopRequested, StopSignal, as_parent
@@ -59,6 +59,7 @@ def training(config: Config, *, resume: bool) -> Iterator[Run]:
     folder, is_main, stop = Path(config.run_dir), os.environ.get("RANK", "0") == "0", StopSignal()
     with locked(folder), as_parent(), stop.installed(tells=is_main):
         check_run_folder(folder, resume)
+        check_packages(config)
         run = None
         try:
             with running(config, resume=resume, stop=stop) as run:

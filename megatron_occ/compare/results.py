@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megatron_occ.compare.study import Study, differences
 from megatron_occ.config import to_yaml
 from megatron_occ.observe.jsonl import json_safe
 from megatron_occ.observe.plot_scale import Point, bucket_means
-from megatron_occ.observe.run_data import RunData, load_run
+from megatron_occ.observe.run_data import RunData, load_run, seconds_per_step
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -24,8 +23,6 @@ FORMAT = 1
 CURVES = ("reward/mean", "entropy", "draft/acceptance_length", "agreement/mtp_1", "grad_norm/trunk")
 _CURVE_POINTS = 40
 _DIGITS = 6
-# what a step needs without saving and validation, which the clock counts to the step after them
-_STEP_TIMES = ("time/rollout", "time/reward", "time/logprobs", "time/train")
 # what an arm's runs differ in anyway
 _OWN = ("run_dir", "seed", "keep_checkpoints", "rl.init_from", "mtp.preset")
 
@@ -122,7 +119,7 @@ def _summary(run: RunSpec) -> dict[str, Any]:
         "finished": run.state == "finished",
         "steps": last,
         "first_rollouts": _first_rollouts(data),
-        "seconds_per_step": _round(_seconds_per_step(data)),
+        "seconds_per_step": _round(seconds_per_step(data)),
         "validation": _validation(data),
         "means": {
             name: [_round(_mean(data.points("rl", name), after)) for after in (0, 0.75 * last)]
@@ -159,14 +156,6 @@ def _curve(points: list[Point]) -> list[list[float]]:
 def _mean(points: list[Point], after: float) -> float:
     values = [y for x, y in points if x > after and math.isfinite(y)]
     return sum(values) / len(values) if values else math.nan
-
-
-def _seconds_per_step(data: RunData) -> float:
-    """Median over steps: a step during which the machine did something else says nothing."""
-    phases = [dict(data.points("rl", name)) for name in _STEP_TIMES]
-    steps = {step for phase in phases for step in phase}
-    sums = [sum(phase.get(step, 0.0) for phase in phases) for step in steps]
-    return statistics.median(sums) if sums else math.nan
 
 
 def _first_rollouts(data: RunData) -> str:

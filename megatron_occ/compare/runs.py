@@ -13,7 +13,7 @@ from megatron_occ.observe.jsonl import read_records
 from megatron_occ.observe.metrics import LOCK_FILE, METRICS_FILE
 
 # what a run may differ in from what its study says: bookkeeping, not what a step computes
-_FREE = ("run_dir", "keep_checkpoints", "rl.save_every")
+_FREE = ("run_dir", "keep_checkpoints", "rl.save_every", "log.", "alerts.", "profile.")
 # what pretraining does not read
 _NOT_OF_PRETRAINING = ("mtp.preset", "mtp.trunk.", "mtp.head.", "rl.")
 

@@ -33,6 +33,9 @@ _CHANGEABLE = (
     "rl.validation.",
     "rl.save_every",
     "eval.",
+    "log.",
+    "alerts.",
+    "profile.",
 )
 
 
@@ -78,6 +81,9 @@ def _objection(key: str, config: Config, done: Mapping[str, int]) -> str:
             return f"{counted(behind, 'step')} done"
         decays = phase.optimizer.schedule != "constant"
         return "the learning rate decays over the whole phase" if decays else ""
+    if key == "profile.steps" and config.profile.steps:
+        behind = done.get(config.profile.phase, 0)
+        return f"{behind} steps are done" if config.profile.steps[0] <= behind else ""
     if key.startswith("rl.micro_batch_") and config.mtp.trunk.estimator == "released":
         return "mtp.trunk.estimator=released takes lambda from each micro-batch"
     return "" if key.startswith(_CHANGEABLE) else "it would not be the same run"

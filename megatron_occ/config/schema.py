@@ -10,6 +10,7 @@ from megatron_occ.config.schema_data import DataConfig, TokenizerConfig
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
+from megatron_occ.config.schema_observe import AlertsConfig, LogConfig, ProfileConfig
 from megatron_occ.config.schema_pretrain import OptimizerConfig, PretrainConfig
 from megatron_occ.config.schema_run import PhaseLimitsConfig
 
@@ -305,4 +306,7 @@ class Config:
     mtp: MTPConfig = section(MTPConfig, "multi-token prediction in RL")
     pretrain: PretrainConfig = section(PretrainConfig, "pretraining")
     rl: RLConfig = section(RLConfig, "reinforcement learning with verifiable rewards")
+    log: LogConfig = section(LogConfig, "where metrics go besides metrics.jsonl")
+    alerts: AlertsConfig = section(AlertsConfig, "limits of RL's metrics that are told")
+    profile: ProfileConfig = section(ProfileConfig, "trace of some steps")
     eval: EvalConfig = section(EvalConfig, "evaluation, where it differs from RL's validation")

@@ -18,6 +18,7 @@ from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
+from megatron_occ.config.validate_profile import profile_problems
 from megatron_occ.config.validate_servers import server_problems
 from megatron_occ.config.validate_sizes import size_problems
 from megatron_occ.config.validate_switches import switch_problems
@@ -89,6 +90,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from exact_problems(config)
     if command == "audit":
         yield from audit_problems(config)
+    yield from profile_problems(config, world_size, pretrains=pretrains, trains=trains)
     yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 
 

@@ -120,6 +120,9 @@ SWITCHES = (
         "rl.rollout.engine=megatron (drafts of a server are an option of its start)",
     ),
     Switch("data.task.name", _is(None), ("data.task.params",), "data.task.name"),
+    Switch("log.wandb.mode", _is("off"), _all_but("log.wandb", "mode"), "log.wandb.mode=offline"),
+    Switch("profile.steps", _is([]), _all_but("profile", "steps"), "profile.steps=[first, last]"),
+    Switch("log.mlflow.uri", _is(None), _all_but("log.mlflow", "uri"), "log.mlflow.uri"),
     Switch(
         "data.task.name",
         _is_given,

@@ -95,6 +95,14 @@ class Layout:
         torch.distributed.all_gather(parts, values.contiguous(), group=group)
         return torch.cat(parts)
 
+    def gather_ranks(self, values: Tensor) -> Tensor:
+        """``values`` of all ranks, equal shapes, concatenated on dim 0."""
+        if self.world_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
     def broadcast_model_parallel(self, values: Tensor) -> Tensor:
         """Values of the first of the ranks that share sequences, on all of them, in place."""
         groups = (

@@ -1,14 +1,18 @@
-"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard on request, and sampled
-responses to `rollouts.jsonl`."""
+"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and others on request, and
+sampled responses to `rollouts.jsonl`."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.observe.jsonl import JsonlFile
+from megatron_occ.observe.alerts import Alerts
+from megatron_occ.observe.jsonl import JsonlFile, read_records, to_number
+from megatron_occ.observe.outlet import Outlet
 
 log = logging.getLogger(__name__)
 
@@ -23,19 +27,24 @@ class MetricsLogger:
     """Writes the metrics of a run. On ranks other than the main one every method does nothing.
 
     One line of `metrics.jsonl` is `{"phase": ..., "step": ..., "time": <unix seconds>, **metrics}`.
-    TensorBoard files go to `<run_dir>/tensorboard`, with tags `phase/name`.
-
-    Raises ImportError if `tensorboard` is asked for and not installed.
+    The same lines go to `outlets`, whose faults become events. `alerts` reads those of RL.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, tensorboard: bool = True, is_main: bool = True
+        self,
+        run_dir: str | Path,
+        *,
+        outlets: Sequence[Outlet] = (),
+        alerts: Alerts | None = None,
+        is_main: bool = True,
     ) -> None:
         self._is_main = is_main
         self._file = JsonlFile(Path(run_dir) / METRICS_FILE)
-        self._writer = (
-            _tensorboard_writer(Path(run_dir) / "tensorboard") if tensorboard and is_main else None
-        )
+        self._outlets, self._alerts = list(outlets), alerts
+        self._step = 0
+        if self._outlets:
+            # also where the run ends by an exception
+            atexit.register(self.close)
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line of metrics for `step` of `phase` ("pretrain", "rl" or "validation").
@@ -50,10 +59,13 @@ class MetricsLogger:
             raise ValueError(f"metric name {sorted(clash)} is taken by the log line: rename it")
         values = {name: float(value) for name, value in metrics.items()}
         now = time.time()
+        self._step = int(step)
         self._file.append({"phase": phase, "step": int(step), "time": now, **values})
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(_tag(phase, name), value, int(step), wall_time=now)
+        for outlet in self._outlets:
+            self._tell(outlet.put(phase, int(step), now, values))
+        if phase == "rl" and self._alerts is not None:
+            for message in self._alerts.check(values):
+                self.event(step, message, kind="alert")
 
     def event(self, step: int, message: str, *, kind: str = "warning") -> None:
         """Record something a person should see, for example a lambda that is not finite.
@@ -70,6 +82,7 @@ class MetricsLogger:
         Without this line the report calls the run stopped.
         """
         if self._is_main:
+            self._close_outlets(finished=True)
             self._write_event(step, "finished", "run finished")
             self.close()
 
@@ -91,6 +104,8 @@ class MetricsLogger:
         if not self._is_main:
             return 0
         dropped = self._file.filter(_KeepUpTo(step, phase))
+        if self._alerts is not None:
+            self._alerts.replay(_rl_steps(self._file.path))
         if step is not None:
             self._write_event(step, "resumed", f"resumed from the checkpoint of step {step}")
         elif dropped:
@@ -98,11 +113,21 @@ class MetricsLogger:
         return dropped
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and end the outlets, as those of an interrupted run."""
+        self._close_outlets(finished=False)
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+
+    def _close_outlets(self, *, finished: bool) -> None:
+        atexit.unregister(self.close)
+        outlets, self._outlets = self._outlets, []
+        for outlet in outlets:
+            outlet.begin_end(finished=finished)
+        for outlet in outlets:
+            self._tell(outlet.close())
+
+    def _tell(self, complaint: str) -> None:
+        if complaint:
+            self.event(self._step, complaint, kind="sink")
 
     def _write_event(self, step: int, kind: str, message: str) -> None:
         line = {"phase": "event", "step": int(step), "time": time.time()}
@@ -157,16 +182,9 @@ class _KeepUpTo:
         return self._owner != self._phase or record.get("step", 0) <= self._step
 
 
-def _tag(phase: str, name: str) -> str:
-    return name if name.startswith(f"{phase}/") else f"{phase}/{name}"
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from tensorboard.summary import Writer
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard logging needs the tensorboard package: pip install tensorboard, "
-            "or turn TensorBoard logging off"
-        ) from error
-    return Writer(str(folder))
+def _rl_steps(path: Path) -> Iterator[dict[str, float]]:
+    """Metrics of the RL steps in a log."""
+    for record in read_records(path):
+        if record.get("phase") == "rl":
+            values = {name: to_number(value) for name, value in record.items()}
+            yield {name: value for name, value in values.items() if value is not None}

@@ -94,7 +94,8 @@ class Timers:
     """Adds up wall-clock seconds per phase: `with timers("rollout"): ...`, then `pop()`.
 
     It reads the clock of the host. Work that an accelerator still has in its queue when the block
-    ends counts for the block that waits for it.
+    ends counts for the block that waits for it. Each block runs inside `mark(name)`, which a
+    profiler sets to name it in a trace.
 
     Args:
         around: a context for the time of each block, by its name.
@@ -105,13 +106,14 @@ class Timers:
     ) -> None:
         self._around = around
         self._seconds: dict[str, float] = defaultdict(float)
+        self.mark: Callable[[str], AbstractContextManager] = nullcontext
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the duration of the block to phase `name`, also if the block raises."""
         start = time.perf_counter()
         try:
-            with self._around(name):
+            with self._around(name), self.mark(name):
                 yield
         finally:
             self._seconds[name] += time.perf_counter() - start

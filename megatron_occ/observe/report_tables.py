@@ -59,7 +59,8 @@ def events_section(run: RunData) -> str:
     """Return the warnings and interruptions of the run, the last 200 of them."""
     events = [event for event in run.events if event.get("kind") != "finished"]
     rows = "".join(
-        f"<li><span>step {escape(event.get('step'))}</span>{escape(event.get('message', ''))}</li>"
+        f"<li{' class=alert' if event.get('kind') == 'alert' else ''}>"
+        f"<span>step {escape(event.get('step'))}</span>{escape(event.get('message', ''))}</li>"
         for event in events[-_EVENTS_SHOWN:]
     )
     hidden = len(events) - _EVENTS_SHOWN

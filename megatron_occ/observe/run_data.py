@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ _SUB_RUNS = ("pretrain", "rl")
 _TRAINING = ("pretrain", "rl")
 # values that a level is the mean of, and no more than half of all
 _LEVEL_VALUES = 10
+# what a step needs without saving and validation, which the clock counts to the step after them
+_STEP_TIMES = ("time/rollout", "time/reward", "time/logprobs", "time/train")
 
 
 @dataclass(frozen=True)
@@ -267,3 +270,14 @@ def samples_per_second(run: RunData) -> float | None:
         speed / lengths[step] for step, speed in speeds if lengths.get(step, 0) > 0 and speed > 0
     )
     return rates[len(rates) // 2] if rates else None
+
+
+def seconds_per_step(run: RunData) -> float:
+    """Median over RL steps, nan without any.
+
+    A step during which the machine did something else says nothing.
+    """
+    phases = [dict(run.points("rl", name)) for name in _STEP_TIMES]
+    steps = {step for phase in phases for step in phase}
+    sums = [sum(phase.get(step, 0.0) for phase in phases) for step in steps]
+    return statistics.median(sums) if sums else math.nan

@@ -69,6 +69,11 @@ class Failures:
         # a character may have been cut in two at the end
         return next((row.decode("utf-8", "ignore") for row in by_rank if row), "")
 
+    @property
+    def share(self) -> float:
+        """Of the responses that could not be scored, 0 where none was to be."""
+        return (self.errors + self.timeouts) / max(1, self.scored)
+
     def check(self) -> None:
         """Refuse to go on with rewards that say nothing.
 

@@ -27,6 +27,8 @@ class Collectives(Protocol):
     The ranks of one data-parallel share (tensor, context, pipeline) hold the same sequences.
     """
 
+    rank: int
+    world_size: int
     data_parallel_rank: int
     data_parallel_size: int
     device: Any
@@ -51,6 +53,10 @@ class Collectives(Protocol):
 
     def gather_data_parallel(self, values: Tensor) -> Tensor:
         """Values of all data-parallel ranks, equal shapes, on dimension 0 in rank order."""
+        ...
+
+    def gather_ranks(self, values: Tensor) -> Tensor:
+        """Values of all ranks, equal shapes, on dimension 0 in rank order."""
         ...
 
     def broadcast_model_parallel(self, values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_occ.rl.batch import RolloutBatch, head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.non_finite import Sequences
+from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 from megatron_occ.rl.supervision import Supervision
 
@@ -59,6 +60,7 @@ class PretrainTrainer:
         self.validate, self.logger, self.save = validate, logger, save
         self.supervision = supervision or Supervision()
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
+        self.profiler = StepProfiler(config, "pretrain", actor.layout)
         self.step, self.finished = 0, False
         self._saved_step = 0
 
@@ -91,7 +93,7 @@ class PretrainTrainer:
             while not self.finished:
                 for told in self.supervision.begin_step(self.step + 1):
                     self.logger.event(self.step + 1, told)
-                with self.supervision.phase("pretrain"):
+                with self.profiler.step(self.step + 1), self.supervision.phase("pretrain"):
                     metrics = self.run_step()
                 self.step += 1
                 trained = time.perf_counter()
@@ -110,6 +112,7 @@ class PretrainTrainer:
                     self._save()
                 if not self.finished:
                     self.supervision.end_if_asked(layout)
+        self.profiler.close(self.step)
 
     def _measured(self) -> dict[str, float]:
         every = self.config.pretrain.validate_every

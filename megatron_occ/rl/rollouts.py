@@ -227,6 +227,7 @@ class RolloutSource:
             "rollout/tokens": tokens,
             "verifier/errors": float(samples.failures.errors),
             "verifier/timeouts": float(samples.failures.timeouts),
+            "verifier/failed": samples.failures.share,
             **draft_metrics(samples.drafts, self.actor.layout),
         }
 

@@ -18,8 +18,10 @@ from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
 from megatron_occ.rl.non_finite import Sequences
+from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.rollouts import Rollouts, RolloutSource
 from megatron_occ.rl.stopping import StopRequested
+from megatron_occ.rl.stragglers import times_over_ranks
 from megatron_occ.rl.supervision import Supervision
 from megatron_occ.rl.update import PolicyUpdater
 
@@ -65,6 +67,7 @@ class GRPOTrainer:
         self.logger, self.rollout_log = logger, rollout_log
         self.layout = updater.actor.layout
         self.timers = Timers(self.supervision.phase)
+        self.profiler = StepProfiler(config, "rl", self.layout)
         self.step = 0
         self.validation_is_due = True
         self._saved_step = 0
@@ -96,7 +99,8 @@ class GRPOTrainer:
             while self.step < rl.steps:
                 self._end_if_asked()
                 self._warn(self.step + 1, self.supervision.begin_step(self.step + 1))
-                metrics = self.run_step()
+                with self.profiler.step(self.step + 1, self.timers):
+                    metrics = self.run_step()
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))
@@ -205,6 +209,7 @@ class GRPOTrainer:
         tokens = metrics.pop("rollout/tokens")
         metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
         metrics.update(times)
+        metrics.update(times_over_ranks(times, self.layout))
         # since the last line: validation and saving belong to the step that comes after them
         now = time.perf_counter()
         metrics["time/step"], self._logged_at = now - self._logged_at, now

@@ -25,11 +25,22 @@ class FakeLayout:
     def any_rank(self, flag):
         return flag
 
+    @property
+    def rank(self):
+        return self.data_parallel_rank
+
+    @property
+    def world_size(self):
+        return self.data_parallel_size
+
     def all_reduce_data_parallel(self, values, *, maximum=False):
         return values
 
     def gather_data_parallel(self, values):
         return values
+
+    def gather_ranks(self, values):
+        return self.gather_data_parallel(values)
 
     def broadcast_model_parallel(self, values):
         return values

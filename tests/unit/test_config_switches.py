@@ -137,6 +137,18 @@ SWITCHED_OFF = [
         ("", f"model.rotary_scaling.{key}=7", "rotary_scaling.factor=null", "rotary_scaling.factor")
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     ),
+    *(
+        ("", given, "log.wandb.mode=off", "log.wandb.mode=offline")
+        for given in ("log.wandb.project=p", "log.wandb.entity=e", "log.wandb.name=n")
+    ),
+    *(
+        ("", given, "log.mlflow.uri=null", "log.mlflow.uri")
+        for given in ("log.mlflow.experiment=e", "log.mlflow.name=n")
+    ),
+    *(
+        ("", given, "profile.steps=[]", "profile.steps=[first, last]")
+        for given in ("profile.phase=pretrain", "profile.ranks=[1]")
+    ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",

@@ -78,7 +78,7 @@ def test_commands_are_accepted(line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     given = arguments(line)
     if given[0] == "report":
-        return  # takes a run folder and nothing else
+        return  # reads run folders, which are not here
     if given[0] == "convert":
         make_parser().parse_args(given[1:])
         return

@@ -25,7 +25,7 @@ def strict_lines(path):
 
 
 def make_logger(run_dir, **options):
-    return MetricsLogger(run_dir, tensorboard=False, **options)
+    return MetricsLogger(run_dir, **options)
 
 
 def test_a_line_holds_phase_step_time_and_metrics_and_is_on_disk_at_once(tmp_path):
@@ -64,7 +64,7 @@ def test_event_is_logged_as_a_warning_and_as_a_line(tmp_path, caplog):
 
 
 def test_other_ranks_write_nothing(tmp_path, caplog):
-    logger = MetricsLogger(tmp_path, tensorboard=True, is_main=False)
+    logger = MetricsLogger(tmp_path, is_main=False)
     rollouts = RolloutLog(tmp_path, is_main=False)
     logger.log("rl", 1, {"x": 1.0})
     logger.event(1, "message")
@@ -168,23 +168,6 @@ def test_text_with_any_character_keeps_one_sample_per_line(tmp_path):
     assert json.loads(line)["response"] == text
 
 
-def test_tensorboard_tags_carry_the_phase_once(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    logger = MetricsLogger(tmp_path)
-    logger.log("rl", 4, {"entropy": 0.5})
-    logger.log("validation", 4, {"validation/pass@1": 0.25})
-    logger.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    found = {
-        value.tag: (event.step, value.tensor.float_val[0])
-        for event in EventFileLoader(str(path)).Load()
-        for value in event.summary.value
-    }
-    assert found == {"rl/entropy": (4, 0.5), "validation/pass@1": (4, 0.25)}
-
-
 def test_import_stays_light():
     code = (
         "import sys, megatron_occ.observe\n"
@@ -195,7 +178,7 @@ def test_import_stays_light():
 
 
 def test_a_deleted_file_is_begun_anew_and_a_deleted_folder_is_an_error(tmp_path, caplog):
-    logger = MetricsLogger(tmp_path / "run", tensorboard=False)
+    logger = MetricsLogger(tmp_path / "run")
     logger.log("rl", 1, {"loss": 1.0})
     (tmp_path / "run" / "metrics.jsonl").unlink()
     logger.log("rl", 2, {"loss": 2.0})

@@ -66,6 +66,7 @@ def test_batch_advantages_metrics_and_readable_samples_by_hand():
             "rollout/tokens": 80,
             "verifier/errors": 0,
             "verifier/timeouts": 0,
+            "verifier/failed": 0,
             "draft/acceptance_length": 1,
         }
     )

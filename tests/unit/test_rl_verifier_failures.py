@@ -102,6 +102,7 @@ def test_failures_in_a_steps_own_rollouts_are_logged(result, where):
     rollouts = source.generate(Timers())
     counts = {"errors": 0, "timeouts": 0} | {where: 4}
     assert {name: rollouts.metrics[f"verifier/{name}"] for name in counts} == counts
+    assert rollouts.metrics["verifier/failed"] == 0.25
     assert len(rollouts.events) == (where == "errors")
 
 
