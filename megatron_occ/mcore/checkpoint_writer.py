@@ -97,6 +97,11 @@ class CheckpointWriter:
             self.finish()
         return self._target(step)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint has been begun and not completed."""
+        return self._step is not None
+
     def poll(self) -> None:
         """Complete what is written by now.
 
