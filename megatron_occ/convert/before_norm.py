@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_occ.convert.reader import Reader
 from megatron_occ.convert.slots import Slot
-
-if TYPE_CHECKING:
-    from megatron_occ.convert.exporting import Reader
 
 
 class BeforeFinalNorm:

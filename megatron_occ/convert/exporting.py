@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from megatron_occ.convert.dtypes import dtype_name, usual_dtype
 from megatron_occ.convert.errors import FolderError
 from megatron_occ.convert.families import family_for, family_of
 from megatron_occ.convert.families.dense import MIMO
+from megatron_occ.convert.reader import Reader
 from megatron_occ.convert.shards import (
     Output,
     shard_name,
@@ -32,16 +33,6 @@ from megatron_occ.convert.table import Family, Move, expand
 from megatron_occ.observe.progress import Progress
 
 SHARD = 5 << 30
-
-
-class Reader(Protocol):
-    """Parameters to write; ``DistributedReader`` is one."""
-
-    def dtype(self, slot: Slot) -> torch.dtype: ...
-
-    def tensor(self, slot: Slot) -> Tensor: ...
-
-    def check(self, slots: Sequence[Slot]) -> None: ...
 
 
 @dataclass(frozen=True)
