@@ -21,3 +21,6 @@ class PhaseLimitsConfig:
     train: float | None = option(3600.0, "all updates of a step", above=0, maximum=limits.SECONDS)
     validation: float | None = option(14400.0, "a validation", above=0, maximum=limits.SECONDS)
     save: float | None = option(3600.0, "a checkpoint", above=0, maximum=limits.SECONDS)
+    other: float | None = option(
+        3600.0, "what is between these: ranks agree to go on", above=0, maximum=limits.SECONDS
+    )

@@ -20,6 +20,8 @@ from typing import Protocol
 
 # exit status of a rank that has waited too long, as that of timeout(1)
 HUNG = 124
+# where a rank is between phases: ranks wait for each other there too
+OTHER = "other"
 _POLL = 1.0  # seconds
 _ANSWER = 10.0  # seconds that the store gets to answer
 _SHOWN = 8  # ranks of one place that a message names
@@ -63,8 +65,9 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin_step(self, step: int) -> None:
-        """Tell which step the next phases belong to."""
+        """Tell which step the next phases belong to; what is outside of them counts from now on."""
         self._step = step
+        self._note(OTHER)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,11 +77,15 @@ class Watchdog:
         try:
             yield
         finally:
-            self._place = before
+            if before is None or before[0] == OTHER:
+                self._note(OTHER)
+            else:
+                self._place = before
 
     def close(self) -> None:
         """Watch no longer."""
         self._done.set()
+        self._place = None
 
     def _note(self, name: str) -> None:
         self._place = (name, time.monotonic())

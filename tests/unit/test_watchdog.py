@@ -82,3 +82,15 @@ def test_an_inner_phase_has_its_own_limit_and_the_outer_one_goes_on_after_it(mon
         with dog.phase("inner"):
             assert not ended.wait(0.2)
         assert ended.wait(10)
+
+
+def test_between_phases_ranks_wait_too(monkeypatch):
+    monkeypatch.setattr("megatron_occ.rl.watchdog._POLL", 0.02)
+    ended = threading.Event()
+    dog = Watchdog(None, 0, 1, {"train": None, "other": 0.2}, end=ended.set)
+    # start-up has no limit
+    assert not ended.wait(0.4)
+    dog.begin_step(1)
+    with dog.phase("train"):
+        assert not ended.wait(0.4)
+    assert ended.wait(10)
