@@ -24,7 +24,7 @@ from megatron_occ.mcore.checkpoint import load_checkpoint
 from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
 from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.cpu.threads import Threads, choose_threads
-from megatron_occ.mcore.startup import Layout, barrier, initialize, places_of_ranks
+from megatron_occ.mcore.startup import Layout, barrier, from_main_rank, initialize, places_of_ranks
 from megatron_occ.observe import MetricsLogger, print_summary, write_report
 from megatron_occ.observe.alerts import Alerts
 from megatron_occ.observe.jsonl import read_records, to_number
@@ -136,6 +136,7 @@ class Phase:
     def __init__(self, run: Run, name: str, actor: MegatronGPTActor, meta: dict[str, Any]) -> None:
         self.run, self.name, self.actor, self.meta = run, name, actor, meta
         self.trainer: PretrainTrainer | GRPOTrainer | None = None
+        self._noted = run.stop.noted()
         config = run.config
         self.writer = CheckpointWriter(
             run.checkpoints(name),
@@ -147,13 +148,26 @@ class Phase:
         )
 
     def __enter__(self) -> Phase:
+        # until the last checkpoint is written: a signal may reach this rank later than others
+        self._noted.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, (StopRequested, NonFiniteError)):
-            self.writer.finish()
+        # after another error the other ranks may never come to finish it
+        if (
+            kind is None
+            or issubclass(kind, (StopRequested, NonFiniteError))
+            or self.run.layout.world_size == 1
+        ):
+            self.finish()
         else:
             self.writer.abandon()
+        self._noted.__exit__(None, None, None)
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        with self.run.watchdog.phase("save"):
+            self.writer.finish()
 
     def attach(self, trainer: PretrainTrainer | GRPOTrainer) -> None:
         """Save this trainer's state from now on; restore it if the run resumes.
@@ -166,8 +180,7 @@ class Phase:
         self.trainer = trainer
         if not self.run.resume:
             return
-        broken = self._set_broken_aside()
-        latest = self.run.latest(self.name)
+        latest, broken = self._set_broken_aside()
         if latest is None:
             logger.info("no checkpoint of %s yet: it starts at step 0", self.name)
         else:
@@ -177,10 +190,12 @@ class Phase:
         for text in broken:
             self.run.metrics.event(trainer.step, text, kind="resumed")
 
-    def _set_broken_aside(self) -> list[str]:
-        """Rename the newest checkpoints up to the first whole one; what was wrong with each."""
+    def _set_broken_aside(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and what was wrong with newer ones, which are renamed."""
         wrong: dict[Path, str] = {}
-        found = [path for _, path in list_checkpoints(self.run.checkpoints(self.name))]
+        # one list for all ranks: a shared disk may show each of them another one
+        listed = list_checkpoints(self.run.checkpoints(self.name))
+        found = from_main_rank([path for _, path in listed])
         for path in reversed(found):
             if (text := damage(path)) is None:
                 break
@@ -195,7 +210,9 @@ class Phase:
             for path in wrong:
                 set_aside(path)
         barrier()
-        return [f"{text} and was renamed to end in .broken" for text in told]
+        whole = found[: len(found) - len(wrong)]
+        broken = [f"{text} and was renamed to end in .broken" for text in told]
+        return (whole[-1] if whole else None), broken
 
     def _scores(self) -> dict[int, float]:
         """Sampled pass@1 of validated steps."""

@@ -135,7 +135,7 @@ was_preempted() {
 
 # Complete checkpoints of a run, or of all runs of a study; one that was being written ends in .tmp.
 checkpoints() {
-    find "$1" -type d -name "step_*" -prune ! -name "*.tmp" 2>/dev/null | sort || true
+    find "$1" -type d -name "step_*" -prune ! -name "*.tmp" ! -name "*.broken" ! -name "*.old" 2>/dev/null | sort || true
 }
 
 # Check all nodes at once, a step for each, and name in BAD_NODES those that fail or do not answer. If

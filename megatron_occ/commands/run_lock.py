@@ -1,8 +1,8 @@
 """One writer a run folder: a lock that ends with the process that holds it.
 
 A POSIX record lock (``fcntl``), which NFS and Lustre carry between machines and which a killed
-process, or a machine that is gone, does not keep. Child processes do not inherit it: a worker that
-outlives its run holds nothing.
+process does not keep. That of a machine that is gone ends when the file server gives it up. Child
+processes do not inherit it: a worker that outlives its run holds nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from megatron_occ.observe.metrics import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
+# seconds that a file server keeps the lock of a machine that is gone (NFS 4: 90 by default)
+_LEASE, _AGAIN = 180.0, 5.0
 # file systems without locks, or mounted so
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -50,6 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(path: Path) -> int:
+    deadline, waits = time.monotonic() + _LEASE, False
     while True:
         descriptor = _open(path)
         try:
@@ -65,6 +68,12 @@ def _take(path: Path) -> int:
                 return descriptor
             holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
             os.close(descriptor)
+            if _may_be_gone(holder) and time.monotonic() < deadline:
+                if not waits:
+                    logger.warning("run_dir=%s: %s holds it: waiting", path.parent, holder)
+                waits = True
+                time.sleep(_AGAIN)
+                continue
             raise ConfigError(
                 f"run_dir={path.parent}: {holder or 'another process'} is writing to it: wait for "
                 "it, stop it, or name another folder with run_dir=..."
@@ -76,6 +85,11 @@ def _take(path: Path) -> int:
             return descriptor
         # its last holder took the file away between our opening and locking it
         os.close(descriptor)
+
+
+def _may_be_gone(holder: str) -> bool:
+    """Whether the holder was another machine, whose lock a server keeps for a while."""
+    return " on " in holder and f" on {socket.gethostname()} " not in holder
 
 
 def _open(path: Path) -> int:

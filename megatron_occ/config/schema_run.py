@@ -14,7 +14,12 @@ class PhaseLimitsConfig:
         3600.0, "an update of pretraining", above=0, maximum=limits.SECONDS
     )
     rollout: float | None = option(14400.0, "responses of a round", above=0, maximum=limits.SECONDS)
-    reward: float | None = option(7200.0, "scores of a round", above=0, maximum=limits.SECONDS)
+    reward: float | None = option(
+        21600.0,
+        "scores of a round, and waiting for the responses of other ranks",
+        above=0,
+        maximum=limits.SECONDS,
+    )
     logprobs: float | None = option(
         3600.0, "old log-probs of a step", above=0, maximum=limits.SECONDS
     )

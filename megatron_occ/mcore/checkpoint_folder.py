@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -69,8 +70,44 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def remove_old(folder: Path, keep: Keep, scores: Mapping[int, float]) -> None:
     """Remove the checkpoints that do not stay, on one rank."""
     found = dict(list_checkpoints(folder))
-    for step in found.keys() - keep.kept(list(found), scores):
-        shutil.rmtree(found[step])
+    for step in sorted(found.keys() - keep.kept(list(found), scores)):
+        discard(found[step])
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, if there is one, so that half of it never has its name; on one rank.
+
+    What can't be removed, as another process reads it over NFS, stays under another name.
+    """
+    if not path.exists():
+        return
+    aside = path.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give a whole checkpoint its name, in place of what has it now; on one rank."""
+    for file in new.iterdir():
+        _flush(file)
+    _flush(new)
+    aside = target.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    new.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, before an older checkpoint is removed for this one."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def set_aside(path: Path) -> Path:
@@ -110,12 +147,17 @@ def damage(path: Path) -> str | None:
 
 
 def _damage_of_share(path: Path, rank: int, world: int) -> str | None:
+    # whatever is wrong: the other ranks wait for this one's word
     try:
-        json.loads((path / CHECKPOINT_FILE).read_text())
-        sums = path / CHECKSUMS_FILE
-        expected = json.loads(sums.read_text()) if sums.is_file() else {}
-    except (OSError, ValueError) as error:
+        return _first_damage(path, rank, world)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{error}"
+
+
+def _first_damage(path: Path, rank: int, world: int) -> str | None:
+    json.loads((path / CHECKPOINT_FILE).read_text())
+    sums = path / CHECKSUMS_FILE
+    expected = json.loads(sums.read_text()) if sums.is_file() else {}
     for name in sorted(expected)[rank::world]:
         file, (size, digest) = path / name, expected[name]
         if not file.is_file():

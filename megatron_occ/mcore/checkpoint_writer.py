@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,10 +29,21 @@ from megatron_occ.mcore.checkpoint_folder import (
     checkpoint_name,
     gather_checksums,
     remove_old,
+    replace_folder,
     write_checksums,
 )
 from megatron_occ.mcore.versions import installed_version
 from megatron_occ.rl.stopping import belong_to_parent
+
+# the one that is writing: Megatron has a single queue for what its writers report, and a second
+# save would take the first one's reports for its own
+_busy: list[CheckpointWriter] = []
+
+
+def finish_writing() -> None:
+    """Wait for a checkpoint that is being written; called by all ranks before any other save."""
+    for writer in list(_busy):
+        writer.finish()
 
 
 class CheckpointWriteError(OSError):
@@ -77,12 +87,9 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteError: a rank could not write its part, of this one or the one before.
         """
-        self.finish()
+        finish_writing()
         path = self._temporary(step)
-        if self.actor.layout.is_main:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-        torch.distributed.barrier()
+        self._on_main_rank(step, lambda: _make_empty(path))
         state = sharded_state(self.actor, loading=False)
         state["trainer"] = trainer_state
         request = dist_checkpointing.save(
@@ -93,6 +100,7 @@ class CheckpointWriter:
             request = request._replace(async_fn=write)
         self._queue.schedule_async_request(request)
         self._step = step
+        _busy.append(self)
         if not self.background:
             self.finish()
         return self._target(step)
@@ -118,8 +126,10 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """Leave what is being written incomplete; a rank may do it alone."""
-        self._queue.close(abort=True)
-        self._step = None
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._leave()
 
     def _finalized(self, step: int, *, blocking: bool) -> bool:
         try:
@@ -135,30 +145,54 @@ class CheckpointWriter:
                 f"{self._target(step)} could not be written: {reason} ({free:,.0f} MB were free)"
             ) from error
 
-    def _complete(self, step: int) -> None:
+    def _leave(self) -> None:
         self._step = None
+        if self in _busy:
+            _busy.remove(self)
+
+    def _complete(self, step: int) -> None:
+        self._leave()
+        self._on_main_rank(step, lambda: self._finish_folder(step))
+
+    def _finish_folder(self, step: int) -> None:
+        path, config = self._temporary(step), self.actor.config
+        content = {
+            **self.meta,
+            "layout": describe_layout(config, self.actor.layout.world_size),
+            "step": step,
+            "free": free_settings(config),
+            "format": FORMAT,
+            "megatron_core": installed_version(),
+        }
+        (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
+        gather_checksums(path)
+        replace_folder(path, self._target(step))
+        remove_old(self.folder, self.keep, self.scores())
+
+    def _on_main_rank(self, step: int, work: Callable[[], None]) -> None:
+        """Work with the folder, while the others wait; what fails there fails on all ranks."""
+        problem = ""
         if self.actor.layout.is_main:
-            path, target, config = self._temporary(step), self._target(step), self.actor.config
-            content = {
-                **self.meta,
-                "layout": describe_layout(config, self.actor.layout.world_size),
-                "step": step,
-                "free": free_settings(config),
-                "format": FORMAT,
-                "megatron_core": installed_version(),
-            }
-            (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
-            gather_checksums(path)
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
-            remove_old(self.folder, self.keep, self.scores())
-        torch.distributed.barrier()
+            try:
+                work()
+            except OSError as error:
+                problem = str(error)
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+        if self.actor.layout.any_rank(bool(problem)):
+            raise CheckpointWriteError(
+                f"{self._target(step)} could not be written: {problem or 'see rank 0'}"
+            )
 
     def _target(self, step: int) -> Path:
         return self.folder / checkpoint_name(step)
 
     def _temporary(self, step: int) -> Path:
         return self._target(step).with_suffix(".tmp")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _own_strategy() -> dict[str, str]:

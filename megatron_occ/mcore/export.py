@@ -14,6 +14,7 @@ from megatron_occ.convert.tokenizer_files import copy_side_files, write_characte
 from megatron_occ.data.tokenizers import CharTokenizer, Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import model_state
+from megatron_occ.mcore.checkpoint_writer import finish_writing
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.rollout import EngineError
 
@@ -40,6 +41,7 @@ class HuggingFaceExport:
         Raises:
             EngineError: the folder can't be made.
         """
+        finish_writing()
         self._main.run(self._clear)
         dist_checkpointing.save(model_state(self._actor), str(self._scratch))
         torch.distributed.barrier()

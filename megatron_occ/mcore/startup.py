@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -13,6 +14,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import PATIENCE, Layout, context_group_of_hosts
 
+T = TypeVar("T")
 _stores: list[torch.distributed.Store] = []
 
 
@@ -100,6 +102,14 @@ def places_of_ranks() -> torch.distributed.Store | None:
     One that waits for a key holds up all requests of its connection.
     """
     return _stores[-1] if _stores else None
+
+
+def from_main_rank(value: T) -> T:
+    """The main rank's value on all ranks, a picklable one."""
+    box = [value]
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def barrier() -> None:

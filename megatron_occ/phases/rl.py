@@ -107,7 +107,7 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
             rollout_log.truncate_after(trainer.step)
         _say_what_is_not_drafted(run, trainer.step)
         trainer.fit()
-        phase.writer.finish()
+        phase.finish()
         if config.eval.after_rl:
             text = evaluate_policy(run, rollouts.sampler, held_out, trainer.step)
             if run.layout.is_main:

@@ -89,6 +89,8 @@ class PretrainTrainer:
     def _run(self) -> None:
         settings, layout = self.config.pretrain, self.actor.layout
         start, done = time.perf_counter(), self.step
+        if not self.finished:
+            self.supervision.end_if_asked(layout)
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
             while not self.finished:
                 for told in self.supervision.begin_step(self.step + 1):

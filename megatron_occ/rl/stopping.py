@@ -42,14 +42,14 @@ class Ranks(Protocol):
 class StopSignal:
     """SIGTERM and SIGUSR1 of this process.
 
-    While a trainer watches, the first one is noted, and the trainer asks for it between two pieces
-    of work; before and after, it raises :class:`StopRequested` where the process is. The second
-    one ends the process and its children at once.
+    Within :meth:`noted` the first one is noted, and a trainer asks for it between two pieces of
+    work; elsewhere it raises :class:`StopRequested` where the process is. The second one ends the
+    process and its children at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._is_watched = False
+        self._is_noted = False
         self._arrived = threading.Event()
 
     @contextmanager
@@ -74,6 +74,15 @@ class StopSignal:
                 signal.signal(each, handler)
 
     @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Nothing in the block is interrupted: it may be at work together with other ranks."""
+        before, self._is_noted = self._is_noted, True
+        try:
+            yield
+        finally:
+            self._is_noted = before
+
+    @contextmanager
     def watched(self, on_signal: Callable[[], None]) -> Iterator[None]:
         """A trainer at work, which asks :meth:`is_asked_of_any` itself.
 
@@ -88,14 +97,15 @@ class StopSignal:
 
         waiting = threading.Thread(target=wait, name="stop signal", daemon=True)
         waiting.start()
-        self._is_watched = True
-        try:
-            yield
-        finally:
-            self._is_watched = False
-            self._arrived.set()
-            waiting.join()
-            self._arrived.clear()
+        with self.noted():
+            if self.received is not None:
+                self._arrived.set()
+            try:
+                yield
+            finally:
+                self._arrived.set()
+                waiting.join()
+                self._arrived.clear()
 
     def is_asked_of_any(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop; called by all of them, and the same on all."""
@@ -114,7 +124,7 @@ class StopSignal:
         if tells:
             # no print: the signal may come in the midst of one
             os.write(2, _FIRST.format(name=number.name).encode())
-        if not self._is_watched:
+        if not self._is_noted:
             raise StopRequested
         self._arrived.set()
 

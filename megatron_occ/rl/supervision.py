@@ -56,6 +56,9 @@ class Supervision:
             except NonFiniteError:
                 save()
                 raise
+            finally:
+                if self.watchdog is not None:
+                    self.watchdog.leave()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time that counts for a phase and its limit."""

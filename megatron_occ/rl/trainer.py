@@ -94,6 +94,7 @@ class GRPOTrainer:
 
     def _run(self) -> None:
         rl = self.config.rl
+        self._end_if_asked()
         self._finish_step()
         with Progress(rl.steps, "rl", self.step, enabled=self.layout.is_main) as progress:
             while self.step < rl.steps:
@@ -104,9 +105,9 @@ class GRPOTrainer:
                 self.step += 1
                 self._log(metrics)
                 progress.update(self.step, _shown(metrics))
-                self.supervision.end_if_spoilt(self.step)
                 is_last = self.step == rl.steps
                 self.validation_is_due = is_last or _is_due(self.step, rl.validation.every)
+                self.supervision.end_if_spoilt(self.step)
                 self._finish_step()
 
     def _finish_step(self) -> None:

@@ -77,10 +77,14 @@ class Watchdog:
         try:
             yield
         finally:
-            if before is None or before[0] == OTHER:
+            if before is not None and before[0] == OTHER:
                 self._note(OTHER)
             else:
                 self._place = before
+
+    def leave(self) -> None:
+        """The steps are over: what follows has no limit but that of its own phases."""
+        self._place = None
 
     def close(self) -> None:
         """Watch no longer."""
