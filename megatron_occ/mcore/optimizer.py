@@ -144,8 +144,7 @@ def _on_any_rank(flag: bool) -> bool:
     """Norms are those of a rank's own group: ranks of other groups have to skip as well."""
     if torch.distributed.get_world_size() == 1:
         return flag
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    found = torch.tensor(flag, dtype=torch.int32, device=device)
+    found = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return bool(found)
 
