@@ -13,7 +13,7 @@ from megatron_occ.config.identity import describe
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import DamagedCheckpointError, load_checkpoint, load_weights
 from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
-from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
+from megatron_occ.mcore.checkpoint_writer import CheckpointWriteError, CheckpointWriter
 from tests.mcore.conftest import VOCABULARY, small_config
 
 
@@ -303,3 +303,20 @@ def test_weights_of_a_damaged_checkpoint_are_refused(actor, tmp_path):
     flip(sorted(path.glob("*.distcp"))[0])
     with pytest.raises(DamagedCheckpointError, match=f"{path}: .* is not what was written"):
         load_weights(path, actor, meta())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_all_ranks(actor, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointWriteError, match=r"step_000001 could not be written: .*Not a dir"):
+        save(tmp_path / "file" / "rl", 1, actor)
+
+
+def test_saving_a_step_again_replaces_its_checkpoint(actor, tmp_path):
+    save(tmp_path, 1, actor)
+    with torch.no_grad():
+        actor.chunks[0].decoder.final_layernorm.weight.fill_(3.0)
+    path = save(tmp_path, 1, actor)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
+    assert damage(path) is None
+    load_checkpoint(path, actor, meta())
+    assert (actor.chunks[0].decoder.final_layernorm.weight == 3.0).all()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from megatron_occ.commands import run_lock
 from megatron_occ.commands.configuration import check_run_folder
 from megatron_occ.commands.run_lock import LOCK_FILE, locked
 from megatron_occ.config import ConfigError
@@ -91,3 +93,18 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, name):
         pytest.fail("made")
     with pytest.raises(ConfigError, match="is a file: name a folder"), locked(tmp_path / "file"):
         pytest.fail("made")
+
+
+def test_the_lock_of_another_machine_is_waited_for(tmp_path, holder, monkeypatch, caplog):
+    """A file server keeps the lock of a machine that is gone for a while."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(run_lock, "_LEASE", 0.3)
+    monkeypatch.setattr(run_lock, "_AGAIN", 0.05)
+    (run / LOCK_FILE).write_text("process 7 on elsewhere since yesterday\n")
+    with pytest.raises(ConfigError, match="process 7 on elsewhere since yesterday"), locked(run):
+        pytest.fail("two writers")
+    assert caplog.text.count("process 7 on elsewhere since yesterday holds it: waiting") == 1
+    monkeypatch.setattr(run_lock, "_LEASE", 60.0)
+    threading.Timer(0.2, holder.kill).start()
+    with locked(run):
+        assert "elsewhere" not in (run / LOCK_FILE).read_text()
