@@ -307,7 +307,7 @@ def test_weights_of_a_damaged_checkpoint_are_refused(actor, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_all_ranks(actor, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointWriteError, match=r"step_000001 could not be written: .*Not a dir"):
+    with pytest.raises(CheckpointWriteError, match=r"could not be written: .*Not a directory"):
         save(tmp_path / "file" / "rl", 1, actor)
 
 
