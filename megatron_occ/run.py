@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class Phase:
     def __init__(self, run: Run, name: str, actor: MegatronGPTActor, meta: dict[str, Any]) -> None:
         self.run, self.name, self.actor, self.meta = run, name, actor, meta
         self.trainer: PretrainTrainer | GRPOTrainer | None = None
-        self._noted = run.stop.noted()
+        self._opened = ExitStack()
         config = run.config
         self.writer = CheckpointWriter(
             run.checkpoints(name),
@@ -149,20 +150,17 @@ class Phase:
 
     def __enter__(self) -> Phase:
         # until the last checkpoint is written: a signal may reach this rank later than others
-        self._noted.__enter__()
+        self._opened.enter_context(self.run.stop.noted())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # after another error the other ranks may never come to finish it
-        if (
-            kind is None
-            or issubclass(kind, (StopRequested, NonFiniteError))
-            or self.run.layout.world_size == 1
-        ):
-            self.finish()
-        else:
-            self.writer.abandon()
-        self._noted.__exit__(None, None, None)
+        all_come = kind is None or issubclass(kind, (StopRequested, NonFiniteError))
+        with self._opened:
+            if all_come or self.run.layout.world_size == 1:
+                self.finish()
+            else:
+                self.writer.abandon()
 
     def finish(self) -> None:
         """Wait for what is being written."""

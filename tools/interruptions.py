@@ -23,11 +23,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = (
@@ -42,7 +40,6 @@ OVERRIDES = (
 )
 MOMENTS = ("start", "pretrain", "rl", "checkpoint")
 _LIMIT = 300.0  # seconds of one attempt
-_CLOCKS = ("time", "per_second")
 
 
 @dataclass(frozen=True)
@@ -82,16 +79,21 @@ class Job:
         """One attempt, which goes on where the last one ended."""
         run = self.folder / name
         resume = ["--resume"] if (run / "config.yaml").is_file() else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [*self.words, f"run_dir={run}", *resume],
-                env=environment,
+                env=_environment(),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def end_alike(self, name: str, other: str) -> bool:
+        """Whether two finished runs are equal, bit for bit; prints what was compared."""
+        command = [sys.executable, str(ROOT / "tools" / "compare_runs.py")]
+        command += [str(self.folder / name), str(self.folder / other)]
+        return subprocess.run(command, env=_environment(), check=False).returncode == 0
 
     def finish(self, name: str) -> int:
         """Run to the end; returns the exit status."""
@@ -113,6 +115,11 @@ class Job:
         status = process.wait(_LIMIT)
         time.sleep(1.0)
         return Interruption(moment, target, status, last_step(run), len(session(process.pid)))
+
+
+def _environment() -> dict[str, str]:
+    # a fixed number of threads: the last bits depend on it
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
@@ -171,42 +178,6 @@ def last_step(run: Path) -> str:
     return f"{known[-1]['phase']} {known[-1]['step']}" if known else "-"
 
 
-def numbers(run: Path) -> list[dict]:
-    """The log without clocks and events."""
-    return [
-        {k: v for k, v in line.items() if not any(clock in k for clock in _CLOCKS)}
-        for line in lines(run)
-        if line["phase"] != "event"
-    ]
-
-
-def differences(run: Path, other: Path) -> Iterator[str]:
-    """What two finished runs differ in."""
-    from megatron_occ.mcore.checkpoint import read_plain
-    from megatron_occ.mcore.checkpoint_folder import list_checkpoints
-
-    if numbers(run) != numbers(other):
-        yield "metrics.jsonl"
-    if (run / "rollouts.jsonl").read_text() != (other / "rollouts.jsonl").read_text():
-        yield "rollouts.jsonl"
-    paths = [list_checkpoints(each / "checkpoints" / "rl")[-1][1] for each in (run, other)]
-    states = [dict(_flat(read_plain(path))) for path in paths]
-    if states[0].keys() != states[1].keys():
-        yield "keys of the checkpoint"
-    for key, value in states[0].items():
-        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-        if not same(value, states[1].get(key)):
-            yield f"checkpoint: {key}"
-
-
-def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}/{key}")
-    else:
-        yield prefix, value
-
-
 def compare_interrupted(job: Job, moments: Sequence[str], kind: str, seed: int) -> list[str]:
     """Interrupt in each of the moments, finish and compare; prints the table.
 
@@ -229,7 +200,7 @@ def compare_interrupted(job: Job, moments: Sequence[str], kind: str, seed: int) 
     status = job.finish("cut")
     if status != 0:
         return [*found, f"the last attempt failed with {status}: {job.folder / 'cut.log'}"]
-    return [*found, *differences(job.folder / "whole", job.folder / "cut")]
+    return [*found, *([] if job.end_alike("whole", "cut") else ["the runs differ, see above"])]
 
 
 def main() -> None:

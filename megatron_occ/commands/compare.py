@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 
 from megatron_occ.compare.live import Live
-from megatron_occ.compare.process import RunProcess, available_cores, run_environment
+from megatron_occ.compare.process import RunProcess, run_environment
 from megatron_occ.compare.queue import Tally, work_off
 from megatron_occ.compare.results import RESULTS_FILE, collect, read_results, write_results
 from megatron_occ.compare.runs import (
@@ -26,7 +25,9 @@ from megatron_occ.compare.runs import (
 )
 from megatron_occ.compare.study import Study, read_study
 from megatron_occ.config import ConfigError
+from megatron_occ.config.machine import processors
 from megatron_occ.config.words import counted
+from megatron_occ.rl.stopping import handled
 
 HELP = "train regimes x seeds from one checkpoint and compare them"
 
@@ -101,7 +102,7 @@ def _pretrain(study: Study, share: tuple[int, int]) -> None:
             "command with --start-only in place of --share once, before the shares"
         )
     steps = study.config(study.reference).pretrain.steps
-    tally = _do([start], steps, 1, available_cores(), keep=True)
+    tally = _do([start], steps, 1, len(processors()), keep=True)
     if tally.busy or not tally.all_well:
         sys.exit(_failures_text(tally))
 
@@ -114,7 +115,7 @@ def _run_share(study: Study, share: tuple[int, int], options: argparse.Namespace
     if len(unfinished) < len(mine):
         print(f"{len(mine) - len(unfinished)} of {len(mine)} runs are finished already")
     jobs = max(1, min(options.jobs, len(unfinished)))
-    threads = options.threads or max(1, available_cores() // jobs)
+    threads = options.threads or max(1, len(processors()) // jobs)
     if not options.keep_checkpoints:
         _remove_checkpoints(mine)
     steps = study.config(study.reference).rl.steps
@@ -237,13 +238,8 @@ def _remove_checkpoints(runs: Sequence[RunSpec]) -> None:
 def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM, and SIGUSR1 of Slurm's scripts near the time limit, end the runs as Ctrl-C does."""
 
-    def interrupt(_: int, __: FrameType | None) -> None:
+    def interrupt(_: signal.Signals) -> None:
         raise KeyboardInterrupt("the same command goes on")
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupt) for number in signals}
-    try:
+    with handled(interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -98,13 +97,6 @@ def run_environment(slot: int, threads: int, environment: Mapping[str, str]) -> 
     if devices:
         own["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     return own
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _lock(path: Path) -> IO[bytes]:

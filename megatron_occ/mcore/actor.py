@@ -102,6 +102,7 @@ class MegatronGPTActor:
             distributed=parallel.distributed_optimizer,
             total_updates=total_updates,
             head_clip=config.mtp.head.clip_grad,
+            any_rank=layout.any_rank,
         )
         self.gradient_space = GradientSpace(
             self.chunks,

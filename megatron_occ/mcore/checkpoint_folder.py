@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_occ.config.machine import flush
 from megatron_occ.convert.kinds import CHECKPOINT_FILE
 
 CHECKSUMS_FILE = "checksums.json"
@@ -79,35 +79,26 @@ def discard(path: Path) -> None:
 
     What can't be removed, as another process reads it over NFS, stays under another name.
     """
-    if not path.exists():
-        return
-    aside = path.with_suffix(".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(_moved_away(path), ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:
     """Give a whole checkpoint its name, in place of what has it now; on one rank."""
-    for file in new.iterdir():
-        _flush(file)
-    _flush(new)
-    aside = target.with_suffix(".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
+    # to the disk, before older checkpoints are removed for this one
+    for path in (*new.iterdir(), new):
+        flush(path)
+    old = _moved_away(target)
     new.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """To the disk, before an older checkpoint is removed for this one."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _moved_away(path: Path) -> Path:
+    away = path.with_suffix(".old")
+    shutil.rmtree(away, ignore_errors=True)
+    if path.exists():
+        path.rename(away)
+    return away
 
 
 def set_aside(path: Path) -> Path:

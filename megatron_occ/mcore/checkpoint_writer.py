@@ -167,7 +167,9 @@ class CheckpointWriter:
         (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
         gather_checksums(path)
         replace_folder(path, self._target(step))
-        remove_old(self.folder, self.keep, self.scores())
+        # scores are read from the whole log
+        scores = self.scores() if self.keep.best else {}
+        remove_old(self.folder, self.keep, scores)
 
     def _on_main_rank(self, step: int, work: Callable[[], None]) -> None:
         """Work with the folder, while the others wait; what fails there fails on all ranks."""

@@ -45,6 +45,7 @@ class JointOptimizer:
         distributed: optimizer state is split over data-parallel ranks.
         total_updates: length of the learning-rate schedule.
         head_clip: largest gradient norm of the head's parameters (0: no clip).
+        any_rank: whether any rank of the run has a flag, see ``Layout.any_rank``.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class JointOptimizer:
         distributed: bool,
         total_updates: int,
         head_clip: float,
+        any_rank: Callable[[bool], bool],
     ) -> None:
+        self._any_rank = any_rank
         self.trunk_clip, self.head_clip = config.clip_grad, head_clip
         megatron = MegatronOptimizerConfig(
             optimizer="adam",
@@ -97,7 +100,8 @@ class JointOptimizer:
             mix()
         norms = {head: self._norm(head) for head in (False, True)}
         finite = all(torch.isfinite(torch.tensor(norm)) for norm in norms.values())
-        skipped = _on_any_rank(overflow or not finite)
+        # norms are those of a rank's own group: ranks of other groups have to skip as well
+        skipped = self._any_rank(overflow or not finite)
         if not skipped:
             self._clip(False, norms[False], self.trunk_clip)
             self._clip(True, norms[True], self.head_clip)
@@ -138,15 +142,6 @@ class JointOptimizer:
         self.updates = state["updates"]
         load_state(self.megatron, state.get("optimizer", {}), self.updates)
         self.schedule.load_state_dict(state["schedule"])
-
-
-def _on_any_rank(flag: bool) -> bool:
-    """Norms are those of a rank's own group: ranks of other groups have to skip as well."""
-    if torch.distributed.get_world_size() == 1:
-        return flag
-    found = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found)
 
 
 def _parameters(optimizer: MegatronOptimizer, head: bool) -> list[Tensor]:

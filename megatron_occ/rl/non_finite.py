@@ -7,15 +7,14 @@ the weights, or the data, are spoilt.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_occ.rl.batch import RolloutBatch, consecutive
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, consecutive
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.stopping import Ranks
 
@@ -24,21 +23,6 @@ FOLDER = "non_finite"
 
 class NonFiniteError(ValueError):
     """Too many updates in a row were skipped."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """This rank's sequences of an update.
-
-    Args:
-        rows: ids, and whatever else the loss reads.
-        sizes: sequences of each micro-batch.
-        lengths: tokens of each sequence where micro-batches are packed; None: they are padded.
-    """
-
-    rows: RolloutBatch
-    sizes: Sequence[int]
-    lengths: Sequence[int] | None
 
 
 class SkippedUpdates:
@@ -64,7 +48,7 @@ class SkippedUpdates:
         self.folder = None if folder is None else folder / FOLDER
         self.in_a_row = 0
 
-    def note(self, skipped: bool, step: int, update: int, mine: Sequences) -> None:
+    def note(self, skipped: bool, step: int, update: int, mine: MiniBatch) -> None:
         """Take in an update.
 
         Args:
@@ -90,7 +74,7 @@ class SkippedUpdates:
                 f"checkpoint. What was in them: {self.folder}"
             )
 
-    def _write(self, step: int, update: int, mine: Sequences) -> None:
+    def _write(self, step: int, update: int, mine: MiniBatch) -> None:
         reasons = self._reasons(mine)
         found = any(reasons)
         is_known = self.ranks.any_rank(found)
@@ -108,7 +92,7 @@ class SkippedUpdates:
                     line |= {"not_finite": why, **self._readable(mine.rows, row)}
                     opened.write(json.dumps(line) + "\n")
 
-    def _reasons(self, mine: Sequences) -> list[list[str]]:
+    def _reasons(self, mine: MiniBatch) -> list[list[str]]:
         """For each sequence what of it is not finite, by another forward pass too."""
         rows = mine.rows
         present = self.actor.get_inference_log_probs(

@@ -14,10 +14,9 @@ from megatron_occ.losses.heads import Normalizers
 from megatron_occ.losses.pretraining import PretrainLoss
 from megatron_occ.observe.metrics import MetricsLogger
 from megatron_occ.observe.progress import Progress
-from megatron_occ.rl.batch import RolloutBatch, head_masks
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, head_masks
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
-from megatron_occ.rl.non_finite import Sequences
 from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
 from megatron_occ.rl.supervision import Supervision
@@ -159,7 +158,7 @@ class PretrainTrainer:
         step = self.actor.finish_training_step()
         if step.skipped:
             self.logger.event(self.step + 1, SKIPPED)
-        mine = Sequences(_rows(ids, token_mask), [len(part) for part in ids.split(size)], None)
+        mine = MiniBatch.padded(_rows(ids, token_mask), size)
         self.supervision.after_update(step.skipped, self.step + 1, 0, mine)
         return update_metrics(on_host(report), step)
 

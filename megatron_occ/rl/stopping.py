@@ -27,6 +27,21 @@ _FIRST = (
 )
 
 
+@contextmanager
+def handled(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Call a function at SIGTERM and SIGUSR1 for the time of the block, in the main thread."""
+
+    def call(number: int, _frame: object) -> None:
+        handle(signal.Signals(number))
+
+    before = {each: signal.signal(each, call) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 class StopRequested(Exception):  # no error: somebody asked for it
     """The run was asked to stop; what a trainer has done is in a checkpoint."""
 
@@ -63,15 +78,8 @@ class StopSignal:
             yield
             return
 
-        def handle(number: int, _frame: object) -> None:
-            self._handle(signal.Signals(number), tells)
-
-        before = {each: signal.signal(each, handle) for each in SIGNALS}
-        try:
+        with handled(lambda number: self._handle(number, tells)):
             yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
 
     @contextmanager
     def noted(self) -> Iterator[None]:

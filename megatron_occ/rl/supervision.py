@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
+from megatron_occ.rl.batch import MiniBatch
+from megatron_occ.rl.non_finite import NonFiniteError, SkippedUpdates
 from megatron_occ.rl.stopping import Ranks, StopRequested, StopSignal
 from megatron_occ.rl.watchdog import Watchdog
 
@@ -71,7 +72,7 @@ class Supervision:
         text = self._before_step()
         return [] if text is None else [text]
 
-    def after_update(self, skipped: bool, step: int, update: int, mine: Sequences) -> None:
+    def after_update(self, skipped: bool, step: int, update: int, mine: MiniBatch) -> None:
         """See ``SkippedUpdates.note``."""
         if self.skips is not None:
             self.skips.note(skipped, step, update, mine)

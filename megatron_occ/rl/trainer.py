@@ -17,7 +17,6 @@ from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.head_update import HeadUpdater
-from megatron_occ.rl.non_finite import Sequences
 from megatron_occ.rl.profiling import StepProfiler
 from megatron_occ.rl.rollouts import Rollouts, RolloutSource
 from megatron_occ.rl.stopping import StopRequested
@@ -171,8 +170,7 @@ class GRPOTrainer:
         for number, mini_batch in enumerate(mini_batches):
             share = None if head is None else head.share(number, len(mini_batches))
             update = self.updater.run_update(mini_batch, share)
-            mine = Sequences(mini_batch.rows, mini_batch.sizes, mini_batch.lengths)
-            self.supervision.after_update(update.skipped, self.step + 1, number, mine)
+            self.supervision.after_update(update.skipped, self.step + 1, number, mini_batch)
             self._warn(self.step + 1, update.events)
             updates.append(update.metrics)
             gap |= update.gap

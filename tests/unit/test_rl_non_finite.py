@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_occ.rl.non_finite import NonFiniteError, Sequences, SkippedUpdates
+from megatron_occ.rl.batch import MiniBatch
+from megatron_occ.rl.non_finite import NonFiniteError, SkippedUpdates
 from tests.unit.fake_layouts import FakeLayout, run_ranks
 from tests.unit.fakes import TOKENIZER, FakeActor
 from tests.unit.rl_setup import four_updates, mini_batches, weights
@@ -41,7 +42,7 @@ def test_a_bad_row_on_one_rank_skips_the_update_on_all_and_is_the_one_that_is_to
             mini = spoil_row(mini, 1, advantages=torch.nan)
         before = weights(actor)
         update = trainer.updater.run_update(mini)
-        skips.note(update.skipped, 7, 0, Sequences(mini.rows, mini.sizes, mini.lengths))
+        skips.note(update.skipped, 7, 0, mini)
         same = all(torch.equal(value, before[name]) for name, value in weights(actor).items())
         return update.skipped, update.metrics["update/skipped"], same, mini.rows
 
@@ -66,7 +67,7 @@ def test_what_of_a_row_is_bad_is_named(tmp_path, field, named):
     trainer, actor = four_updates("mtp.preset=policy")
     mini = spoil_row(mini_batches(trainer)[0], 2, **{field: torch.inf})
     skips = skips_of(actor, tmp_path)
-    skips.note(True, 1, 3, Sequences(mini.rows, mini.sizes, mini.lengths))
+    skips.note(True, 1, 3, mini)
     ((name, (line,)),) = read(tmp_path).items()
     assert "update_3" in name
     assert (line["row"], line["not_finite"]) == (2, [named])
@@ -77,7 +78,7 @@ def test_spoilt_weights_show_in_every_row(tmp_path):
     mini = mini_batches(trainer)[0]
     with torch.no_grad():
         actor.model.output[3] = torch.nan
-    skips_of(actor, tmp_path).note(True, 1, 0, Sequences(mini.rows, mini.sizes, mini.lengths))
+    skips_of(actor, tmp_path).note(True, 1, 0, mini)
     (lines,) = read(tmp_path).values()
     assert [line["not_finite"] for line in lines] == [["log-probs"]] * len(mini.rows)
 
@@ -85,14 +86,14 @@ def test_spoilt_weights_show_in_every_row(tmp_path):
 def test_where_nothing_can_be_seen_all_responses_are_written(tmp_path):
     trainer, actor = four_updates("mtp.preset=policy")
     mini = mini_batches(trainer)[0]
-    skips_of(actor, tmp_path).note(True, 1, 0, Sequences(mini.rows, mini.sizes, mini.lengths))
+    skips_of(actor, tmp_path).note(True, 1, 0, mini)
     (lines,) = read(tmp_path).values()
     assert [line["not_finite"] for line in lines] == [[]] * len(mini.rows)
 
 
 def test_only_skipped_updates_in_a_row_count(tmp_path):
     skips = SkippedUpdates(FakeActor(), FakeLayout(), None, 3, str)
-    rows = Sequences(None, [], None)
+    rows = MiniBatch(None, [])
     for skipped in (True, True, False, True, True):
         skips.note(skipped, 1, 0, rows)
         skips.check(1)

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_occ.config.machine import processors
+
 # fields of a line "cpuN user nice system idle iowait irq softirq steal ..." of /proc/stat
 _IDLE = slice(3, 5)
 _COUNTED = slice(0, 8)  # what follows, guest time, is part of user time
@@ -25,13 +27,6 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):  # no such file, or "max" for no quota
         pass
     return max(1, allowed)
-
-
-def processors() -> list[int]:
-    """Numbers of the processors of this process's affinity."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)

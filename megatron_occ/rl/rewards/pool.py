@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from megatron_occ.config.machine import processors
 from megatron_occ.rl.rewards.registry import RegisteredVerifier, lookup
 from megatron_occ.rl.rewards.worker import VerifierWorker, WorkerDied, WorkerTimeout
 
@@ -68,8 +69,7 @@ def cores_of_rank() -> int:
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if given.isdigit() and "SLURM_PROCID" in os.environ:
         return max(1, int(given))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(processors()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class VerifierPool:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_occ.config.machine import flush
 from megatron_occ.rollout.engine import EngineError
 
 OURS = re.compile(r"version-\d+(\.partial)?")
@@ -36,9 +37,9 @@ def publish(export: Callable[[Path], None], root: Path, version: int) -> Path:
         export(partial)
         _check(partial)
         for path in partial.iterdir():
-            _flush(path)
+            flush(path)
         os.replace(partial, final)
-        _flush(root)
+        flush(root)
     except OSError as error:
         raise EngineError(f"weights of version {version} could not be written: {error}") from error
     return final
@@ -58,12 +59,3 @@ def _check(folder: Path) -> None:
     weights = [path for path in folder.glob("*.safetensors") if path.stat().st_size]
     if not weights:
         raise EngineError(f"the export wrote no *.safetensors to {folder}")
-
-
-def _flush(path: Path) -> None:
-    """Hand the file or folder to the disk, so that other machines see all of it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
