@@ -52,7 +52,9 @@ def test_a_run_that_ends_although_it_was_asked_to_stop_is_done(job):
 
 def test_a_second_signal_is_handed_on_too_and_the_step_is_waited_for(job):
     twice = """n=0; trap 'n=$((n + 1)); echo "signal $n" >>"$CALLS"' USR1; """
-    twice += 'for i in 1 2; do kill -USR1 "$JOB_SHELL"; sleep 0.5; done; exit 7'
+    # ten seconds at most for each: a busy machine takes its time
+    arrived = 'for _ in $(seq 200); do [ "$n" -ge "$i" ] && break; sleep 0.05; done'
+    twice += f'for i in 1 2; do kill -USR1 "$JOB_SHELL"; {arrived}; done; exit 7'
     done = job(STEP=twice)
     assert done.returncode == 7
     assert job.calls[1:] == ["signal 1", "signal 2"]
