@@ -12,12 +12,16 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_occ.config.identity import free_settings
@@ -32,8 +36,12 @@ from megatron_occ.mcore.checkpoint_folder import (
     replace_folder,
     write_checksums,
 )
+from megatron_occ.mcore.cpu.forking import Region, copied, not_inherited, regions
 from megatron_occ.mcore.versions import installed_version
 from megatron_occ.rl.stopping import belong_to_parent
+
+# training comes first where processors are short
+_NICE = 10
 
 # the one that is writing: Megatron has a single queue for what its writers report, and a second
 # save would take the first one's reports for its own
@@ -91,14 +99,13 @@ class CheckpointWriter:
         path = self._temporary(step)
         self._on_main_rank(step, lambda: _make_empty(path))
         state = sharded_state(self.actor, loading=False)
+        owned = regions(_tensors(self.actor, state))
         state["trainer"] = trainer_state
         request = dist_checkpointing.save(
             state, str(path), async_sharded_save=True, **_own_strategy()
         )
-        if request.async_fn is not None:
-            write = functools.partial(_write, request.async_fn, path, os.getpid())
-            request = request._replace(async_fn=write)
-        self._queue.schedule_async_request(request)
+        with not_inherited(owned):
+            self._queue.schedule_async_request(_own_request(request, path, owned))
         self._step = step
         _busy.append(self)
         if not self.background:
@@ -197,11 +204,48 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _own_strategy() -> dict[str, str]:
-    """Newer versions save asynchronously by a package of its own unless told otherwise."""
-    name = "async_strategy"
-    known = name in inspect.signature(dist_checkpointing.save).parameters
-    return {name: "mcore"} if known else {}
+def _tensors(actor: MegatronGPTActor, state: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """All that an update writes to: weights and moments in the state, and gradients."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            yield value.data
+    for chunk in actor.chunks:
+        for parameter in chunk.parameters():
+            gradient = getattr(parameter, "main_grad", parameter.grad)
+            if gradient is not None:
+                yield gradient
+
+
+def _own_request(request: AsyncRequest, path: Path, owned: set[Region]) -> AsyncRequest:
+    """Of tensors that the writer does not inherit it gets a copy; it works as :func:`_write`."""
+    if request.async_fn is None:  # nothing to write on this rank
+        return request
+    write = functools.partial(_write, request.async_fn, path, os.getpid())
+    return request._replace(
+        async_fn=write, preload_fn=functools.partial(_copied, request.preload_fn, owned)
+    )
+
+
+def _copied(preload: Callable[[], list[tuple]], owned: set[Region]) -> list[tuple]:
+    def free(tensor: torch.Tensor) -> torch.Tensor:
+        return copied(tensor) if Region.of(tensor) in owned else tensor
+
+    return [
+        (*names, (plain, [(item, free(tensor)) for item, tensor in tensors]))
+        for *names, (plain, tensors) in preload()
+    ]
+
+
+def _own_strategy() -> dict[str, Any]:
+    """One writer a rank, by Megatron's own code.
+
+    Newer versions do so unless they are to use a package of its own; older ones have two, which
+    take a processor more from training.
+    """
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        return {"async_strategy": "mcore"}
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    return {"sharded_strategy": strategy}
 
 
 def _write(
@@ -214,6 +258,7 @@ def _write(
 ) -> None:
     """In a process of its own: Megatron's writing, then the checksums of what it wrote."""
     belong_to_parent(parent)
+    os.nice(_NICE)
     # as those that Megatron starts from here belong to this one
     os.register_at_fork(after_in_child=functools.partial(belong_to_parent, os.getpid()))
     write(rank, buckets, results)
