@@ -8,14 +8,16 @@ weights, optimizer, log and responses have to be equal, bit for bit.
         [--config conf/rl/tiny.yaml] [key=value ...]
 
 ``KILL`` hits one rank alone, as a bad node would; ``TERM`` all of them, as Slurm's preemption.
-The moments go round: in start-up, in pretraining, in RL, and while a checkpoint is written. Prints
-a line an interruption and ends with 1 if something differs.
+The moments go round: in start-up, in pretraining, and while a checkpoint is written; from the
+middle on RL takes pretraining's place. Prints a line an interruption and ends with 1 if something
+differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,16 +31,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = (
-    "pretrain.steps=40",
+    "pretrain.steps=150",
     "pretrain.save_every=5",
     "pretrain.log_every=1",
-    "rl.steps=60",
+    "rl.steps=80",
     "rl.save_every=2",
     "mtp.preset=occ",
     # `auto` follows the clock
     "rl.rollout.speculative.mode=fixed",
 )
-MOMENTS = ("start", "pretrain", "rl", "checkpoint")
+# a first half of the interruptions in pretraining, the others in RL
+MOMENTS = (("start", "pretrain", "checkpoint"), ("start", "rl", "checkpoint"))
 _LIMIT = 300.0  # seconds of one attempt
 
 
@@ -124,13 +127,13 @@ def _environment() -> dict[str, str]:
 
 def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
     """Until the moment has come, or the run has ended without it."""
-    begin, wanted = lines(run), draw.randint(1, 8)
-    delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.02}.get(moment, 1.0))
+    begin, left, wanted = lines(run), _unfinished(run), draw.randint(1, 8)
+    delay = draw.uniform(0.0, {"start": 8.0, "checkpoint": 0.3}.get(moment, 1.0))
     deadline = time.monotonic() + _LIMIT
     while process.poll() is None and time.monotonic() < deadline:
         if moment == "start" and children(process.pid):
             break
-        if moment == "checkpoint" and any(run.glob("checkpoints/*/*.tmp")):
+        if moment == "checkpoint" and _unfinished(run) - left:
             break
         # of its own or a later phase: the earlier one may be over
         new = [line["phase"] for line in lines(run)[len(begin) :]]
@@ -140,6 +143,15 @@ def _wait_for(process: subprocess.Popen, run: Path, moment: str, draw: random.Ra
     end = time.monotonic() + delay
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
+
+
+def _unfinished(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are not whole, with the time of their folder: a killed run leaves one."""
+    found = set()
+    for path in run.glob("checkpoints/*/*.tmp"):
+        with contextlib.suppress(OSError):  # whole by now
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
 
 
 def children(pid: int) -> list[int]:
@@ -203,6 +215,10 @@ def compare_interrupted(job: Job, moments: Sequence[str], kind: str, seed: int) 
     return [*found, *([] if job.end_alike("whole", "cut") else ["the runs differ, see above"])]
 
 
+def _halves(number: int) -> tuple[int, int]:
+    return (number + 1) // 2, number // 2
+
+
 def main() -> None:
     """Parse, run, tell."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -216,7 +232,11 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     options.folder.mkdir(parents=True)
     job = Job(options.folder, options.ranks, options.config, (*OVERRIDES, *options.overrides))
-    moments = [MOMENTS[number % len(MOMENTS)] for number in range(options.times)]
+    moments = [
+        moment
+        for half, times in zip(MOMENTS, _halves(options.times), strict=True)
+        for moment in itertools.islice(itertools.cycle(half), times)
+    ]
     found = compare_interrupted(job, moments, options.signal, options.seed)
     print("\n".join(found) or "nothing was lost: weights, log and responses are equal, bit for bit")
     sys.exit(bool(found))

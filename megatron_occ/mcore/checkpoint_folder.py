@@ -20,6 +20,7 @@ from megatron_occ.config.machine import flush
 from megatron_occ.convert.kinds import CHECKPOINT_FILE
 
 CHECKSUMS_FILE = "checksums.json"
+_BROKEN = ".broken"
 _PARTS = "checksums_{:06d}.json"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -68,10 +69,14 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def remove_old(folder: Path, keep: Keep, scores: Mapping[int, float]) -> None:
-    """Remove the checkpoints that do not stay, on one rank."""
+    """Remove the checkpoints that do not stay, and broken ones older than all; on one rank."""
     found = dict(list_checkpoints(folder))
-    for step in sorted(found.keys() - keep.kept(list(found), scores)):
+    kept = keep.kept(list(found), scores)
+    for step in sorted(found.keys() - kept):
         discard(found[step])
+    for broken in folder.glob(f"step_*{_BROKEN}"):
+        if step_of(broken.with_suffix("")) < min(kept, default=0):
+            shutil.rmtree(broken, ignore_errors=True)
 
 
 def discard(path: Path) -> None:
@@ -103,7 +108,7 @@ def _moved_away(path: Path) -> Path:
 
 def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, on one rank, so that nothing takes it for one; where it is."""
-    target = path.with_suffix(".broken")
+    target = path.with_suffix(_BROKEN)
     shutil.rmtree(target, ignore_errors=True)
     return path.rename(target)
 
@@ -128,8 +133,8 @@ def gather_checksums(folder: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if they are whole; called by all ranks.
 
-    Each rank reads a share of them. One without checksums, of an earlier version or a converter, is
-    looked at no further.
+    Each rank reads a share of them. One that never had checksums, of an earlier version or a
+    converter, is looked at no further.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list[str | None] = [None] * world
@@ -146,8 +151,10 @@ def _damage_of_share(path: Path, rank: int, world: int) -> str | None:
 
 
 def _first_damage(path: Path, rank: int, world: int) -> str | None:
-    json.loads((path / CHECKPOINT_FILE).read_text())
+    meta = json.loads((path / CHECKPOINT_FILE).read_text())
     sums = path / CHECKSUMS_FILE
+    if meta.get("has_checksums") and not sums.is_file():
+        return f"{CHECKSUMS_FILE} is missing"
     expected = json.loads(sums.read_text()) if sums.is_file() else {}
     for name in sorted(expected)[rank::world]:
         file, (size, digest) = path / name, expected[name]

@@ -169,6 +169,7 @@ class CheckpointWriter:
             "step": step,
             "free": free_settings(config),
             "format": FORMAT,
+            "has_checksums": True,
             "megatron_core": installed_version(),
         }
         (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))

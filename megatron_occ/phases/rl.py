@@ -18,6 +18,7 @@ from megatron_occ.phases.pretraining import pretrain
 from megatron_occ.phases.sampling import measure, rollout_source
 from megatron_occ.phases.start import check_checkpoint, check_source, converted
 from megatron_occ.rl.calibration import regime_from
+from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.head_update import build_updater
 from megatron_occ.rl.trainer import GRPOTrainer
 from megatron_occ.run import Phase, Run
@@ -88,15 +89,27 @@ def reinforce(run: Run, inputs: Inputs, start: Path | None) -> None:
         rollout_source(run, actor, train, keep_states=keep_states) as rollouts,
         Phase(run, "rl", actor, meta) as phase,
     ):
+        supervision = phase.supervision()
+
+        def validate() -> Validation:
+            # a signal cuts the set under way, and leaves out the ones after it
+            return measure(
+                run,
+                rollouts.sampler,
+                held_out,
+                RL_PART,
+                before_set=lambda: supervision.end_if_asked(run.layout),
+            )
+
         trainer = GRPOTrainer(
             config,
             build_updater(config, actor),
             rollouts,
-            validate=lambda: measure(run, rollouts.sampler, held_out, RL_PART),
+            validate=validate,
             logger=run.metrics,
             rollout_log=rollout_log,
             save=phase.save,
-            supervision=phase.supervision(),
+            supervision=supervision,
         )
         phase.attach(trainer)
         _say_how_it_starts(run, start, trainer.step)

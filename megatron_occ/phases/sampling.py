@@ -94,11 +94,17 @@ def validation(
 
 
 def measure(
-    run: Run, sampler: Sampler, held_out: Mapping[str, PromptStream], part: int
+    run: Run,
+    sampler: Sampler,
+    held_out: Mapping[str, PromptStream],
+    part: int,
+    before_set: Callable[[], None] = lambda: None,
 ) -> Validation:
-    """Pass rates of a sampler's actor on a part of the held-out problems."""
+    """Pass rates of a sampler's actor on a part of the held-out problems, see ``evaluate``."""
     config = run.config
-    return evaluate(sampler, held_out, config.rl.validation, config.seed, part=part)
+    return evaluate(
+        sampler, held_out, config.rl.validation, config.seed, part=part, before_set=before_set
+    )
 
 
 def first_of(sets: Mapping[str, PromptStream]) -> PromptStream:

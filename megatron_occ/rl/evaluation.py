@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -136,6 +136,7 @@ def evaluate(
     seed: int,
     *,
     part: int = 0,
+    before_set: Callable[[], None] = lambda: None,
 ) -> Validation:
     """Validate on sets of held-out problems.
 
@@ -145,6 +146,7 @@ def evaluate(
         amount: how many of them, and of responses to each.
         seed: of sampling.
         part: of the problems, see :func:`answer`.
+        before_set: called on all ranks before each set; it may raise to leave the rest out.
 
     Returns:
         ``avg@k`` (mean score over all samples), ``pass@1`` (share of correct samples, which is
@@ -160,6 +162,7 @@ def evaluate(
     layout, drafts, events = sampler.actor.layout, DraftStatistics(), []
     by_set = {}
     for name, stream in sets.items():
+        before_set()
         answered = answer(sampler, stream, amount, set_seed(seed, name), part=part)
         by_set[name] = _rates(answered.scores(layout))
         drafts.add(answered.samples.drafts)

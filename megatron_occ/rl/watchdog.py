@@ -23,6 +23,7 @@ HUNG = 124
 # where a rank is between phases: ranks wait for each other there too
 OTHER = "other"
 _POLL = 1.0  # seconds
+_LATE = 10.0  # seconds between two looks that are this process's own; more than that it was stopped
 _ANSWER = 10.0  # seconds that the store gets to answer
 _SHOWN = 8  # ranks of one place that a message names
 
@@ -98,12 +99,17 @@ class Watchdog:
             self._store.set(_key(self._rank), json.dumps(note))
 
     def _watch(self) -> None:
+        looked, before, lost = time.monotonic(), None, 0.0
         while not self._done.wait(_POLL):
+            gap, looked = time.monotonic() - looked, time.monotonic()
             place = self._place
             if place is None:
                 continue
+            # whoever stopped this process stopped its clock: Slurm's suspension, a debugger
+            lost = (lost if place is before else 0.0) + max(0.0, gap - _LATE)
+            before = place
             name, since = place
-            limit, seconds = self._limits.get(name), time.monotonic() - since
+            limit, seconds = self._limits.get(name), looked - since - lost
             if limit is not None and seconds > limit:
                 self._tell(name, seconds, limit)
                 self._end()

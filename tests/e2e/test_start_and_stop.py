@@ -144,10 +144,10 @@ def test_pretraining_reads_the_prompts_it_is_measured_on_first_and_once(run, mon
 def test_pretraining_and_rl_are_measured_on_different_problems(run, monkeypatch):
     seen, original = [], sampling.evaluate
 
-    def evaluate(sampler, sets, config, seed, *, part):
+    def evaluate(sampler, sets, config, seed, *, part, **options):
         (stream,) = sets.values()
         seen.append({r.index for r in held_out_problems(stream, config.problems, part)})
-        return original(sampler, sets, config, seed, part=part)
+        return original(sampler, sets, config, seed, part=part, **options)
 
     monkeypatch.setattr(sampling, "evaluate", evaluate)
     run("rl", "run", *MEASURED, "rl.steps=1")

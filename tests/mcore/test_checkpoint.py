@@ -285,6 +285,7 @@ def flip(file):
         ("metadata.json", flip, r"metadata\.json is not what was written"),
         ("meta.json", cut, r"Expecting"),
         ("checksums.json", cut, r"Expecting"),
+        ("checksums.json", lambda file: file.unlink(), r"checksums\.json is missing"),
         ("meta.json", lambda file: file.unlink(), r"No such file"),
     ],
 )
@@ -296,6 +297,14 @@ def test_damage_is_found_by_checksums(actor, tmp_path, pattern, spoil, told):
     aside = set_aside(path)
     assert aside.name == "step_000001.broken"
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_broken_one_goes_when_all_that_stay_are_newer(actor, tmp_path):
+    set_aside(save(tmp_path, 2, actor))
+    for step, found in ((1, [2]), (3, [])):
+        each = CheckpointWriter(tmp_path, actor, meta(), keep=Keep(1), background=False)
+        each.save(step, {})
+        assert [int(path.stem[5:]) for path in tmp_path.glob("*.broken")] == found
 
 
 def test_weights_of_a_damaged_checkpoint_are_refused(actor, tmp_path):

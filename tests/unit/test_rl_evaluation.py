@@ -9,6 +9,7 @@ import pytest
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.rl.evaluation import evaluate
 from megatron_occ.rl.rewards import VerifierResult
+from megatron_occ.rl.stopping import StopRequested
 from megatron_occ.rollout import DraftStatistics
 from tests.unit.fake_layouts import run_ranks
 from tests.unit.fakes import TOKENIZER, FakeActor, ScriptedActor
@@ -44,6 +45,22 @@ def test_one_sample_a_problem():
         in_turn(lambda prompt: ["a."] if prompt == "b" else ["b."]), "rl.validation.samples=1"
     )
     assert metrics == {"avg@1": 0.25, "pass@1": 0.25, "problems": 4}
+
+
+def test_a_set_that_is_not_to_be_answered_is_left_out():
+    actor = ScriptedActor(in_turn(lambda prompt: ["a."]))
+    sampler = make_source(rl_config(), actor, has_an_a).sampler
+    sets = {name: PromptStream(LetterTask(), split="validation") for name in "xyz"}
+    turns = iter([None, None, StopRequested()])
+
+    def before_set():
+        turn = next(turns)
+        if turn is not None:
+            raise turn
+
+    with pytest.raises(StopRequested):
+        evaluate(sampler, sets, rl_config().rl.validation, 0, before_set=before_set)
+    assert len(actor.calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -94,3 +97,30 @@ def test_between_phases_ranks_wait_too(monkeypatch):
     with dog.phase("train"):
         assert not ended.wait(0.4)
     assert ended.wait(10)
+
+
+STOPPED = """
+import os, signal, sys, threading, time
+from megatron_occ.rl import watchdog
+watchdog._POLL, watchdog._LATE = 0.02, 0.3
+dog = watchdog.Watchdog(None, 0, 1, {"train": 1.0})
+dog.begin_step(1)
+with dog.phase("train"):
+    print("in", flush=True)
+    sys.stdin.readline()
+    if "hang" in sys.argv:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("hang",), 124)])
+def test_the_time_in_which_the_process_was_stopped_does_not_count(words, status):
+    command = [sys.executable, "-c", STOPPED, *words]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        process.communicate("go on\n", timeout=30)
+    assert process.returncode == status
