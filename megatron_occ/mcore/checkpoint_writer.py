@@ -6,21 +6,15 @@ the main rank completes the folder and gives it its final name.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,14 +28,13 @@ from megatron_occ.mcore.checkpoint_folder import (
     gather_checksums,
     remove_old,
     replace_folder,
-    write_checksums,
 )
-from megatron_occ.mcore.cpu.forking import Region, copied, not_inherited, regions
+from megatron_occ.mcore.checkpoint_process import in_own_process, what_updates_change
+from megatron_occ.mcore.cpu.forking import not_inherited, regions
 from megatron_occ.mcore.versions import installed_version
-from megatron_occ.rl.stopping import belong_to_parent
 
-# training comes first where processors are short
-_NICE = 10
+# what Megatron says where a writer has ended without a word
+_NO_RESULT = "results_queue should not be empty"
 
 # the one that is writing: Megatron has a single queue for what its writers report, and a second
 # save would take the first one's reports for its own
@@ -99,13 +92,13 @@ class CheckpointWriter:
         path = self._temporary(step)
         self._on_main_rank(step, lambda: _make_empty(path))
         state = sharded_state(self.actor, loading=False)
-        owned = regions(_tensors(self.actor, state))
+        owned = regions(what_updates_change(self.actor, state))
         state["trainer"] = trainer_state
         request = dist_checkpointing.save(
             state, str(path), async_sharded_save=True, **_own_strategy()
         )
         with not_inherited(owned):
-            self._queue.schedule_async_request(_own_request(request, path, owned))
+            self._queue.schedule_async_request(in_own_process(request, path, owned))
         self._step = step
         _busy.append(self)
         if not self.background:
@@ -148,6 +141,8 @@ class CheckpointWriter:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
             # a traceback of each rank, which ends with what was wrong
             reason = str(error).strip().rpartition("\n")[2]
+            if _NO_RESULT in reason:
+                reason = "the process that wrote it was killed (out of memory?)"
             raise CheckpointWriteError(
                 f"{self._target(step)} could not be written: {reason} ({free:,.0f} MB were free)"
             ) from error
@@ -205,38 +200,6 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _tensors(actor: MegatronGPTActor, state: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """All that an update writes to: weights and moments in the state, and gradients."""
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
-            yield value.data
-    for chunk in actor.chunks:
-        for parameter in chunk.parameters():
-            gradient = getattr(parameter, "main_grad", parameter.grad)
-            if gradient is not None:
-                yield gradient
-
-
-def _own_request(request: AsyncRequest, path: Path, owned: set[Region]) -> AsyncRequest:
-    """Of tensors that the writer does not inherit it gets a copy; it works as :func:`_write`."""
-    if request.async_fn is None:  # nothing to write on this rank
-        return request
-    write = functools.partial(_write, request.async_fn, path, os.getpid())
-    return request._replace(
-        async_fn=write, preload_fn=functools.partial(_copied, request.preload_fn, owned)
-    )
-
-
-def _copied(preload: Callable[[], list[tuple]], owned: set[Region]) -> list[tuple]:
-    def free(tensor: torch.Tensor) -> torch.Tensor:
-        return copied(tensor) if Region.of(tensor) in owned else tensor
-
-    return [
-        (*names, (plain, [(item, free(tensor)) for item, tensor in tensors]))
-        for *names, (plain, tensors) in preload()
-    ]
-
-
 def _own_strategy() -> dict[str, Any]:
     """One writer a rank, by Megatron's own code.
 
@@ -247,22 +210,3 @@ def _own_strategy() -> dict[str, Any]:
         return {"async_strategy": "mcore"}
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     return {"sharded_strategy": strategy}
-
-
-def _write(
-    write: Callable[..., None],
-    folder: Path,
-    parent: int,
-    rank: int,
-    buckets: Sequence[tuple],
-    results: Any,
-) -> None:
-    """In a process of its own: Megatron's writing, then the checksums of what it wrote."""
-    belong_to_parent(parent)
-    os.nice(_NICE)
-    # as those that Megatron starts from here belong to this one
-    os.register_at_fork(after_in_child=functools.partial(belong_to_parent, os.getpid()))
-    write(rank, buckets, results)
-    # a full disk is told by Megatron; the main rank counts what has no checksum
-    with contextlib.suppress(OSError):
-        write_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])

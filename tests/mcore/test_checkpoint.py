@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import time
 
 import pytest
@@ -13,6 +16,7 @@ from megatron_occ.config.identity import describe
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import DamagedCheckpointError, load_checkpoint, load_weights
 from megatron_occ.mcore.checkpoint_folder import Keep, damage, list_checkpoints, set_aside
+from megatron_occ.mcore.checkpoint_process import _write
 from megatron_occ.mcore.checkpoint_writer import CheckpointWriteError, CheckpointWriter
 from tests.mcore.conftest import VOCABULARY, small_config
 
@@ -318,6 +322,32 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_all_ranks(actor, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointWriteError, match=r"could not be written: .*Not a directory"):
         save(tmp_path / "file" / "rl", 1, actor)
+
+
+def test_a_writing_process_that_is_killed_is_an_error(actor, tmp_path, monkeypatch):
+    def end(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("megatron_occ.mcore.checkpoint_process.belong_to_parent", end)
+    told = r"step_000001 could not be written: the process that wrote it was killed \(out of memory"
+    with pytest.raises(CheckpointWriteError, match=told):
+        save(tmp_path, 1, actor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writing_process_ends_with_a_killed_part_of_it(tmp_path):
+    """Megatron-Core 0.16 writes in a process of this one, and would wait for ever."""
+
+    def write(*_):
+        if os.fork() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    arguments = (write, tmp_path, os.getpid(), 0, [], None)
+    process = multiprocessing.get_context("fork").Process(target=_write, args=arguments)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1
 
 
 def test_saving_a_step_again_replaces_its_checkpoint(actor, tmp_path):
