@@ -25,7 +25,13 @@ _NICE = 10
 
 
 def what_updates_change(actor: MegatronGPTActor, state: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """All that an update writes to: weights and moments, which are in the state, and gradients."""
+    """All that an update writes to on a CPU: weights and moments, as in the state, and gradients.
+
+    Nothing on a GPU: its tensors are copied anyway, and memory of the host that a driver has
+    registered is not to be touched.
+    """
+    if actor.layout.device.type != "cpu":
+        return
     for value in nested_values(state):
         if isinstance(value, ShardedTensor | ShardedTensorFactory):
             yield value.data

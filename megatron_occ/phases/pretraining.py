@@ -9,7 +9,7 @@ from megatron_occ.config.warnings import rate_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
 from megatron_occ.phases.inputs import PRETRAINING_PART, Inputs
-from megatron_occ.phases.sampling import validation
+from megatron_occ.phases.sampling import HeldOut
 from megatron_occ.phases.start import converted
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.run import Phase, Run
@@ -31,17 +31,19 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
     if config.model.from_hf is not None and run.latest("pretrain") is None:
         load_weights(converted(run), actor, meta)
     with (
-        validation(run, actor, inputs.held_out, PRETRAINING_PART) as validate,
+        HeldOut(run, actor, inputs.held_out, PRETRAINING_PART) as held_out,
         Phase(run, "pretrain", actor, meta) as phase,
     ):
+        supervision = phase.supervision()
         trainer = PretrainTrainer(
             config,
             actor,
             inputs.corpus,
-            validate=validate,
+            validate=lambda: held_out.measure(lambda: supervision.end_if_asked(run.layout)),
             logger=run.metrics,
             save=phase.save,
-            supervision=phase.supervision(),
+            supervision=supervision,
+            abort=held_out.abort,
         )
         phase.attach(trainer)
         if trainer.step == 0:

@@ -75,22 +75,42 @@ def rollout_source(
         yield RolloutSource(sampler, train, config.rl, config.seed, keep_states=keep_states)
 
 
-@contextmanager
-def validation(
-    run: Run, actor: MegatronGPTActor, held_out: Mapping[str, PromptStream], part: int
-) -> Iterator[Callable[[], Validation]]:
-    """A function that measures the actor on a part of the held-out problems."""
-    samplers: list[Sampler] = []
-    with ExitStack() as opened:
+class HeldOut:
+    """Measures an actor on a part of the held-out problems; the context of its own sampler.
 
-        def validate() -> Validation:
-            assert held_out, "nothing is measured without held-out problems"
-            # with the first measurement, if there is any: servers may be waited for
-            if not samplers:
-                samplers.append(opened.enter_context(sampling(run, actor, first_of(held_out))))
-            return measure(run, samplers[0], held_out, part)
+    Args:
+        run: its configuration names engine, sampling and amount.
+        actor: measured as it is at the time.
+        sets: prompts by name.
+        part: of them.
+    """
 
-        yield validate
+    def __init__(
+        self, run: Run, actor: MegatronGPTActor, sets: Mapping[str, PromptStream], part: int
+    ) -> None:
+        self.run, self.actor, self.sets, self.part = run, actor, sets, part
+        self._sampler: Sampler | None = None
+        self._opened = ExitStack()
+
+    def __enter__(self) -> HeldOut:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def measure(self, before_set: Callable[[], None]) -> Validation:
+        """See ``evaluate``."""
+        assert self.sets, "nothing is measured without held-out problems"
+        # with the first measurement, if there is any: servers may be waited for
+        if self._sampler is None:
+            opened = sampling(self.run, self.actor, first_of(self.sets))
+            self._sampler = self._opened.enter_context(opened)
+        return measure(self.run, self._sampler, self.sets, self.part, before_set)
+
+    def abort(self) -> None:
+        """Cut the running measurement short, from any thread."""
+        if self._sampler is not None:
+            self._sampler.engine.abort()
 
 
 def measure(

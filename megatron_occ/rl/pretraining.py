@@ -42,6 +42,7 @@ class PretrainTrainer:
         logger: of metrics and events.
         save: writes a checkpoint of the given finished step.
         supervision: looks after the loop.
+        abort: cuts a validation short; called in a thread of its own.
     """
 
     def __init__(
@@ -54,23 +55,29 @@ class PretrainTrainer:
         logger: MetricsLogger,
         save: Callable[[int], None],
         supervision: Supervision | None = None,
+        abort: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.actor, self.corpus = config, actor, corpus
-        self.validate, self.logger, self.save = validate, logger, save
+        self.validate, self.abort = validate, abort
+        self.logger, self.save = logger, save
         self.supervision = supervision or Supervision()
         self.loss = PretrainLoss(config.pretrain.mtp_weight)
         self.profiler = StepProfiler(config, "pretrain", actor.layout)
         self.step, self.finished = 0, False
-        self._saved_step = 0
+        # of a step that is not logged yet: its validation may be due, or was cut short
+        self._metrics: dict[str, float] | None = None
+        self._saved_step = self._logged_step = 0
+        self._logged_at = self._trained_at = time.perf_counter()
 
     def fit(self) -> None:
         """Run the remaining steps, or those until the pass rate is reached.
 
         Raises:
-            StopRequested: the run was asked to end; the finished steps are in a checkpoint.
+            StopRequested: the run was asked to end. The finished steps are in a checkpoint; a
+                validation that was cut short is made again.
         """
-        # nothing to cut short: a step is one update
-        with self.supervision.at_work(lambda: None, self._save_if_new, self._tell_stop):
+        self._logged_at, self._logged_step = time.perf_counter(), self.step
+        with self.supervision.at_work(self.abort, self._save_if_new, self._tell_stop):
             self._run()
 
     def _save_if_new(self) -> None:
@@ -87,33 +94,49 @@ class PretrainTrainer:
 
     def _run(self) -> None:
         settings, layout = self.config.pretrain, self.actor.layout
-        start, done = time.perf_counter(), self.step
         if not self.finished:
             self.supervision.end_if_asked(layout)
         with Progress(settings.steps, "pretrain", self.step, enabled=layout.is_main) as progress:
             while not self.finished:
-                for told in self.supervision.begin_step(self.step + 1):
-                    self.logger.event(self.step + 1, told)
-                with self.profiler.step(self.step + 1), self.supervision.phase("pretrain"):
-                    metrics = self.run_step()
-                self.step += 1
-                trained = time.perf_counter()
-                metrics.update(self._measured())
-                self.finished = self.step == settings.steps or self._is_reached(metrics)
-                shown = {"loss": metrics["loss/main"], "lr": metrics["lr"]}
-                progress.update(self.step, shown | _pass_rate(metrics))
-                if self.finished or self.step % settings.log_every == 0 or _pass_rate(metrics):
-                    seconds = (trained - start) / (self.step - done)
-                    tokens = settings.batch_size * settings.sequence_length
-                    times = {"time/step": seconds, "tokens_per_second": tokens / seconds}
-                    self.logger.log("pretrain", self.step, {**metrics, **times})
-                    start, done = time.perf_counter(), self.step
-                self.supervision.end_if_spoilt(self.step)
-                if self.finished or self.step % settings.save_every == 0:
-                    self._save()
+                if self._metrics is None:
+                    self._train()
+                self._complete(progress)
                 if not self.finished:
                     self.supervision.end_if_asked(layout)
         self.profiler.close(self.step)
+
+    def _train(self) -> None:
+        for told in self.supervision.begin_step(self.step + 1):
+            self.logger.event(self.step + 1, told)
+        with self.profiler.step(self.step + 1), self.supervision.phase("pretrain"):
+            self._metrics = self.run_step()
+        self.step += 1
+        self._trained_at = time.perf_counter()
+
+    def _complete(self, progress: Progress) -> None:
+        """What follows an update, at a resumption too: validation, log and checkpoint if due."""
+        settings = self.config.pretrain
+        assert self._metrics is not None, "of the update before"
+        metrics = self._metrics | self._measured()
+        self._metrics = None
+        self.finished = self.step == settings.steps or self._is_reached(metrics)
+        shown = {"loss": metrics["loss/main"], "lr": metrics["lr"]}
+        progress.update(self.step, shown | _pass_rate(metrics))
+        if self.finished or self.step % settings.log_every == 0 or _pass_rate(metrics):
+            self.logger.log("pretrain", self.step, metrics | self._times())
+        self.supervision.end_if_spoilt(self.step)
+        if self.finished or self.step % settings.save_every == 0:
+            self._save()
+
+    def _times(self) -> dict[str, float]:
+        """Of an update since the last line of the log; none right after a resumption."""
+        updates = self.step - self._logged_step
+        seconds = self._trained_at - self._logged_at
+        self._logged_at, self._logged_step = time.perf_counter(), self.step
+        if not updates:
+            return {}
+        tokens = self.config.pretrain.batch_size * self.config.pretrain.sequence_length
+        return {"time/step": seconds / updates, "tokens_per_second": tokens * updates / seconds}
 
     def _measured(self) -> dict[str, float]:
         every = self.config.pretrain.validate_every
@@ -122,6 +145,8 @@ class PretrainTrainer:
         start = time.perf_counter()
         with self.supervision.phase("validation"):
             metrics, events = self.validate()
+        # its responses may have been cut off by the signal
+        self.supervision.end_if_asked(self.actor.layout)
         for event in events:
             self.logger.event(self.step, event)
         return {PASS_RATE: metrics[PASS_RATE], "time/validation": time.perf_counter() - start}
@@ -163,15 +188,17 @@ class PretrainTrainer:
         return update_metrics(on_host(report), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data."""
-        return {"step": self.step, "finished": self.finished}
+        """Position in the data, and metrics of a step that is not logged."""
+        return {"step": self.step, "finished": self.finished, "metrics": self._metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.step = self._saved_step = state["step"]
         # a run that is asked for more steps goes on, unless it ended by its pass rate
         ended_early = state["finished"] and self.config.pretrain.stop_at_pass_rate is not None
-        self.finished = ended_early or self.step >= self.config.pretrain.steps
+        self._metrics = state.get("metrics")
+        is_over = ended_early or self.step >= self.config.pretrain.steps
+        self.finished = is_over and self._metrics is None
 
 
 def _rows(ids: Tensor, token_mask: Tensor) -> RolloutBatch:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -131,6 +132,54 @@ def test_pretraining_saves_the_step_under_way():
         trainer.fit()
     assert (trainer.step, saved) == (3, [3])
     assert logger.events == [(3, "asked to stop by SIGUSR1: ended after this step")]
+
+
+SPANS = ("time/", "tokens_per_second")
+
+
+def measured_every_second_step(stop, at=None):
+    """A pretraining loop, to which the signal comes in one of its validations."""
+    supervision = Supervision(stop=stop)
+    trainer, logger, saved = make_pretrainer(
+        "validate_every=2", "save_every=4", "log_every=2", rates=[], supervision=supervision
+    )
+    seen, aborted = [], threading.Event()
+
+    def validate():
+        seen.append(trainer.step)
+        if trainer.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert aborted.wait(10)
+            return Validation({"pass@1": 0.0}, ["cut short"])
+        return Validation({"pass@1": trainer.step / 100}, [])
+
+    trainer.validate, trainer.abort = validate, aborted.set
+    return trainer, logger, saved, seen
+
+
+@pytest.mark.parametrize("at", [2, 4, 8])
+def test_a_validation_of_pretraining_is_cut_short_and_made_again(at):
+    def lines(logger):
+        return [
+            (step, {k: v for k, v in metrics.items() if not k.startswith(SPANS)})
+            for _, step, metrics in logger.lines
+        ]
+
+    whole, expected, all_saved, _ = measured_every_second_step(StopSignal())
+    whole.fit()
+    stop = StopSignal()
+    cut, before, saved, _ = measured_every_second_step(stop, at)
+    with stop.installed(tells=False), pytest.raises(StopRequested):
+        cut.fit()
+    assert (cut.step, saved[-1]) == (at, at)
+    assert before.events == [(at, "asked to stop by SIGTERM: ended after this step")]
+    resumed, after, saved_again, seen = measured_every_second_step(StopSignal())
+    resumed.actor = cut.actor
+    resumed.load_state_dict(copy.deepcopy(cut.state_dict()))
+    resumed.fit()
+    assert seen == [step for step in (2, 4, 6, 8) if step >= at]
+    assert lines(before) + lines(after) == lines(expected)
+    assert saved_again == [step for step in all_saved if step >= at]
 
 
 def test_before_a_trainer_watches_the_signal_ends_what_goes_on():
