@@ -3,12 +3,12 @@
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
     python tools/local_slurm.py [--folder DIR]
 
-Needs root, Debian's Slurm and the Python of an installed checkout; takes about ten minutes. Both
+Needs root, Debian's Slurm and the Python of an installed checkout; takes about eight minutes. Both
 nodes are this host, under the addresses 127.0.0.1 and 127.0.0.2. Configuration, keys and logs lie
 in the folder; nothing outside is changed, and all daemons are gone afterwards.
 
 ``slurm/rl.sbatch`` runs ``conf/rl/tiny.yaml`` over both nodes, a process on each: once left alone,
-and again as the scenarios of ``slurm_scenarios.py`` have it. In the end all must have the same
+and again as each scenario below has it. In the end all must have the same
 checkpoint, bit for bit, and the same rollouts. Exits with 1 if not.
 """
 
@@ -74,7 +74,7 @@ def interrupted(cluster: Cluster) -> Path:
 def hung(cluster: Cluster) -> Path:
     """A job one of whose ranks is stopped: the other one ends it, and it tries again once."""
     run_dir = cluster.folder / "hung"
-    limits = ("rollout", "reward", "logprobs", "train", "save", "other")
+    limits = ("rollout", "reward", "logprobs", "train", "validation", "save", "other")
     job = cluster.submit(run_dir, *(f"phase_limits.{name}=20" for name in limits))
     cluster.wait_for_steps(job, run_dir, "rl", STEPS // 3)
     os.kill(process_of(job, rank=1), signal.SIGSTOP)
@@ -146,7 +146,7 @@ def process_of(job: str, rank: int) -> int:
             words = (folder / "cmdline").read_bytes()
         except OSError:  # gone by now
             continue
-        if wanted <= known and b"megatron_occ" in words:
+        if wanted <= known and b"-m\0megatron_occ\0" in words:
             return int(folder.name)
     sys.exit(f"rank {rank} of job {job} is not there")
 

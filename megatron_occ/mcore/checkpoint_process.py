@@ -11,32 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint_folder import write_checksums
 from megatron_occ.mcore.cpu.forking import Region, copied
+from megatron_occ.mcore.optimizer_state import main_parameters, state_tensors
 from megatron_occ.rl.stopping import belong_to_parent
 
 # training comes first where processors are short
 _NICE = 10
 
 
-def what_updates_change(actor: MegatronGPTActor, state: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """All that an update writes to on a CPU: weights and moments, as in the state, and gradients.
+def what_updates_change(actor: MegatronGPTActor) -> Iterator[torch.Tensor]:
+    """All that an update writes to on a CPU: weights, main copies, moments and gradients.
 
     Nothing on a GPU: its tensors are copied anyway, and memory of the host that a driver has
     registered is not to be touched.
     """
     if actor.layout.device.type != "cpu":
         return
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
-            yield value.data
+    optimizer = actor.optimizer.megatron
+    yield from state_tensors(optimizer)
+    for part in optimizer.chained_optimizers:
+        yield from (main for _, main in main_parameters(part))
     for chunk in actor.chunks:
         for parameter in chunk.parameters():
+            yield parameter
             gradient = getattr(parameter, "main_grad", parameter.grad)
             if gradient is not None:
                 yield gradient
@@ -81,15 +82,17 @@ def _write(
     os.nice(_NICE)
     # as those that Megatron starts from here belong to this one
     os.register_at_fork(after_in_child=functools.partial(belong_to_parent, os.getpid()))
-    signal.signal(signal.SIGCHLD, _end_with_a_killed_child)
+    signal.signal(signal.SIGCHLD, _end_with_a_failed_child)
     write(rank, buckets, results)
     # a full disk is told by Megatron; the main rank counts what has no checksum
     with contextlib.suppress(OSError):
         write_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
 
 
-def _end_with_a_killed_child(*_: object) -> None:
+def _end_with_a_failed_child(*_: object) -> None:
     """Megatron would wait for its report for ever; who waits for this process sees it end."""
-    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-        os._exit(1)
+    with contextlib.suppress(ChildProcessError):  # all were waited for
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        # an exit status, or the signal that it was killed by
+        if ended is not None and ended.si_status != 0:
+            os._exit(1)

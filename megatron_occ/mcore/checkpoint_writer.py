@@ -92,7 +92,7 @@ class CheckpointWriter:
         path = self._temporary(step)
         self._on_main_rank(step, lambda: _make_empty(path))
         state = sharded_state(self.actor, loading=False)
-        owned = regions(what_updates_change(self.actor, state))
+        owned = regions(what_updates_change(self.actor))
         state["trainer"] = trainer_state
         request = dist_checkpointing.save(
             state, str(path), async_sharded_save=True, **_own_strategy()
@@ -142,7 +142,7 @@ class CheckpointWriter:
             # a traceback of each rank, which ends with what was wrong
             reason = str(error).strip().rpartition("\n")[2]
             if _NO_RESULT in reason:
-                reason = "the process that wrote it was killed (out of memory?)"
+                reason = "the process that wrote it ended before it was done (out of memory?)"
             raise CheckpointWriteError(
                 f"{self._target(step)} could not be written: {reason} ({free:,.0f} MB were free)"
             ) from error

@@ -86,7 +86,7 @@ class MetricsLogger:
             self._write_event(step, "finished", "run finished")
             self.close()
 
-    def truncate_after(self, step: int | None, phase: str = "rl") -> int:
+    def truncate_after(self, step: int | None, phase: str = "rl", *, lacks: str = "") -> int:
         """Drop the lines written after the checkpoint of `step`; return how many were dropped.
 
         None stands for no checkpoint: the phase begins anew, and all its lines go, those of a
@@ -95,7 +95,8 @@ class MetricsLogger:
         Call it on resume: the steps after the checkpoint run again, and their lines must not be
         doubled. `phase` says which counter `step` belongs to: "rl" covers "validation" too, and a
         run folder that holds both keeps the lines of the other one. Adds an event that tells the
-        report where the run was interrupted.
+        report where the run was interrupted. What the checkpoint `lacks`, "validation" or
+        "pretrain", is written again too: the lines of that kind of `step` itself go.
 
         Raises ValueError for a phase other than "pretrain" and "rl".
         """
@@ -103,7 +104,7 @@ class MetricsLogger:
             raise ValueError(f"phase {phase!r} has no step counter of its own: 'pretrain' or 'rl'")
         if not self._is_main:
             return 0
-        dropped = self._file.filter(_KeepUpTo(step, phase))
+        dropped = self._file.filter(_KeepUpTo(step, phase, lacks))
         if self._alerts is not None:
             self._alerts.replay(_rl_steps(self._file.path))
         if step is not None:
@@ -169,17 +170,19 @@ class _KeepUpTo:
     whichever of the two wrote the line before it.
     """
 
-    def __init__(self, step: int | None, phase: str) -> None:
+    def __init__(self, step: int | None, phase: str, lacks: str) -> None:
         self._step = -1 if step is None else step
         self._phase = phase
         self._owner = phase
+        self._lacks = lacks
 
     def __call__(self, record: dict[str, Any]) -> bool:
         if record.get("phase") in PHASES:
             self._owner = "pretrain" if record["phase"] == "pretrain" else "rl"
         if record.get("kind") == "resumed":
             return True
-        return self._owner != self._phase or record.get("step", 0) <= self._step
+        end = self._step - (record.get("phase") == self._lacks)
+        return self._owner != self._phase or record.get("step", 0) <= end
 
 
 def _rl_steps(path: Path) -> Iterator[dict[str, float]]:

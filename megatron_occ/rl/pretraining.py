@@ -125,8 +125,13 @@ class PretrainTrainer:
         if self.finished or self.step % settings.log_every == 0 or _pass_rate(metrics):
             self.logger.log("pretrain", self.step, metrics | self._times())
         self.supervision.end_if_spoilt(self.step)
-        if self.finished or self.step % settings.save_every == 0:
+        if self.finished or self.step % settings.save_every == 0 or self._saved_step < 0:
             self._save()
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether the last step still lacks its validation and its line of the log."""
+        return self._metrics is not None
 
     def _times(self) -> dict[str, float]:
         """Of an update since the last line of the log; none right after a resumption."""
@@ -193,10 +198,12 @@ class PretrainTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.step = self._saved_step = state["step"]
+        self.step = state["step"]
         # a run that is asked for more steps goes on, unless it ended by its pass rate
         ended_early = state["finished"] and self.config.pretrain.stop_at_pass_rate is not None
         self._metrics = state.get("metrics")
+        # what the step still lacks is saved with it
+        self._saved_step = self.step if self._metrics is None else -1
         is_over = ended_early or self.step >= self.config.pretrain.steps
         self.finished = is_over and self._metrics is None
 

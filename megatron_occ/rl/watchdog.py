@@ -23,7 +23,7 @@ HUNG = 124
 # where a rank is between phases: ranks wait for each other there too
 OTHER = "other"
 _POLL = 1.0  # seconds
-_LATE = 10.0  # seconds between two looks that are this process's own; more than that it was stopped
+_LATE = 3.0  # seconds between two looks at the clock that are not a stop
 _ANSWER = 10.0  # seconds that the store gets to answer
 _SHOWN = 8  # ranks of one place that a message names
 
@@ -61,6 +61,7 @@ class Watchdog:
         self._limits, self._end = limits, end
         self._place: tuple[str, float] | None = None
         self._step = 0
+        self._clock, self._looked, self._stopped = threading.Lock(), time.monotonic(), 0.0
         self._done = threading.Event()
         if any(limits.values()):
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -93,27 +94,34 @@ class Watchdog:
         self._place = None
 
     def _note(self, name: str) -> None:
-        self._place = (name, time.monotonic())
+        self._place = (name, self._now())
         if self._store is not None and self._limits.get(name) is not None:
             note = {"phase": name, "step": self._step}
             self._store.set(_key(self._rank), json.dumps(note))
 
     def _watch(self) -> None:
-        looked, before, lost = time.monotonic(), None, 0.0
         while not self._done.wait(_POLL):
-            gap, looked = time.monotonic() - looked, time.monotonic()
-            place = self._place
+            now, place = self._now(), self._place
             if place is None:
                 continue
-            # whoever stopped this process stopped its clock: Slurm's suspension, a debugger
-            lost = (lost if place is before else 0.0) + max(0.0, gap - _LATE)
-            before = place
             name, since = place
-            limit, seconds = self._limits.get(name), looked - since - lost
+            limit, seconds = self._limits.get(name), now - since
             if limit is not None and seconds > limit:
                 self._tell(name, seconds, limit)
                 self._end()
                 return
+
+    def _now(self) -> float:
+        """Seconds of this process's own: its clock stands while it is stopped.
+
+        The watching thread looks at it again and again; where much more time has gone by, somebody
+        has stopped the process: Slurm's suspension, a debugger.
+        """
+        with self._clock:
+            now = time.monotonic()
+            self._stopped += max(0.0, now - self._looked - _LATE)
+            self._looked = now
+            return now - self._stopped
 
     def _tell(self, name: str, seconds: float, limit: float) -> None:
         places = self._places()

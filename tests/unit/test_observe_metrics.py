@@ -115,6 +115,28 @@ def test_the_two_step_counters_of_one_folder_are_truncated_apart(tmp_path):
         logger.truncate_after(1, phase="validation")
 
 
+@pytest.mark.parametrize(
+    ("phase", "lacks", "kept"),
+    [
+        ("pretrain", "", ["pretrain 2", "event 2", "event 2"]),
+        ("pretrain", "pretrain", ["event 2", "event 2"]),
+        ("rl", "", ["rl 2", "validation 2", "event 2"]),
+        ("rl", "validation", ["rl 2", "event 2"]),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_not_doubled(tmp_path, phase, lacks, kept):
+    logger = make_logger(tmp_path)
+    logger.log(phase, 2, {"x": 1.0})
+    if phase == "rl":
+        logger.log("validation", 2, {"x": 1.0})
+    else:
+        logger.event(2, "skipped")
+    logger.log(phase, 3, {"x": 1.0})
+    logger.truncate_after(2, phase, lacks=lacks)
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [f"{line['phase']} {line['step']}" for line in lines] == kept
+
+
 def test_without_a_checkpoint_nothing_of_the_phase_stays(tmp_path):
     logger = make_logger(tmp_path)
     logger.log("pretrain", 5, {"x": 1.0})

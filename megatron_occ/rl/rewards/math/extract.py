@@ -18,12 +18,12 @@ _WINDOW_CHARS = 2000
 _MAX_PLACES = 50
 
 _HASH = re.compile(r"#{4}(?!#)")
-# "Answer:", "**Answer**:", "Ans.:", "Final answer (in cm):", also with a full-width colon
-_WORD = r"(?<![a-zA-Z])(?:answers?|ans\b\.?)(?![a-zA-Z])"
-_COLON = _WORD + r"[^\n:.：]{0,40}[:：]"
-_IS = _WORD + r"[^\n:.：]{0,60}?(?:\b(?:is|are|equals)\b|=)\s*[:：]?"
+# "Answer:", "**Answer**:", "Final answer (in cm):", also with a full-width colon
+_COLON = r"(?<![a-zA-Z])answers?(?![a-zA-Z])[^\n:.：]{0,40}[:：]"
+_IS = r"(?<![a-zA-Z])answers?(?![a-zA-Z])[^\n:.：]{0,60}?(?:\b(?:is|are|equals)\b|=)\s*[:：]?"
 _HEADING = r"^[#>*_ \t]*(?:the\s+)?(?:final\s+|my\s+)?answer[*_ \t]*$"
-_SHORT = r"^[#>*_ \t]*ans\.(?=[ \t*_])"
+# "Ans. 73", "Ans: 73": not "ans = 0" of a program
+_SHORT = r"^[#>*_ \t]*ans(?:\.[*_ \t]*[:：]?(?=[ \t*_])|[*_ \t]*[:：])"
 _PHRASES = tuple(
     re.compile(each, re.IGNORECASE | re.MULTILINE) for each in (_COLON, _IS, _HEADING, _SHORT)
 )
@@ -33,9 +33,10 @@ _LINES = (
         _LINE_START + r"(?:final\s+)?(?:answer|ans\.?)[*_ \t]*[:：]", re.IGNORECASE | re.MULTILINE
     ),
 )
-# "A: 73", as in GSM8K's published solutions; beside a "B:" or "(B)" it is the first of the choices
-_LETTER = re.compile(_LINE_START + r"A[*_ \t]*[:：]", re.MULTILINE)
-_CHOICE = re.compile(_LINE_START + r"\(?B[*_ \t]*[).:：]", re.MULTILINE)
+# "A: 73" at the end, as in GSM8K's published solutions. Beside a "B:" or "(C)" it is one of several
+# choices or names, and after a "Q:" it answers a question that the response asks itself
+_LETTER = re.compile(_LINE_START + r"A[*_ \t]*[:：](?=\s*[^\n]*\s*\Z)", re.MULTILINE)
+_OTHERS = re.compile(_LINE_START + r"(?:\(?[B-Z][*_ \t]*[):：]|[Qq]uestion\b)", re.MULTILINE)
 _MARKUP = re.compile(r"[\s*_`\"'“”>#]*")
 # of a list, on a line of its own; a tag such as </answer> or <|im_end|> ends an answer
 _BULLET = re.compile(r"(?:[-•]\s+|\d+\.\s+(?=\S))?")
@@ -74,7 +75,7 @@ def candidates(text: str, order: str = "math") -> Iterator[Candidate]:
         if where == HASH:
             found = _hash_lines(text)
         elif where == PHRASE:
-            letter = () if _CHOICE.search(text) else (_LETTER,)
+            letter = () if _OTHERS.search(text) else (_LETTER,)
             found = _phrases(text[-_WINDOW_CHARS:], _PHRASES + letter)
         elif where == LINE:
             found = _phrases(text[-_WINDOW_CHARS:], _LINES)
