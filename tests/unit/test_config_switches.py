@@ -246,7 +246,7 @@ def test_a_setting_of_rl_does_not_disturb_the_other_commands():
     assert len(problems(given, "rl")) == len(problems(given, "demo")) == 2
 
 
-@pytest.mark.parametrize("preset", PRESETS["mtp.preset"].keys() - {"head_only"})
+@pytest.mark.parametrize("preset", sorted(PRESETS["mtp.preset"].keys() - {"head_only"}))
 @pytest.mark.parametrize("algorithm", PRESETS["rl.algorithm"])
 def test_a_saved_regime_is_accepted_again(preset, algorithm, tmp_path):
     config = load_config([TINY], [f"mtp.preset={preset}", f"rl.algorithm={algorithm}"])

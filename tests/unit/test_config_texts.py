@@ -132,7 +132,9 @@ def test_a_configuration_made_in_python_is_checked_too():
         validate(config, command="rl")
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in TEXTS if leaf.reads == "path"], ids=str)
+@pytest.mark.parametrize(
+    "leaf", [leaf for leaf in TEXTS if leaf.reads == "path"], ids=lambda leaf: leaf.key
+)
 def test_a_path_that_no_file_can_have_is_refused_in_one_short_sentence(leaf):
     for name, problem in (
         ("a" * 300, "at most 255 bytes, and one here has 300. Shorten it"),
