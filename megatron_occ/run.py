@@ -184,11 +184,10 @@ class Phase:
         else:
             trainer.load_state_dict(load_checkpoint(latest, self.actor, self.meta))
             logger.info("resumed from %s", latest)
-        lacks = {"pretrain": "pretrain", "rl": "validation"}[self.name]
         self.run.metrics.truncate_after(
             trainer.step if latest else None,
             self.name,
-            lacks=lacks if latest and trainer.validation_is_due else "",
+            validation_is_due=trainer.validation_is_due,
         )
         for text in broken:
             self.run.metrics.event(trainer.step, text, kind="resumed")

@@ -92,7 +92,8 @@ class CheckpointWriter:
         path = self._temporary(step)
         self._on_main_rank(step, lambda: _make_empty(path))
         state = sharded_state(self.actor, loading=False)
-        owned = regions(what_updates_change(self.actor))
+        # nothing is updated while it is waited for
+        owned = regions(what_updates_change(self.actor)) if self.background else set()
         state["trainer"] = trainer_state
         request = dist_checkpointing.save(
             state, str(path), async_sharded_save=True, **_own_strategy()

@@ -86,7 +86,9 @@ class MetricsLogger:
             self._write_event(step, "finished", "run finished")
             self.close()
 
-    def truncate_after(self, step: int | None, phase: str = "rl", *, lacks: str = "") -> int:
+    def truncate_after(
+        self, step: int | None, phase: str = "rl", *, validation_is_due: bool = False
+    ) -> int:
         """Drop the lines written after the checkpoint of `step`; return how many were dropped.
 
         None stands for no checkpoint: the phase begins anew, and all its lines go, those of a
@@ -95,8 +97,8 @@ class MetricsLogger:
         Call it on resume: the steps after the checkpoint run again, and their lines must not be
         doubled. `phase` says which counter `step` belongs to: "rl" covers "validation" too, and a
         run folder that holds both keeps the lines of the other one. Adds an event that tells the
-        report where the run was interrupted. What the checkpoint `lacks`, "validation" or
-        "pretrain", is written again too: the lines of that kind of `step` itself go.
+        report where the run was interrupted. Where `validation_is_due`, the validation of `step`
+        itself is made again: its line goes too, which in pretraining is that of the step.
 
         Raises ValueError for a phase other than "pretrain" and "rl".
         """
@@ -104,7 +106,8 @@ class MetricsLogger:
             raise ValueError(f"phase {phase!r} has no step counter of its own: 'pretrain' or 'rl'")
         if not self._is_main:
             return 0
-        dropped = self._file.filter(_KeepUpTo(step, phase, lacks))
+        kept = _KeepUpTo(step, phase, validation_is_due=validation_is_due)
+        dropped = self._file.filter(kept)
         if self._alerts is not None:
             self._alerts.replay(_rl_steps(self._file.path))
         if step is not None:
@@ -170,18 +173,19 @@ class _KeepUpTo:
     whichever of the two wrote the line before it.
     """
 
-    def __init__(self, step: int | None, phase: str, lacks: str) -> None:
+    def __init__(self, step: int | None, phase: str, *, validation_is_due: bool) -> None:
         self._step = -1 if step is None else step
         self._phase = phase
         self._owner = phase
-        self._lacks = lacks
+        measured = "validation" if phase == "rl" else "pretrain"
+        self._again = measured if validation_is_due else None
 
     def __call__(self, record: dict[str, Any]) -> bool:
         if record.get("phase") in PHASES:
             self._owner = "pretrain" if record["phase"] == "pretrain" else "rl"
         if record.get("kind") == "resumed":
             return True
-        end = self._step - (record.get("phase") == self._lacks)
+        end = self._step - (record.get("phase") == self._again)
         return self._owner != self._phase or record.get("step", 0) <= end
 
 

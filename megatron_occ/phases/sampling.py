@@ -118,7 +118,7 @@ def measure(
     sampler: Sampler,
     held_out: Mapping[str, PromptStream],
     part: int,
-    before_set: Callable[[], None] = lambda: None,
+    before_set: Callable[[], None],
 ) -> Validation:
     """Pass rates of a sampler's actor on a part of the held-out problems, see ``evaluate``."""
     config = run.config

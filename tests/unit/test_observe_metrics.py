@@ -116,15 +116,15 @@ def test_the_two_step_counters_of_one_folder_are_truncated_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("phase", "lacks", "kept"),
+    ("phase", "is_due", "kept"),
     [
-        ("pretrain", "", ["pretrain 2", "event 2", "event 2"]),
-        ("pretrain", "pretrain", ["event 2", "event 2"]),
-        ("rl", "", ["rl 2", "validation 2", "event 2"]),
-        ("rl", "validation", ["rl 2", "event 2"]),
+        ("pretrain", False, ["pretrain 2", "event 2", "event 2"]),
+        ("pretrain", True, ["event 2", "event 2"]),
+        ("rl", False, ["rl 2", "validation 2", "event 2"]),
+        ("rl", True, ["rl 2", "event 2"]),
     ],
 )
-def test_what_a_checkpoint_lacks_is_not_doubled(tmp_path, phase, lacks, kept):
+def test_a_validation_that_is_made_again_is_not_doubled(tmp_path, phase, is_due, kept):
     logger = make_logger(tmp_path)
     logger.log(phase, 2, {"x": 1.0})
     if phase == "rl":
@@ -132,7 +132,7 @@ def test_what_a_checkpoint_lacks_is_not_doubled(tmp_path, phase, lacks, kept):
     else:
         logger.event(2, "skipped")
     logger.log(phase, 3, {"x": 1.0})
-    logger.truncate_after(2, phase, lacks=lacks)
+    logger.truncate_after(2, phase, validation_is_due=is_due)
     lines = strict_lines(tmp_path / "metrics.jsonl")
     assert [f"{line['phase']} {line['step']}" for line in lines] == kept
 

@@ -1,9 +1,9 @@
 """Large tensors that a forked child does not get.
 
 After a fork, parent and child share their pages, and the first of them to write to a page copies
-it, a few microseconds each: an update of a parent writes to its whole model, so that the first one
-after a fork took 0.6 times as long again. What the child needs is cheaper to copy before, in one
-piece (Linux: madvise(2), MADV_DONTFORK).
+it, a few microseconds each. An update of the parent writes to its whole model, so that the first
+one after a fork took 1.6 times as long as others. It is cheaper to copy what the child needs before
+the fork and to keep the rest from it (Linux: madvise(2), MADV_DONTFORK).
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ _HASH = re.compile(r"#{4}(?!#)")
 # "Answer:", "**Answer**:", "Final answer (in cm):", also with a full-width colon
 _COLON = r"(?<![a-zA-Z])answers?(?![a-zA-Z])[^\n:.：]{0,40}[:：]"
 _IS = r"(?<![a-zA-Z])answers?(?![a-zA-Z])[^\n:.：]{0,60}?(?:\b(?:is|are|equals)\b|=)\s*[:：]?"
-_HEADING = r"^[#>*_ \t]*(?:the\s+)?(?:final\s+|my\s+)?answer[*_ \t]*$"
+_LINE_START = r"^[#>*_ \t]*"
+_HEADING = _LINE_START + r"(?:the\s+)?(?:final\s+|my\s+)?answer[*_ \t]*$"
 # "Ans. 73", "Ans: 73": not "ans = 0" of a program
-_SHORT = r"^[#>*_ \t]*ans(?:\.[*_ \t]*[:：]?(?=[ \t*_])|[*_ \t]*[:：])"
+_SHORT = _LINE_START + r"ans(?:\.[*_ \t]*[:：]?(?=[ \t*_])|[*_ \t]*[:：])"
 _PHRASES = tuple(
     re.compile(each, re.IGNORECASE | re.MULTILINE) for each in (_COLON, _IS, _HEADING, _SHORT)
 )
-_LINE_START = r"^[#>*_ \t]*"
 _LINES = (
     re.compile(
         _LINE_START + r"(?:final\s+)?(?:answer|ans\.?)[*_ \t]*[:：]", re.IGNORECASE | re.MULTILINE
