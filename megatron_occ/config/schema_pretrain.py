@@ -40,6 +40,12 @@ class PretrainConfig:
         128, "sequences per forward pass", minimum=1, maximum=limits.SEQUENCES
     )
     sequence_length: int = option(48, "tokens per sequence", minimum=2, maximum=limits.TOKENS)
+    label_noise: float = option(
+        0.0,
+        "share of a generated solution's tokens that are redrawn, so that RL has much to bring out",
+        minimum=0,
+        below=1,
+    )
     mtp_weight: float = option(
         0.1,
         "weight of the MTP cross-entropy, averaged over depths",

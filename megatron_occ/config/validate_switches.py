@@ -98,8 +98,19 @@ SWITCHES = (
     Switch(
         "pretrain.steps",
         _is(0),
-        ("pretrain.validate_every", "pretrain.stop_at_pass_rate", "data.corpus"),
+        (
+            "pretrain.validate_every",
+            "pretrain.stop_at_pass_rate",
+            "pretrain.label_noise",
+            "data.corpus",
+        ),
         "pretrain.steps=1 or more",
+    ),
+    Switch(
+        "data.corpus",
+        _is_given,
+        ("pretrain.label_noise",),
+        "data.corpus=null (noise is added to generated solutions)",
     ),
     Switch(
         "rl.rollout.speculative.mode",

@@ -158,7 +158,8 @@ def _corpus(config: Config, task: Task | None, tokenizer: Tokenizer) -> tuple[Co
         fingerprint = corpus.fingerprint()
     else:
         assert task is not None, "validate refuses a run without corpus and task"
-        corpus = TaskCorpus(task, tokenizer, config.seed)
+        noise = config.pretrain.label_noise
+        corpus = TaskCorpus(task, tokenizer, config.seed, label_noise=noise)
         fingerprint = PromptStream(task, config.seed).fingerprint()
     corpus.batch(0, 1, config.pretrain.sequence_length)
     return corpus, fingerprint

@@ -84,6 +84,14 @@ SWITCHED_OFF = [
     ("mtp.preset=occ", "mtp.head.cut_output_layer=false", "same_as_trunk", "mtp.head.signal=ce"),
     ("mtp.num_layers=0 mtp.preset=none", "mtp.head.clip_grad=2", "mtp.num_layers=0", "or more"),
     ("mtp.num_layers=0 mtp.preset=none", "pretrain.mtp_weight=0.3", "mtp.num_layers=0", "0.1"),
+    ("pretrain.steps=0 rl.init_from=c", "pretrain.label_noise=0.1", "pretrain.steps=0", "or more"),
+    (
+        "data.corpus=c data.task.name=null data.task.params={} data.prompts=p data.validation_prompts=v "
+        "tokenizer.alphabet=ab",
+        "pretrain.label_noise=0.1",
+        "data.corpus=c",
+        "data.corpus=null",
+    ),
     ("mtp.preset=none rl.init_from=c", "mtp.head.clip_grad=2", "mtp.head.signal=none", "=1.0"),
     ("", "rl.dynamic_sampling.max_rounds=8", "rl.dynamic_sampling.enabled=false", "enabled=true"),
     ("rl.algorithm=grpo", "rl.dynamic_sampling.max_rounds=8", "enabled=false", "max_rounds=4"),

@@ -49,6 +49,31 @@ def test_batches_tile_the_stream_and_depend_on_seed_and_split():
     assert TOKENIZER.decode(validation[0].tolist()) == problem.prompt + problem.solution
 
 
+def test_noise_redraws_its_share_of_the_solutions_tokens_and_no_others():
+    clean, mask = TaskCorpus(TASK, TOKENIZER).batch(0, 2000, 14)
+    noisy = TaskCorpus(TASK, TOKENIZER, label_noise=0.3)
+    ids, noisy_mask = noisy.batch(0, 2000, 14)
+    assert torch.equal(noisy_mask, mask)
+    changed = ids != clean
+    # prompt ("ba*d=") and eos stay
+    assert not changed[:, :5].any()
+    assert not changed[:, 13].any()
+    # a redrawn token is often the one that was there: solutions repeat few characters
+    same = torch.stack([(clean == clean[:, [k]])[:, :13].float().mean(1) for k in range(5, 13)], 1)
+    expected = 0.3 * (1 - same).mean(0)
+    share = changed[:, 5:13].float().mean(0)
+    assert share.tolist() == pytest.approx(expected.tolist(), abs=0.04)
+    assert float(share.mean()) == pytest.approx(float(expected.mean()), abs=0.01)
+    # only by tokens that the problem has
+    assert (ids[:, :, None] == clean[:, None]).any(-1).all()
+
+
+def test_noise_is_a_function_of_the_problems_number_alone():
+    noisy = TaskCorpus(TASK, TOKENIZER, label_noise=0.3)
+    whole = noisy.batch(0, 6, 14)[0]
+    assert torch.equal(torch.cat([noisy.batch(s, 2, 14)[0] for s in range(3)]), whole)
+
+
 @pytest.mark.parametrize("arguments", [{"seed": -1}, {"split": "test"}])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=r"-1|test"):
