@@ -86,8 +86,8 @@ SWITCHED_OFF = [
     ("mtp.num_layers=0 mtp.preset=none", "pretrain.mtp_weight=0.3", "mtp.num_layers=0", "0.1"),
     ("pretrain.steps=0 rl.init_from=c", "pretrain.label_noise=0.1", "pretrain.steps=0", "or more"),
     (
-        "data.corpus=c data.task.name=null data.task.params={} data.prompts=p data.validation_prompts=v "
-        "tokenizer.alphabet=ab",
+        "data.corpus=c data.task.name=null data.task.params={} data.prompts=p "
+        "data.validation_prompts=v tokenizer.alphabet=ab",
         "pretrain.label_noise=0.1",
         "data.corpus=c",
         "data.corpus=null",
