@@ -95,7 +95,7 @@ class Ours:
         self.mini_batch = self._cut(batch)
         self.pretrainer.corpus = _Fixed(*pretraining)
         parts = [rows for rows, _ in self.mini_batch.micro_batches()]
-        targets = [joint_targets(part, depths, None) for part in parts]
+        targets = [joint_targets(part, depths) for part in parts]
         counts = torch.stack([Normalizers.count(target.mask) for target in targets]).sum(0)
         self.normalizers = Normalizers.from_counts(counts)
         self.micro_batches: list[MicroBatch] = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_occ.config.algorithms import ALGORITHMS
 from megatron_occ.config.keys import spell
-
-_GROUP_ADVANTAGE = {"rl.advantage.baseline": "mean", "rl.advantage.normalize": True}
 
 
 def _regime(signal: str, coefficient: str, head: str) -> dict[str, Any]:
@@ -44,31 +43,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "head_only": _regime("none", "fixed", "soft_ce")
         | {"mtp.head.weight": 1.0, "rl.train_trunk": False},
     },
-    "rl.algorithm": {
-        # GRPO: arXiv 2402.03300, equation 3.
-        "grpo": {
-            **_GROUP_ADVANTAGE,
-            "rl.loss.aggregation": "sequence",
-            "rl.loss.clip_low": 0.2,
-            "rl.loss.clip_high": 0.2,
-        },
-        # DAPO: arXiv 2503.14476, equation 8; dual clip: arXiv 1912.09729.
-        "dapo": {
-            **_GROUP_ADVANTAGE,
-            "rl.loss.aggregation": "token",
-            "rl.loss.clip_low": 0.2,
-            "rl.loss.clip_high": 0.28,
-            "rl.loss.dual_clip": 10.0,
-            "rl.dynamic_sampling.enabled": True,
-        },
-        # GSPO: arXiv 2507.18071, equation 5 and section 5.1.
-        "gspo": {
-            **_GROUP_ADVANTAGE,
-            "rl.loss.aggregation": "gspo",
-            "rl.loss.clip_low": 3e-4,
-            "rl.loss.clip_high": 4e-4,
-        },
-    },
+    "rl.algorithm": ALGORITHMS,
 }
 # Keys that say which regime it is. A preset cannot be combined with another value of these.
 REGIME_KEYS = (
@@ -77,6 +52,7 @@ REGIME_KEYS = (
     "mtp.head.signal",
     "rl.train_trunk",
     "rl.loss.aggregation",
+    "rl.loss.kind",
 )
 
 

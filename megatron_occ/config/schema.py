@@ -8,63 +8,18 @@ from megatron_occ.config import limits
 from megatron_occ.config.options import option, section
 from megatron_occ.config.schema_data import DataConfig, TokenizerConfig
 from megatron_occ.config.schema_eval import EvalConfig
+from megatron_occ.config.schema_loss import (
+    AdvantageConfig,
+    CorrectionConfig,
+    DynamicSamplingConfig,
+    OverlongConfig,
+    PolicyLossConfig,
+)
 from megatron_occ.config.schema_model import FP8Config, ModelConfig, ParallelConfig
 from megatron_occ.config.schema_mtp import MTPConfig
 from megatron_occ.config.schema_observe import AlertsConfig, LogConfig, ProfileConfig
 from megatron_occ.config.schema_pretrain import OptimizerConfig, PretrainConfig
 from megatron_occ.config.schema_run import PhaseLimitsConfig
-
-
-@dataclass
-class AdvantageConfig:
-    baseline: str = option("mean", "group baseline", choices=("mean", "leave_one_out"))
-    normalize: bool = option(True, "divide by the group's standard deviation (false: Dr.GRPO)")
-
-
-@dataclass
-class PolicyLossConfig:
-    aggregation: str = option(
-        "token", "how token losses are averaged", choices=("token", "sequence", "gspo")
-    )
-    clip_low: float = option(0.2, "lower clip of the ratio", above=0, below=1)
-    clip_high: float = option(0.28, "upper clip of the ratio", above=0, maximum=limits.FACTOR)
-    dual_clip: float | None = option(
-        None, "bound for negative advantages (null: off)", above=1, maximum=limits.FACTOR
-    )
-    importance_cap: float | None = option(
-        None,
-        "cap of the truncated importance weights against rollout log-probs (null: off)",
-        above=0,
-        maximum=limits.FACTOR,
-    )
-    entropy_coefficient: float = option(
-        0.0, "weight of the entropy bonus", minimum=0, maximum=limits.FACTOR
-    )
-    kl_coefficient: float = option(
-        0.0, "weight of the KL penalty to the reference policy", minimum=0, maximum=limits.FACTOR
-    )
-    kl_kind: str = option(
-        "k3",
-        "estimator of KL(policy || reference): on policy k2 has that KL's gradient and a biased "
-        "value, k3 an unbiased value and the gradient of KL(reference || policy). Neither is "
-        "corrected by an importance weight in later mini-batches of a step (k1 is for rewards: in "
-        "a loss its expected gradient is 0)",
-        choices=("k2", "k3"),
-    )
-    kl_input_clamp: float = option(
-        20.0,
-        "a token's log-ratio to the reference policy is clamped to +- this, in nats, before the "
-        "estimate, which has no gradient beyond (k3 would overflow)",
-        above=0,
-        maximum=80,
-    )
-    kl_output_clamp: float | None = option(
-        10.0,
-        "a token's estimate is clamped to this, in nats, and has no gradient beyond: for k3 at a "
-        "log-ratio below -2.6 or above 11, for k2 beyond +- 4.5 (null: off)",
-        above=0,
-        maximum=limits.FACTOR,
-    )
 
 
 @dataclass
@@ -174,25 +129,6 @@ class RolloutConfig:
 
 
 @dataclass
-class DynamicSamplingConfig:
-    enabled: bool = option(False, "replace groups whose rewards have no spread (DAPO)")
-    max_rounds: int = option(
-        4, "maximum rounds of rollouts per step", minimum=1, maximum=limits.STEPS
-    )
-
-
-@dataclass
-class OverlongConfig:
-    buffer: int = option(
-        0,
-        "tokens before the limit over which the penalty grows (0: off)",
-        minimum=0,
-        maximum=limits.TOKENS,
-    )
-    penalty: float = option(1.0, "penalty at the limit", minimum=0, maximum=limits.FACTOR)
-
-
-@dataclass
 class ValidationConfig:
     every: int = option(
         25,
@@ -227,7 +163,18 @@ class RLConfig:
     algorithm: str | None = option(
         None,
         "published setting: sets advantage, loss and (dapo) dynamic sampling",
-        choices=("grpo", "dapo", "gspo"),
+        choices=(
+            "grpo",
+            "dapo",
+            "gspo",
+            "dr_grpo",
+            "rloo",
+            "reinforce_pp",
+            "reinforce_pp_baseline",
+            "cispo",
+            "sapo",
+            "dppo",
+        ),
     )
     prompts_per_step: int = option(
         32, "prompts per step, over all ranks", minimum=1, maximum=limits.SEQUENCES
@@ -253,6 +200,10 @@ class RLConfig:
     )
     advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
     loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
+    correction: CorrectionConfig = section(
+        CorrectionConfig,
+        "correction by the ratio of old policy to rollout policy, exp(old - rollout log-probs)",
+    )
     rollout: RolloutConfig = section(RolloutConfig, "generation")
     dynamic_sampling: DynamicSamplingConfig = section(DynamicSamplingConfig, "dynamic sampling")
     overlong: OverlongConfig = section(OverlongConfig, "overlong reward shaping")

@@ -16,6 +16,7 @@ from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.validate_eval import eval_problems, set_problems
 from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
+from megatron_occ.config.validate_loss import loss_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_profile import profile_problems
@@ -228,7 +229,7 @@ def _speculation(config: Config) -> Iterator[str]:
 def _reinforcement(config: Config) -> Iterator[str]:
     rl = config.rl
     yield from _optimizer("rl.optimizer", rl.optimizer, rl.steps * rl.mini_batches)
-    if rl.samples_per_prompt < 2 and rl.train_trunk:
+    if rl.samples_per_prompt < 2 and rl.train_trunk and rl.advantage.baseline != "none":
         yield (
             f"rl.samples_per_prompt={rl.samples_per_prompt}: a group of one has no baseline "
             f"(rl.advantage.baseline={rl.advantage.baseline}) and no spread, so its advantage is "
@@ -239,7 +240,7 @@ def _reinforcement(config: Config) -> Iterator[str]:
             f"rl.dynamic_sampling.max_rounds={rl.dynamic_sampling.max_rounds}: no group could "
             "be replaced. Give at least 2, or rl.dynamic_sampling.enabled=false"
         )
-    yield from _old_logprobs(config)
+    yield from loss_problems(config)
     buffer, length = rl.overlong.buffer, rl.rollout.max_response_length
     if buffer > length:
         yield (
@@ -250,18 +251,6 @@ def _reinforcement(config: Config) -> Iterator[str]:
         yield (
             f"rl.overlong.penalty=0: rl.overlong.buffer={buffer} has no effect. Give a penalty "
             "above 0, or rl.overlong.buffer=0"
-        )
-
-
-def _old_logprobs(config: Config) -> Iterator[str]:
-    if config.rl.old_logprobs != "rollout":
-        return
-    cap = config.rl.loss.importance_cap
-    if cap is not None:
-        yield (
-            f"rl.loss.importance_cap={cap}: weighs the training model's old log-probs against the "
-            "rollout's, and rl.old_logprobs=rollout takes the rollout's for both. Give "
-            "rl.loss.importance_cap=null, or rl.old_logprobs=training"
         )
 
 

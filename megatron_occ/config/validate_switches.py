@@ -157,6 +157,7 @@ RL_SWITCHES = (
             "rl.optimizer.clip_grad",
             *_all_but("rl.advantage"),
             *_all_but("rl.loss"),
+            *_all_but("rl.correction"),
             *_all_but("rl.dynamic_sampling"),
             *_all_but("rl.overlong"),
         ),
@@ -248,8 +249,55 @@ RL_SWITCHES = (
     Switch(
         "rl.loss.kl_coefficient",
         _is(0),
-        ("rl.loss.kl_kind", "rl.loss.kl_input_clamp", "rl.loss.kl_output_clamp"),
+        (
+            "rl.loss.kl_kind",
+            "rl.loss.kl_importance",
+            "rl.loss.kl_input_clamp",
+            "rl.loss.kl_output_clamp",
+        ),
         "rl.loss.kl_coefficient above 0",
+    ),
+    Switch(
+        "rl.loss.kind",
+        _is("clipped", "cispo", "dppo"),
+        ("rl.loss.tau_positive", "rl.loss.tau_negative"),
+        "rl.loss.kind=sapo",
+    ),
+    Switch(
+        "rl.loss.kind",
+        _is("clipped", "cispo", "sapo"),
+        ("rl.loss.divergence", "rl.loss.divergence_limit"),
+        "rl.loss.kind=dppo",
+    ),
+    Switch(
+        "rl.loss.kind",
+        _is("sapo", "dppo"),
+        ("rl.loss.clip_low", "rl.loss.clip_high"),
+        "rl.loss.kind=clipped or cispo",
+    ),
+    Switch(
+        "rl.loss.kind",
+        _is("cispo", "sapo", "dppo"),
+        ("rl.loss.dual_clip",),
+        "rl.loss.kind=clipped",
+    ),
+    Switch(
+        "rl.advantage.normalize",
+        _is(False),
+        ("rl.advantage.normalize_over",),
+        "rl.advantage.normalize=true",
+    ),
+    Switch(
+        "rl.correction.weights",
+        _is("none"),
+        ("rl.correction.low", "rl.correction.high", "rl.correction.outside"),
+        "rl.correction.weights=token or sequence",
+    ),
+    Switch(
+        "rl.correction.reject",
+        _is("none"),
+        ("rl.correction.reject_low", "rl.correction.reject_high"),
+        "rl.correction.reject=token, sequence or geometric",
     ),
 )
 # pretraining trains the head in any regime

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-BASELINES = ("mean", "leave_one_out")
+BASELINES = ("mean", "leave_one_out", "none")
 
 # Rewards of a group that differ by no more than this many units of rounding (relative to the
 # largest magnitude in the group) are one and the same reward, computed along different ways.
@@ -29,8 +29,9 @@ def group_advantages(
     - `baseline="mean"`, `normalize=False`: `r - mean`, Dr. GRPO (2503.20783).
     - `baseline="leave_one_out"`: `r_i - mean of the others = n / (n - 1) * (r_i - mean)`, RLOO
       (2402.14740); with `normalize=True` divided by `std + eps` as well.
+    - `baseline="none"`, `normalize=False`: `r`, for `step_advantages` (REINFORCE++, 2501.03262).
 
-    A group without spread (see `group_has_spread`) gets exactly 0.
+    With a baseline a group without spread (see `group_has_spread`) gets exactly 0.
 
     Args:
         rewards: [n], the responses to one prompt next to each other.
@@ -43,7 +44,8 @@ def group_advantages(
 
     Raises:
         ValueError: n is not a multiple of `group_size`; `group_size` < 2 with `normalize` or
-            leave_one_out; a reward is not finite; unknown `baseline`; negative `eps`.
+            leave_one_out; a reward is not finite; unknown `baseline`; negative `eps`; no baseline
+            with `normalize`.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline is {baseline!r}: use one of {', '.join(BASELINES)}")
@@ -55,6 +57,10 @@ def group_advantages(
             "response with others and need at least 2 responses per prompt"
         )
     groups = _grouped(rewards, group_size)
+    if baseline == "none":
+        if normalize:
+            raise ValueError("baseline='none': a group's standard deviation is around its mean")
+        return groups.flatten().to(_output_dtype(rewards))
     advantages = groups - groups.mean(dim=1, keepdim=True)
     std = (advantages.square().sum(dim=1, keepdim=True) / max(group_size - 1, 1)).sqrt()
     if baseline == "leave_one_out":
@@ -64,6 +70,35 @@ def group_advantages(
     spread = _spread(groups, rewards.dtype)
     advantages = torch.where(spread.unsqueeze(1), advantages, 0.0)
     return advantages.flatten().to(_output_dtype(rewards))
+
+
+def advantage_sums(advantages: Tensor) -> Tensor:
+    """Number, sum and sum of squares of [n] advantages, [3] float64: add them up over ranks."""
+    values = advantages.detach().double()
+    return torch.stack((values.new_tensor(float(len(values))), values.sum(), values.square().sum()))
+
+
+def step_advantages(advantages: Tensor, sums: Tensor, eps: float = 1e-6) -> Tensor:
+    """`(A - mean) / (std + eps)` over all responses of a step, REINFORCE++ (arXiv 2501.03262).
+
+    With the sample standard deviation (n - 1), as `group_advantages`.
+
+    Args:
+        advantages: [n] of `group_advantages` without normalisation.
+        sums: of all responses of the step, see `advantage_sums`.
+        eps: added to the standard deviation, in units of reward.
+
+    Returns:
+        [n] in the dtype of `advantages`; 0 where all of the step are equal.
+    """
+    count, total, squares = sums.tolist()
+    mean = total / max(count, 1.0)
+    variance = max(squares - count * mean**2, 0.0) / max(count - 1, 1.0)
+    # what is left of equal numbers is rounding
+    rounding = SPREAD_ULPS * torch.finfo(advantages.dtype).eps
+    if variance <= (rounding * mean) ** 2 * count:
+        return torch.zeros_like(advantages)
+    return ((advantages.double() - mean) / (variance**0.5 + eps)).to(advantages.dtype)
 
 
 def group_has_spread(rewards: Tensor, group_size: int) -> Tensor:

@@ -43,7 +43,7 @@ class JointTargets:
         old_logprobs: [1+K, b, s] log-prob of the target under the main head of the old policy.
         advantages: [b].
         ref_logprobs: [b, s] under the reference policy, main head's frame.
-        importance_weights: [b, s] truncated importance weights, main head's frame.
+        importance_weights: [b, s] of the tokens, main head's frame.
     """
 
     mask: Tensor

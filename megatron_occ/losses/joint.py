@@ -12,7 +12,7 @@ from megatron_occ.losses.calibration import CalibrationSums, calibration_sums, r
 from megatron_occ.losses.head_loss import describe_heads, mean_distances
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.losses.kl import kl_penalty, masked_sum
-from megatron_occ.losses.policy import clipped_policy_loss
+from megatron_occ.losses.policy import policy_loss
 from megatron_occ.losses.regime import PolicySettings, Regime
 from megatron_occ.losses.weighted import weighted_policy_loss
 
@@ -32,7 +32,8 @@ class JointLoss:
     Args:
         policy: settings of the policy loss.
         regime: what MTP does.
-        max_response_length: tokens of the longest allowed response, for the released formula.
+        max_response_length: tokens of the longest allowed response, for the released formula and
+            the aggregation ``constant``.
     """
 
     policy: PolicySettings
@@ -116,42 +117,48 @@ class JointLoss:
             if self.policy.entropy_coefficient:
                 loss = loss - self.policy.entropy_coefficient * entropy
         if targets.ref_logprobs is not None:
-            kl = masked_sum(self._kl(outputs.logprobs, targets.ref_logprobs, mask), mask) / tokens
+            kl = masked_sum(self._kl(outputs.logprobs, targets), mask) / tokens
             metrics["loss/kl"] = kl.detach()
             loss = loss + self.policy.kl_coefficient * kl
         return loss
 
-    def _kl(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-        policy = self.policy
+    def _kl(self, logprobs: Tensor, targets: JointTargets) -> Tensor:
+        policy, mask = self.policy, targets.mask[0]
         return kl_penalty(
             logprobs,
-            reference,
+            targets.ref_logprobs,
             policy.kl_kind,
             input_clamp=policy.kl_input_clamp,
             output_clamp=policy.kl_output_clamp,
+            old_logprobs=targets.old_logprobs[0] if policy.kl_importance else None,
             mask=mask,
         )
 
     def _policy_loss(
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return clipped_policy_loss(
+        policy = self.policy
+        head = policy.clipped_for_heads(self.regime.dual_clip)
+        return policy_loss(
             logprobs,
             targets.old_logprobs[depth],
             targets.advantages,
             targets.mask[depth],
-            clip_low=self.policy.clip_low,
-            clip_high=self.policy.clip_high,
-            dual_clip=self.policy.dual_clip if depth == 0 else self.regime.dual_clip,
-            aggregation=self.policy.aggregation,
+            policy.objective if depth == 0 else head,
+            aggregation=policy.aggregation,
             importance_weights=_importance(targets, depth),
             normalizer=self._count(normalizers, depth),
         )
 
     def _count(self, normalizers: Normalizers, depth: int) -> Tensor:
         """What the aggregation divides a depth's policy loss by."""
-        per_token = self.policy.aggregation == "token"
-        return (normalizers.tokens if per_token else normalizers.sequences)[depth]
+        if self.policy.aggregation == "token":
+            return normalizers.tokens[depth]
+        sequences = normalizers.sequences[depth]
+        if self.policy.aggregation != "constant":
+            return sequences
+        assert self.max_response_length is not None, "this aggregation divides by it"
+        return sequences * self.max_response_length
 
     def _mtp_policy_loss(
         self, logprobs: Tensor, targets: JointTargets, normalizers: Normalizers, depth: int

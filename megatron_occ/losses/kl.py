@@ -12,6 +12,8 @@ from megatron_occ.losses._inputs import (
     require_same_shape,
 )
 
+# as that of the policy loss
+MAX_LOG_RATIO = 20.0
 KINDS = ("k1", "k2", "k3")
 
 
@@ -22,6 +24,7 @@ def kl_penalty(
     *,
     input_clamp: float | None = None,
     output_clamp: float | None = None,
+    old_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Schulman's estimators (joschu.net/blog/kl-approx.html) of KL(policy || reference), per token.
@@ -36,8 +39,11 @@ def kl_penalty(
       its gradient is that of the other divergence: E[(1 - reference / p) grad log p] =
       -sum reference grad log p = grad KL(reference || policy), since E[grad log p] = 0.
 
-    Both hold for tokens of the policy itself. Tokens of an older policy, as in all mini-batches of
-    a step but the first, are not weighted by importance: value and gradient are off from there on.
+    Both hold for tokens of the policy itself, not for those of an older one, as in all mini-batches
+    of a step but the first. With `old_logprobs` the estimate is multiplied by
+    `exp(logprobs - old_logprobs)`, gradient included (DeepSeek-V3.2, arXiv 2512.02556, eq. 7): the
+    value is unbiased whatever policy sampled, and since the ratio carries the gradient of the
+    sampling too, k1 and k3 have that of KL(policy || reference).
 
     The slope of k3 is 1 - exp(-d): -1e26 at d = -60, and below -88 the estimate overflows. A clamp
     bounds it by cutting the gradient to 0 where it acts, so that a token that is far from the
@@ -50,6 +56,8 @@ def kl_penalty(
         input_clamp: clamps `d` to [-input_clamp, input_clamp].
         output_clamp: clamps the result to [-output_clamp, output_clamp]. It needs an input_clamp of
             at most 80: the gradient of an infinite k3 is NaN even where it is clamped.
+        old_logprobs: [b, s] log-probs under the policy that sampled; taken as constants. The ratio
+            is clamped to exp(+-20).
         mask: [b, s]; where it is 0 the result and its gradient are 0 whatever the inputs hold.
             Without it, k3 of an infinite `d` has a NaN gradient even if masked out later.
 
@@ -65,6 +73,8 @@ def kl_penalty(
         if bound is not None and not bound > 0:
             raise ValueError(f"{name} is {bound}: use a positive number or None")
     require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    if old_logprobs is not None:
+        require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     difference = _difference(logprobs, ref_logprobs.detach(), mask)
     if input_clamp is not None:
         difference = difference.clamp(-input_clamp, input_clamp)
@@ -74,7 +84,12 @@ def kl_penalty(
         estimate = 0.5 * difference.square()
     else:
         estimate = torch.expm1(-difference) + difference
-    return estimate if output_clamp is None else estimate.clamp(-output_clamp, output_clamp)
+    if output_clamp is not None:
+        estimate = estimate.clamp(-output_clamp, output_clamp)
+    if old_logprobs is None:
+        return estimate
+    log_ratio = _difference(logprobs, old_logprobs.detach(), mask)
+    return estimate * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

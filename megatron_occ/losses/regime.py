@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from megatron_occ.losses.objectives import Clipped, Objective
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Settings of the clipped policy loss; all but the dual clip are shared with the MTP heads."""
+    """Settings of the policy loss; the MTP heads share the aggregation and the clip range."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float | None = None
+    objective: Objective = field(default_factory=Clipped)
     aggregation: str = "token"
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0
     kl_kind: str = "k3"
+    kl_importance: bool = False
     kl_input_clamp: float | None = 20.0
     kl_output_clamp: float | None = 10.0
+
+    def clipped_for_heads(self, dual_clip: float | None) -> Clipped:
+        """The clipped objective of an MTP head, whose dual clip is its own.
+
+        DAPO's range where this objective has none.
+        """
+        own = self.objective if isinstance(self.objective, Clipped) else Clipped()
+        return replace(own, dual=dual_clip)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def weighted_policy_loss(
         advantages: [b].
         mask: [b, s] response mask. Other positions may hold anything.
         ratio_cap: largest weight, positive; None: all weights are 1.
-        aggregation: as in `clipped_policy_loss`.
+        aggregation: as in `policy_loss`.
         importance_weights: [b, s] constants that multiply each token's loss.
-        normalizer: global count, of tokens for "token", of sequences else.
+        normalizer: global count, see `policy_loss`.
 
     Raises:
         ValueError: a cap that is not positive, an unknown aggregation, shapes that do not match.
@@ -55,7 +55,7 @@ def weighted_policy_loss(
     if importance_weights is not None:
         weights = weights * neutralised(importance_weights.detach(), keep)
     losses = -advantages.detach().unsqueeze(1) * weights * neutralised(logprobs, keep)
-    if aggregation == "token":
+    if aggregation in ("token", "sum", "constant"):
         return losses.sum() / normalizer
     return (losses.sum(dim=1) / keep.sum(dim=1).clamp(min=1)).sum() / normalizer
 

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from megatron_occ.losses import align_mtp_targets, shift_to_source, truncated_importance_weights
+from megatron_occ.losses import align_mtp_targets, shift_to_source
 from megatron_occ.losses.heads import JointTargets
 
 
@@ -25,6 +25,7 @@ class RolloutBatch:
         old_logprobs: [n, s] of the policy at the start of the step, source frame: position t is
             about token t + 1; filled in by the trainer.
         ref_logprobs: [n, s] of the reference policy, source frame, or None.
+        importance_weights: [n, s] of the tokens, source frame, or None, see ``rl.correction``.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class RolloutBatch:
     advantages: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.size(0)
@@ -158,27 +160,21 @@ def head_masks(token_mask: Tensor, depths: int) -> Tensor:
     return torch.stack([shift_to_source(token_mask, depth) for depth in range(depths + 1)])
 
 
-def joint_targets(batch: RolloutBatch, depths: int, importance_cap: float | None) -> JointTargets:
+def joint_targets(batch: RolloutBatch, depths: int) -> JointTargets:
     """Constants of the joint loss for one micro-batch.
 
     Args:
         batch: with ``old_logprobs``.
         depths: MTP depths K.
-        importance_cap: cap of the truncated importance weights exp(old - rollout), or None.
     """
     old = batch.old_logprobs
     assert old is not None, "old log-probs are computed before training"
-    mask = head_masks(batch.response_mask, depths)
-    weights = None
-    if importance_cap is not None:
-        sampled = shift_to_source(batch.rollout_logprobs, 0)
-        weights = truncated_importance_weights(old, sampled, mask[0], importance_cap)
     # `old` is already in the main head's frame: depth k is k tokens further
     frames = [old] + [shift_to_source(old, depth - 1) for depth in range(1, depths + 1)]
     return JointTargets(
-        mask=mask,
+        mask=head_masks(batch.response_mask, depths),
         old_logprobs=torch.stack(frames),
         advantages=batch.advantages,
         ref_logprobs=batch.ref_logprobs,
-        importance_weights=weights,
+        importance_weights=batch.importance_weights,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
 from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
+from megatron_occ.rl.correction import Corrections
 from megatron_occ.rl.interfaces import Actor
 
 CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, LossReport]]
@@ -43,16 +44,22 @@ class PreparedBatch:
         config: the run's configuration.
         actor: the policy.
         mini_batch: with old log-probs.
+
+    Attributes:
+        parts: its micro-batches.
+        normalizers: counts over all ranks.
+        metrics: what ``rl.correction`` did, over all ranks, on the device.
     """
 
     def __init__(self, config: Config, actor: Actor, mini_batch: MiniBatch) -> None:
         self._actor, self._temperature = actor, config.rl.rollout.temperature
-        cap = config.rl.loss.importance_cap
+        corrected = Corrections(config.rl.correction)
         self.parts = [
-            Constants(rows.ids, joint_targets(rows, actor.num_depths, cap), lengths)
+            Constants(rows.ids, joint_targets(corrected(rows), actor.num_depths), lengths)
             for rows, lengths in mini_batch.micro_batches()
         ]
         self.normalizers = count_targets(actor, self.parts)
+        self.metrics = corrected.metrics(actor.layout)
         self._spans = consecutive(mini_batch.parts or (len(self.parts),))
 
     @property

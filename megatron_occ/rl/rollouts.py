@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ from megatron_occ.config.schema import RLConfig
 from megatron_occ.config.words import counted
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.splits import mix64
-from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
+from megatron_occ.losses import (
+    advantage_sums,
+    group_advantages,
+    group_has_spread,
+    overlong_penalty,
+    step_advantages,
+)
 from megatron_occ.observe.progress import Timers
 from megatron_occ.rl.batch import RolloutBatch, pad_sequences
 from megatron_occ.rl.drafts import draft_metrics
@@ -167,6 +173,8 @@ class RolloutSource:
             self._width(samples),
             layout.device,
         )
+        if self.config.overlong.leave_out:
+            batch = _without(batch, [reason == LENGTH for reason in samples.finish_reasons])
         return Rollouts(
             batch,
             [g % layout.data_parallel_size for g in groups for _ in range(size)],
@@ -177,15 +185,22 @@ class RolloutSource:
         )
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        """[n], 0 where the policy does not learn."""
+        """[n], 0 where the policy does not learn; called by all ranks."""
         if not self.config.train_trunk:
             return torch.zeros_like(rewards)
-        return group_advantages(
+        settings = self.config.advantage
+        over_step = settings.normalize and settings.normalize_over == "step"
+        found = group_advantages(
             rewards,
             self.config.samples_per_prompt,
-            baseline=self.config.advantage.baseline,
-            normalize=self.config.advantage.normalize,
+            baseline=settings.baseline,
+            normalize=settings.normalize and not over_step,
         )
+        if not over_step:
+            return found
+        layout = self.actor.layout
+        sums = layout.all_reduce_data_parallel(advantage_sums(found).to(layout.device))
+        return step_advantages(found, sums)
 
     def _width(self, samples: Samples) -> int:
         """Tokens of the longest sequence on any rank."""
@@ -250,3 +265,9 @@ class RolloutSource:
             }
             for i in range(0, count * stride, stride)
         ]
+
+
+def _without(batch: RolloutBatch, left_out: list[bool]) -> RolloutBatch:
+    """The same rows, some of which train nothing."""
+    keep = ~torch.tensor(left_out, device=batch.response_mask.device).view(-1, 1)
+    return replace(batch, response_mask=batch.response_mask * keep)

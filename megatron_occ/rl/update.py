@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.schema_loss import PolicyLossConfig
 from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.losses import shift_to_source
 from megatron_occ.losses.calibration import CalibrationSums
@@ -22,6 +23,7 @@ from megatron_occ.losses.heads import (
     Normalizers,
 )
 from megatron_occ.losses.joint import JointLoss, calibration_report
+from megatron_occ.losses.objectives import Cispo, Clipped, Dppo, Objective, Sapo
 from megatron_occ.losses.regime import PolicySettings
 from megatron_occ.rl.batch import MiniBatch, consecutive
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
@@ -161,6 +163,8 @@ class PolicyUpdater:
             batches = head_batches + self._for_training(prepared, cut=cut)
             report = self.actor.get_loss_and_metrics(batches, loss)
             step = self.actor.finish_training_step()
+        # of all ranks already, as the report is by now
+        report.metrics.update(prepared.metrics)
         report = on_host(report)
         metrics = update_metrics(report, step)
         metrics.update(self.coefficients.after_update(report.calibration, used))
@@ -276,15 +280,25 @@ def _add_gap(
 
 
 def policy_settings(config: Config) -> PolicySettings:
+    """Settings of the policy loss from section ``rl.loss``."""
     loss = config.rl.loss
     return PolicySettings(
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
+        objective=_objective(loss),
         aggregation=loss.aggregation,
         entropy_coefficient=loss.entropy_coefficient,
         kl_coefficient=loss.kl_coefficient,
         kl_kind=loss.kl_kind,
+        kl_importance=loss.kl_importance,
         kl_input_clamp=loss.kl_input_clamp,
         kl_output_clamp=loss.kl_output_clamp,
     )
+
+
+def _objective(loss: PolicyLossConfig) -> Objective:
+    if loss.kind == "cispo":
+        return Cispo(loss.clip_low, loss.clip_high)
+    if loss.kind == "sapo":
+        return Sapo(loss.tau_positive, loss.tau_negative)
+    if loss.kind == "dppo":
+        return Dppo(loss.divergence_limit, loss.divergence)
+    return Clipped(loss.clip_low, loss.clip_high, loss.dual_clip)

@@ -17,10 +17,14 @@ PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")
 FIXED = "rl.rollout.speculative.mode=fixed"
 HEAD = ("mtp.preset=null", "mtp.trunk.signal=none", "mtp.trunk.coefficient=fixed")
 CASES = {
-    "packed, KL, importance weights": (
+    "packed, KL, correction": (
         "mtp.preset=occ_decoupled",
         "rl.loss.kl_coefficient=0.1",
-        "rl.loss.importance_cap=2",
+        "rl.loss.kl_importance=true",
+        "rl.correction.weights=token",
+        "rl.correction.high=2",
+        "rl.correction.reject=geometric",
+        "rl.correction.reject_low=0.9",
         *PACKED,
     ),
     "head on the states of the rollout": (

@@ -165,7 +165,7 @@ def test_unknown_keys_name_file_and_line_and_all_of_them_are_reported(tmp_path):
         ("data.task.params={1: 2}", "data.task.params = {1: 2}: must be a mapping"),
         ("mtp=null", "mtp is a section"),
         ("seed=2147483648", "must be an integer >= 0 and <= 2,147,483,647"),
-        ("rl.loss.clip_low=0", "rl.loss.clip_low = 0: must be a number > 0 and < 1"),
+        ("rl.loss.clip_low=0", "rl.loss.clip_low = 0: must be a number > 0 and <= 1"),
         ("rl.steps", "must be key=value"),
         ("=3", "must be key=value"),
         ("rl.steps=[1", "override 'rl.steps=[1': not valid YAML"),
@@ -179,7 +179,7 @@ def test_a_value_that_does_not_fit_is_refused_with_key_value_and_what_is_allowed
 
 def test_wrong_values_in_a_file_name_the_line(tmp_path):
     path = write(tmp_path, "a.yaml", "rl:\n  loss:\n    clip_low: 1.5\n")
-    assert refusal([path]) == f"{path}:3: rl.loss.clip_low = 1.5: must be a number > 0 and < 1"
+    assert refusal([path]) == f"{path}:3: rl.loss.clip_low = 1.5: must be a number > 0 and <= 1"
 
 
 def test_overrides_are_yaml_values():

@@ -52,6 +52,28 @@ def test_algorithms_set_the_loss(name, aggregation, low, high, dual, dynamic):
     assert (rl.advantage.baseline, rl.advantage.normalize) == ("mean", True)
 
 
+@pytest.mark.parametrize(
+    ("name", "advantage", "loss"),
+    [
+        ("dr_grpo", ("mean", False, "group"), ("clipped", "constant", 0.2, 0.2)),
+        ("rloo", ("leave_one_out", False, "group"), ("clipped", "sum", 0.2, 0.2)),
+        ("reinforce_pp", ("none", True, "step"), ("clipped", "token", 0.2, 0.2)),
+        ("reinforce_pp_baseline", ("mean", True, "step"), ("clipped", "token", 0.2, 0.2)),
+        ("cispo", ("mean", True, "group"), ("cispo", "token", 1.0, 4.0)),
+        ("sapo", ("mean", True, "group"), ("sapo", "sequence", 0.2, 0.28)),
+        ("dppo", ("mean", True, "group"), ("dppo", "token", 0.2, 0.28)),
+    ],
+)
+def test_algorithms_of_other_losses(name, advantage, loss):
+    rl = load_config([], [f"rl.algorithm={name}"]).rl
+    found = (rl.advantage.baseline, rl.advantage.normalize, rl.advantage.normalize_over)
+    assert found == advantage
+    assert (rl.loss.kind, rl.loss.aggregation, rl.loss.clip_low, rl.loss.clip_high) == loss
+    assert rl.old_logprobs == ("rollout" if name == "dppo" else "training")
+    assert (rl.loss.tau_positive, rl.loss.tau_negative) == (1.0, 1.05)
+    assert (rl.loss.divergence, rl.loss.divergence_limit) == ("tv", 0.15)
+
+
 def test_given_weights_and_clips_win_over_a_preset(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("mtp: {trunk: {weight: 0.3}}\n", encoding="utf-8")
@@ -68,6 +90,7 @@ def test_given_weights_and_clips_win_over_a_preset(tmp_path):
         ("mtp.preset=detach", "mtp.head.signal=tv"),
         ("mtp.preset=head_only", "mtp.head.signal=ce"),
         ("rl.algorithm=gspo", "rl.loss.aggregation=token"),
+        ("rl.algorithm=cispo", "rl.loss.kind=sapo"),
     ],
 )
 def test_a_given_regime_key_that_contradicts_a_preset_is_refused(tmp_path, preset, given):

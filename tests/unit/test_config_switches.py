@@ -58,15 +58,20 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.loss.clip_low=0.1",
     "rl.loss.clip_high=0.1",
     "rl.loss.dual_clip=3",
-    "rl.loss.importance_cap=2",
+    "rl.loss.kind=sapo",
+    "rl.correction.weights=token",
+    "rl.correction.reject=token",
+    "rl.correction.veto=0.1",
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.1",
     "rl.loss.kl_kind=k2",
+    "rl.loss.kl_importance=true",
     "rl.loss.kl_input_clamp=5",
     "rl.loss.kl_output_clamp=5",
     "rl.dynamic_sampling.enabled=true",
     "rl.dynamic_sampling.max_rounds=8",
     "rl.overlong.buffer=2",
+    "rl.overlong.leave_out=true",
     "rl.overlong.penalty=0.5",
 )
 SWITCHED_OFF = [
@@ -84,6 +89,20 @@ SWITCHED_OFF = [
     ("mtp.preset=occ", "mtp.head.cut_output_layer=false", "same_as_trunk", "mtp.head.signal=ce"),
     ("mtp.num_layers=0 mtp.preset=none", "mtp.head.clip_grad=2", "mtp.num_layers=0", "or more"),
     ("mtp.num_layers=0 mtp.preset=none", "pretrain.mtp_weight=0.3", "mtp.num_layers=0", "0.1"),
+    ("", "rl.loss.tau_positive=2", "rl.loss.kind=clipped", "rl.loss.kind=sapo"),
+    ("rl.algorithm=cispo", "rl.loss.tau_negative=2", "rl.loss.kind=cispo", "rl.loss.kind=sapo"),
+    ("rl.algorithm=sapo", "rl.loss.divergence=kl", "rl.loss.kind=sapo", "rl.loss.kind=dppo"),
+    ("", "rl.loss.divergence_limit=0.1", "rl.loss.kind=clipped", "rl.loss.kind=dppo"),
+    ("rl.algorithm=dppo", "rl.loss.clip_low=0.1", "rl.loss.kind=dppo", "clipped or cispo"),
+    ("rl.algorithm=sapo", "rl.loss.clip_high=0.1", "rl.loss.kind=sapo", "clipped or cispo"),
+    ("rl.algorithm=cispo", "rl.loss.dual_clip=3", "rl.loss.kind=cispo", "rl.loss.kind=clipped"),
+    ("rl.algorithm=rloo", "rl.advantage.normalize_over=step", "normalize=false", "=true"),
+    ("", "rl.correction.high=2", "rl.correction.weights=none", "token or sequence"),
+    ("", "rl.correction.low=0.5", "rl.correction.weights=none", "token or sequence"),
+    ("", "rl.correction.outside=mask", "rl.correction.weights=none", "token or sequence"),
+    ("", "rl.correction.reject_high=2", "rl.correction.reject=none", "or geometric"),
+    ("", "rl.correction.reject_low=0.2", "rl.correction.reject=none", "or geometric"),
+    ("", "rl.loss.kl_importance=true", "rl.loss.kl_coefficient=0", "kl_coefficient above 0"),
     ("pretrain.steps=0 rl.init_from=c", "pretrain.label_noise=0.1", "pretrain.steps=0", "or more"),
     (
         "data.corpus=c data.task.name=null data.task.params={} data.prompts=p "
@@ -257,7 +276,14 @@ def test_a_setting_of_rl_does_not_disturb_the_other_commands():
 @pytest.mark.parametrize("preset", sorted(PRESETS["mtp.preset"].keys() - {"head_only"}))
 @pytest.mark.parametrize("algorithm", PRESETS["rl.algorithm"])
 def test_a_saved_regime_is_accepted_again(preset, algorithm, tmp_path):
-    config = load_config([TINY], [f"mtp.preset={preset}", f"rl.algorithm={algorithm}"])
+    given = [f"mtp.preset={preset}", f"rl.algorithm={algorithm}"]
+    if "policy" in PRESETS["mtp.preset"][preset].values() and algorithm in (
+        "cispo",
+        "sapo",
+        "dppo",
+    ):
+        given.append("mtp.trunk.weighting=unit")
+    config = load_config([TINY], given)
     save_config(config, tmp_path / "config.yaml")
     loaded = load_config([tmp_path / "config.yaml"])
     assert loaded == config

@@ -129,6 +129,43 @@ REFUSED = [
         "rl.dynamic_sampling.max_rounds=1",
         "rl.dynamic_sampling.enabled=false",
     ),
+    # from advantages to the loss
+    (
+        "rl.algorithm=cispo mtp.preset=occ",
+        "rl.loss.kind=cispo: mtp.trunk.weighting=ppo",
+        "mtp.trunk.weighting=truncated",
+    ),
+    (
+        "rl.loss.kind=sapo rl.loss.aggregation=gspo",
+        "rl.loss.kind=sapo: is defined token by token",
+        "another aggregation",
+    ),
+    (
+        "rl.advantage.baseline=none",
+        "rl.advantage.baseline=none: the standard deviation",
+        "rl.advantage.normalize_over=step",
+    ),
+    (
+        "rl.algorithm=reinforce_pp rl.dynamic_sampling.enabled=true",
+        "rl.dynamic_sampling.enabled=true: drops groups",
+        "rl.advantage.baseline=mean",
+    ),
+    (
+        "rl.correction.weights=token rl.correction.low=3 rl.correction.high=2",
+        "rl.correction.low=3",
+        "raise the other",
+    ),
+    ("rl.correction.reject=token", "rl.correction.reject=token: without bounds", "=none"),
+    (
+        "rl.correction.weights=token rl.correction.outside=mask",
+        "rl.correction.outside=mask: without bounds",
+        "rl.correction.outside=truncate",
+    ),
+    (
+        "rl.correction.veto=0.1 rl.old_logprobs=rollout",
+        "rl.correction.veto=0.1: compares",
+        "rl.old_logprobs=training",
+    ),
     # optimizers: 2 steps of 2 updates in RL, 60 in pretraining
     ("rl.optimizer.min_lr=1e-5", "rl.optimizer.min_lr=1e-05", "rl.optimizer.schedule=cosine"),
     (

@@ -7,7 +7,13 @@ import statistics
 import pytest
 import torch
 
-from megatron_occ.losses import group_advantages, group_has_spread, overlong_penalty
+from megatron_occ.losses import (
+    advantage_sums,
+    group_advantages,
+    group_has_spread,
+    overlong_penalty,
+    step_advantages,
+)
 
 
 def test_mean_baseline_by_hand() -> None:
@@ -106,6 +112,7 @@ def test_single_response_per_prompt() -> None:
         ([1.0, 2.0], 0, {"normalize": False}, "group_size is 0"),
         ([1.0, 2.0], 2, {"baseline": "median"}, "'median': use one of mean, leave_one_out"),
         ([1.0, 2.0], 2, {"eps": -1.0}, "eps is -1.0"),
+        ([1.0, 2.0], 2, {"baseline": "none"}, "standard deviation is around its mean"),
         ([[1.0, 2.0]], 2, {}, r"shape \[1, 2\]"),
     ],
 )
@@ -130,3 +137,28 @@ def test_overlong_penalty_by_hand() -> None:
 def test_overlong_penalty_refuses(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlong_penalty(torch.tensor([3]), *arguments)
+
+
+def test_step_advantages_are_those_of_the_whole_step() -> None:
+    """REINFORCE++: standardised over all responses, in whatever parts they lie."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    plain = group_advantages(rewards, 2, baseline="none", normalize=False)
+    assert torch.equal(plain, rewards)
+    sums = advantage_sums(plain[:2]) + advantage_sums(plain[2:])
+    found = torch.cat([step_advantages(part, sums) for part in (plain[:2], plain[2:])])
+    deviation = statistics.stdev(rewards.tolist())
+    expected = [(r - 4 / 6) / (deviation + 1e-6) for r in rewards.tolist()]
+    assert found.tolist() == pytest.approx(expected)
+    # with a baseline: groups without spread stay at 0, and the mean is 0 already
+    centred = group_advantages(rewards, 2, normalize=False)
+    found = step_advantages(centred, advantage_sums(centred))
+    deviation = statistics.stdev([0.5, -0.5, -0.5, 0.5, 0, 0])
+    assert found.tolist() == pytest.approx([x / (deviation + 1e-6) for x in centred.tolist()])
+
+
+@pytest.mark.parametrize("value", [0.1, 0.0, 1e6 + 0.1])
+def test_a_step_of_equal_advantages_gives_exactly_zero(value: float) -> None:
+    equal = torch.full((7,), value)
+    assert not step_advantages(equal, advantage_sums(equal)).any()
+    none = equal[:0]
+    assert step_advantages(none, advantage_sums(none)).tolist() == []

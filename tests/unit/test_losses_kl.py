@@ -66,6 +66,25 @@ def test_expectation_and_gradient_over_a_whole_vocabulary() -> None:
     assert (gradients["k3"] - logits.grad).abs().max() > 1e-2
 
 
+def test_with_importance_tokens_of_an_older_policy_give_the_present_one_s_divergence() -> None:
+    """Weighted with the old policy's probabilities: value and gradient of KL(policy || ref)."""
+    generator = torch.Generator().manual_seed(4)
+    logits, old_logits, ref_logits = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    old, reference = old_logits.log_softmax(0), ref_logits.log_softmax(0)
+    logits.requires_grad_()
+    logprobs = logits.log_softmax(0)
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    (wanted,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    for kind in ("k1", "k3"):
+        each = kl_penalty(logprobs[None], reference[None], kind, old_logprobs=old[None])
+        value = (old.exp() * each[0]).sum()
+        (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+        assert value.item() == pytest.approx(divergence.item())
+        torch.testing.assert_close(gradient, wanted)
+    plain = (old.exp() * kl_penalty(logprobs[None], reference[None], "k3")[0]).sum()
+    assert abs(plain.item() - divergence.item()) > 0.01
+
+
 def test_k3_keeps_small_differences_in_float32() -> None:
     difference = 1e-3
     value = kl_penalty(torch.tensor([[difference]]), torch.zeros(1, 1), "k3").item()

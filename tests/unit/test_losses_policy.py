@@ -280,7 +280,7 @@ def test_negative_coefficient_scales_the_loss_and_does_not_flip_the_clip() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"aggregation": "mean"}, "'mean': use one of token, sequence, gspo"),
+        ({"aggregation": "mean"}, "'mean': use one of token, sequence, sum, constant, gspo"),
         ({"clip_low": -0.1}, "clip_low is -0.1"),
         ({"clip_low": 1.1}, "clip_low is 1.1"),
         ({"clip_high": -0.1}, "clip_high is -0.1"),

@@ -97,7 +97,7 @@ WRONG_CONFIGURATIONS = [
     ),
     Wrong(
         "out of range",
-        ["{file}:1: rl.loss.clip_low = 1.5: must be a number > 0 and < 1"],
+        ["{file}:1: rl.loss.clip_low = 1.5: must be a number > 0 and <= 1"],
         yaml="rl: {loss: {clip_low: 1.5}}\n",
     ),
     Wrong(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_occ.config.schema_loss import CorrectionConfig
 from megatron_occ.rl.batch import (
     MiniBatch,
     RolloutBatch,
@@ -13,6 +16,8 @@ from megatron_occ.rl.batch import (
     joint_targets,
     pad_sequences,
 )
+from megatron_occ.rl.correction import Corrections
+from tests.unit.fake_layouts import FakeLayout
 
 # row 0: prompt 11 12, response 13 14 15; row 1: prompt 21, response 22
 PROMPTS, RESPONSES = [[11, 12], [21]], [[13, 14, 15], [22]]
@@ -99,7 +104,7 @@ def test_targets_of_every_head():
 
 def test_constants_of_every_depth_at_every_position():
     """Position t of depth d is about token t + 1 + d; entry t of the old log-probs about t + 1."""
-    constants = joint_targets(scored_batch(), depths=2, importance_cap=None)
+    constants = joint_targets(scored_batch(), depths=2)
     # row 0: response tokens at 2, 3, 4; row 1: at 1
     assert constants.mask.tolist() == [
         [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]],
@@ -131,7 +136,7 @@ def test_every_head_sees_the_same_old_logprob_of_the_same_token():
     mask = (torch.rand(rows, width, generator=generator) < 0.6).float()
     old = -torch.rand(rows, width, generator=generator)
     batch = RolloutBatch(ids, mask, torch.zeros(rows, width), torch.zeros(rows), old)
-    constants = joint_targets(batch, depths, None)
+    constants = joint_targets(batch, depths)
     targets = head_targets(ids, depths)
     for depth in range(depths + 1):
         for row in range(rows):
@@ -148,23 +153,41 @@ def test_every_head_sees_the_same_old_logprob_of_the_same_token():
 
 def test_importance_weights_compare_the_same_token():
     """Sampled log-probs are token-aligned, old ones in the source frame."""
-    constants = joint_targets(scored_batch(), depths=1, importance_cap=1.1)
-    weights = constants.importance_weights
     # row 0, tokens 2, 3, 4: old -0.2 -0.3 -0.4, sampled -0.3 -0.4 -0.5: exp(0.1) > 1.1, capped
     # row 1, token 1: old -0.1, sampled -0.2
     expected = torch.ones(2, 5)
     expected[0, 1:4] = expected[1, 0] = 1.1
-    torch.testing.assert_close(weights, expected)
-    loose = joint_targets(scored_batch(), depths=1, importance_cap=2.0).importance_weights
-    torch.testing.assert_close(loose[0, 1:4], torch.full((3,), 1.1051709180756477))
+    corrected = Corrections(CorrectionConfig(weights="token", high=1.1))(scored_batch())
+    torch.testing.assert_close(joint_targets(corrected, 1).importance_weights, expected)
+    loose = Corrections(CorrectionConfig(weights="token", high=2.0))(scored_batch())
+    torch.testing.assert_close(
+        loose.importance_weights[0, 1:4], torch.full((3,), 1.1051709180756477)
+    )
+
+
+def test_a_rejected_token_is_no_head_s_target():
+    batch = scored_batch()
+    sampled = batch.rollout_logprobs.clone()
+    # row 0: token 3 was drawn with a log-prob of -2, and its old one is -0.3
+    sampled[0, 3] = -2.0
+    corrections = Corrections(CorrectionConfig(reject="token", reject_high=2.0))
+    corrected = corrections(replace(batch, rollout_logprobs=sampled))
+    assert corrected.response_mask.tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]]
+    assert joint_targets(corrected, 2).mask.tolist() == [
+        [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]],
+        [[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]],
+        [[0, 1, 0, 0, 0], [0, 0, 0, 0, 0]],
+    ]
+    metrics = {name: float(value) for name, value in corrections.metrics(FakeLayout()).items()}
+    assert metrics == {"correction/rejected/tokens": 0.25, "correction/rejected/sequences": 0.0}
 
 
 def test_reference_logprobs_are_handed_on():
     reference = torch.full((2, 5), -3.0)
-    constants = joint_targets(scored_batch(reference=reference), 1, None)
+    constants = joint_targets(scored_batch(reference=reference), 1)
     assert torch.equal(constants.ref_logprobs, reference)
 
 
 def test_targets_before_the_old_logprobs_are_an_error():
     with pytest.raises(AssertionError, match="old log-probs"):
-        joint_targets(small_batch(), 1, None)
+        joint_targets(small_batch(), 1)

@@ -168,10 +168,13 @@ def test_the_average_takes_in_each_mini_batch_once(statistics):
     assert abs(used[3]) > 1e-4
 
 
+WEIGHTS = ("mtp.preset=policy", "rl.correction.weights=token")
+
+
 def test_importance_weights_follow_their_token_to_every_depth():
     """A rollout engine whose log-probs are off, differently for each token."""
     cap = 1.1
-    trainer, actor = four_updates("mtp.preset=policy", f"rl.loss.importance_cap={cap}")
+    trainer, actor = four_updates(*WEIGHTS, f"rl.correction.high={cap}")
 
     def disturb(batch):
         noise = torch.rand(batch.ids.shape, generator=torch.Generator().manual_seed(1)) - 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,40 @@ VARIANTS = {
         "mtp.preset=occ",
         "rl.loss.entropy_coefficient=0.1",
         "rl.loss.kl_coefficient=0.2",
-        "rl.loss.importance_cap=1.0",
+        "rl.loss.kl_importance=true",
+        "rl.correction.weights=token",
+        "rl.correction.high=1.0",
         "rl.rollout.temperature=0.8",
         OPEN,
+    ),
+    "weights_of_sequences": (
+        "mtp.preset=policy",
+        "rl.correction.weights=sequence",
+        "rl.correction.low=0.5",
+        "rl.correction.high=2",
+        "rl.correction.outside=mask",
+    ),
+    "tokens_rejected": (
+        "mtp.preset=policy",
+        "rl.correction.reject=token",
+        "rl.correction.reject_low=0.7",
+        "rl.correction.reject_high=1.45",
+    ),
+    "sequences_rejected": (
+        "mtp.preset=policy",
+        "rl.algorithm=grpo",
+        "rl.correction.reject=geometric",
+        "rl.correction.reject_low=0.85",
+    ),
+    **{
+        name: ("mtp.preset=policy", "mtp.trunk.weighting=truncated", f"rl.algorithm={name}")
+        for name in ("dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "cispo", "sapo")
+    },
+    "dppo": (
+        "mtp.preset=policy",
+        "mtp.trunk.weighting=unit",
+        "rl.algorithm=dppo",
+        "rl.loss.divergence_limit=0.02",
     ),
 }
 MINI = 4  # sequences a mini-batch: 16 in 4 updates
@@ -35,7 +67,15 @@ MINI = 4  # sequences a mini-batch: 16 in 4 updates
 def run(overrides, micro=MINI, change=lambda batch: batch, layout=None):
     """All updates of a step: metrics of each, and the actor with its losses and gradients."""
     trainer, actor = four_updates(*overrides, micro=micro, layout=layout)
-    return run_updates(trainer, change), actor
+    corrects = any(each.startswith("rl.correction") for each in overrides)
+    return run_updates(trainer, lambda b: change(disturbed(b) if corrects else b)), actor
+
+
+def disturbed(batch):
+    """As if drawn by an engine whose log-probs are off, differently for each token."""
+    places = torch.arange(batch.ids.size(1))
+    noise = 0.4 * torch.sin(7.0 * batch.ids + 3.0 * places) * batch.response_mask
+    return replace(batch, rollout_logprobs=batch.rollout_logprobs + noise)
 
 
 @functools.cache

@@ -74,11 +74,11 @@ def test_two_ranks_report_the_gap_of_one():
 
 
 def test_importance_weights_need_log_probs_of_training():
-    config = rl_config("data.task.name=arithmetic", "rl.loss.importance_cap=2.0", ROLLOUT)
+    config = rl_config("data.task.name=arithmetic", "rl.correction.weights=token", ROLLOUT)
     with pytest.raises(ConfigError) as caught:
         validate(config, command="rl")
     (problem,) = [line for line in str(caught.value).splitlines() if "old_logprobs" in line]
-    parts = ("rl.loss.importance_cap=2.0", "rl.old_logprobs=rollout", "importance_cap=null")
+    parts = ("rl.correction.weights=token", "rl.old_logprobs=rollout", "old_logprobs=training")
     assert all(part in problem for part in parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,27 @@ def test_dr_grpo_advantages_reach_the_batch():
     actor = ScriptedActor(in_turn(lambda prompt: ["a.", "b."]))
     source = make_source(rl_config("rl.advantage.normalize=false"), actor)
     assert source.generate(Timers()).batch.advantages.tolist() == [0.5, -0.5] * 8
+
+
+def test_responses_that_were_cut_off_train_nothing_and_count_in_the_baseline():
+    config = rl_config("rl.overlong.leave_out=true", "rl.advantage.normalize=false")
+    actor = ScriptedActor(in_turn(lambda prompt: ["a.", "bbbbbbbb"]))
+    batch = make_source(config, actor).generate(Timers()).batch
+    # limit 6: the second response of each pair is cut off
+    assert batch.response_mask.sum(1).tolist() == [2, 0] * 8
+    assert batch.advantages.tolist() == [0.5, -0.5] * 8
+
+
+def test_advantages_normalised_over_the_step_reach_the_batch():
+    """One group with a right answer in four, the others without."""
+    texts = {"a": ["a.", "b.", "b.", "b."]}
+    actor = ScriptedActor(in_turn(lambda prompt: texts.get(prompt, ["b."])))
+    config = rl_config("rl.algorithm=reinforce_pp")
+    found = make_source(config, actor).generate(Timers()).batch.advantages
+    rewards = [1.0] + [0.0] * 15
+    deviation = statistics.stdev(rewards) + 1e-6
+    expected = torch.tensor([(reward - 1 / 16) / deviation for reward in rewards])
+    torch.testing.assert_close(found, expected)
 
 
 def test_overlong_penalty_enters_the_reward_and_not_the_accuracy():

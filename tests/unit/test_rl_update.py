@@ -8,6 +8,7 @@ import torch
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch
+from megatron_occ.rl.correction import Corrections
 from megatron_occ.rl.reports import on_host
 from megatron_occ.rl.update import PolicyUpdater
 from tests.unit.fake_layouts import FakeLayout
@@ -17,7 +18,8 @@ from tests.unit.rl_setup import OPEN, PRESETS, rl_config
 EXTRAS = (
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.2",
-    "rl.loss.importance_cap=2.0",
+    "rl.correction.weights=token",
+    "rl.correction.high=2.0",
 )
 
 
@@ -53,6 +55,17 @@ class MetaActor(FakeActor):
         return FakeStep(1.0, 1.0, 0.1, False)
 
 
+def on_the_host(metrics):
+    """In place of the one transfer of a report, which has no values here."""
+
+    def there(*given):
+        found = metrics(*given)
+        assert {value.device.type for value in found.values()} <= {"meta"}
+        return {name: torch.ones(()) for name in found}
+
+    return there
+
+
 @pytest.mark.parametrize("lengths", [None, [6, 4, 5, 6]])
 @pytest.mark.parametrize(
     "overrides",
@@ -61,12 +74,15 @@ class MetaActor(FakeActor):
         ("mtp.preset=occ", "mtp.trunk.statistics=current"),
         ("mtp.preset=occ", "mtp.trunk.estimator=released", OPEN),
         ("mtp.trunk.signal=policy", "mtp.head.signal=soft_ce", *EXTRAS),
-        ("mtp.preset=occ", "rl.algorithm=gspo", "rl.loss.importance_cap=2.0"),
+        ("mtp.preset=occ", "rl.algorithm=gspo", *EXTRAS),
+        ("mtp.preset=detach", "rl.correction.reject=geometric", "rl.correction.veto=0.1"),
+        *(("mtp.preset=detach", f"rl.algorithm={name}") for name in ("cispo", "sapo", "dppo")),
         ("mtp.preset=occ", "rl.algorithm=grpo"),
     ],
     ids=str,
 )
-def test_constants_counts_and_loss_never_wait_for_the_device(overrides, lengths):
+def test_constants_counts_and_loss_never_wait_for_the_device(overrides, lengths, monkeypatch):
+    monkeypatch.setattr(Corrections, "metrics", on_the_host(Corrections.metrics))
     updater = PolicyUpdater(rl_config(*overrides), MetaActor())
     batch = small_batch(device="meta")
     logprobs = torch.empty(batch.ids.shape, device="meta")
