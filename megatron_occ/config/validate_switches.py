@@ -83,6 +83,18 @@ SWITCHES = (
         _all_but("model.rotary_scaling", "factor"),
         "model.rotary_scaling.factor",
     ),
+    Switch(
+        "recompute",
+        _is("none", "full"),
+        ("recompute_modules",),
+        "recompute=selective",
+    ),
+    Switch(
+        "recompute",
+        _is("none", "selective"),
+        ("recompute_layers",),
+        "recompute=full",
+    ),
     Switch("fp8.format", _is("none"), ("fp8.scaling",), "fp8.format=hybrid or e4m3"),
     Switch(
         "mtp.num_layers",

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_occ.config.keys import spell
 from megatron_occ.config.schema import Config
 
 
@@ -27,6 +28,16 @@ def check_machine(config: Config, device: torch.device) -> None:
     if device.type == "meta" or uses_transformer_engine():
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
+    if config.attention_backend in ("flash", "fused", "unfused"):
+        raise ValueError(
+            f"attention_backend={config.attention_backend}: is a kernel of TransformerEngine, and "
+            f"{where} here: use attention_backend=auto or local"
+        )
+    if config.recompute == "selective" and "moe_act" in config.recompute_modules:
+        raise ValueError(
+            f"recompute_modules={spell(config.recompute_modules)}: moe_act is a part of "
+            f"TransformerEngine's grouped experts, and {where} here: leave it out, or name moe"
+        )
     if config.fp8.format != "none":
         raise ValueError(
             f"fp8.format={config.fp8.format}: is done by TransformerEngine, and {where} here: use "

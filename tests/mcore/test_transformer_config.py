@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves
@@ -67,7 +68,17 @@ REACHES = (
     ("fp8.scaling=delayed", FP8, "fp8_recipe", "delayed"),
     ("fp8.scaling=current", FP8, "fp8_recipe", "tensorwise"),
     ("fp8.scaling=block", FP8, "fp8_recipe", "blockwise"),
+    ("fusions=off", (), "apply_rope_fusion", False),
+    ("fusions=off", (), "use_te_activation_func", False),
+    ("attention_backend=flash", (), "attention_backend", AttnBackend.flash),
+    ("attention_backend=local", (), "attention_backend", AttnBackend.local),
+    ("recompute=none", (), "recompute_granularity", None),
     ("recompute=full", (), "recompute_granularity", "full"),
+    ("recompute=full", (), "recompute_method", "uniform"),
+    ("recompute_layers=2", ("recompute=full",), "recompute_method", "block"),
+    ("recompute_layers=2", ("recompute=full",), "recompute_num_layers", 2),
+    ("recompute=selective", ("recompute_modules=[mlp]",), "recompute_granularity", "selective"),
+    ("recompute_modules=[mlp]", ("recompute=selective",), "recompute_modules", ["mlp"]),
     ("precision=bf16", (), "params_dtype", torch.bfloat16),
 )
 # tested below
@@ -81,7 +92,15 @@ ELSEWHERE = {
 
 
 def test_no_option_is_missing_here():
-    sections = ("model.moe.", "model.mla.", "parallel.", "fp8.")
+    sections = (
+        "model.moe.",
+        "model.mla.",
+        "parallel.",
+        "fp8.",
+        "recompute",
+        "fusions",
+        "attention",
+    )
     listed = {given.partition("=")[0] for given, *_ in REACHES} | ELSEWHERE
     assert {key for key in leaves() if key.startswith(sections)} <= listed
 
