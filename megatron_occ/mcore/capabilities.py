@@ -9,6 +9,9 @@ import torch
 from megatron_occ.config.keys import spell
 from megatron_occ.config.schema import Config
 
+# modules of recompute_modules: 0.16.1 takes any norm for one in FP8
+ENGINE_MODULES = ("layernorm", "moe_act")
+
 
 def uses_transformer_engine() -> bool:
     """Whether layers are TransformerEngine's: it is installed, and there is a CUDA device."""
@@ -33,11 +36,12 @@ def check_machine(config: Config, device: torch.device) -> None:
             f"attention_backend={config.attention_backend}: is a kernel of TransformerEngine, and "
             f"{where} here: use attention_backend=auto or local"
         )
-    if config.recompute == "selective" and "moe_act" in config.recompute_modules:
-        raise ValueError(
-            f"recompute_modules={spell(config.recompute_modules)}: moe_act is a part of "
-            f"TransformerEngine's grouped experts, and {where} here: leave it out, or name moe"
-        )
+    for module in ENGINE_MODULES if config.recompute == "selective" else ():
+        if module in config.recompute_modules:
+            raise ValueError(
+                f"recompute_modules={spell(config.recompute_modules)}: Megatron-Core computes "
+                f"{module} again by TransformerEngine, and {where} here: leave {module} out"
+            )
     if config.fp8.format != "none":
         raise ValueError(
             f"fp8.format={config.fp8.format}: is done by TransformerEngine, and {where} here: use "

@@ -13,7 +13,7 @@ from torch.nn import functional
 from megatron_occ.config.pipeline import model_chunks, parse_layout
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import YarnConfig
-from megatron_occ.mcore.capabilities import uses_transformer_engine
+from megatron_occ.mcore.capabilities import ENGINE_MODULES, uses_transformer_engine
 from megatron_occ.mcore.fusions import megatron_fusions
 
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
@@ -28,7 +28,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_precision(config),
         **_recompute(config),
         **megatron_fusions(config),
-        "attention_backend": AttnBackend[config.attention_backend],
+        "attention_backend": _attention_backend(config),
     }
     kind = MLATransformerConfig if config.model.mla.enabled else TransformerConfig
     with warnings.catch_warnings():
@@ -159,12 +159,16 @@ def _recompute(config: Config) -> dict[str, Any]:
     )
 
 
+def _attention_backend(config: Config) -> AttnBackend:
+    """Elsewhere there is nothing to choose, and Megatron would set variables of the environment."""
+    return AttnBackend[config.attention_backend if uses_transformer_engine() else "auto"]
+
+
 def _modules(config: Config) -> list[str]:
     """Modules that are computed again; in a dry run those that Megatron accepts here."""
     if uses_transformer_engine():
         return list(config.recompute_modules)
-    refused = {"moe_act"} | ({"layernorm"} if config.fp8.format != "none" else set())
-    return [module for module in config.recompute_modules if module not in refused]
+    return [module for module in config.recompute_modules if module not in ENGINE_MODULES]
 
 
 def _precision(config: Config) -> dict[str, Any]:

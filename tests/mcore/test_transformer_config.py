@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves
+from megatron_occ.mcore import transformer_config as module
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.provider import build_chunks
@@ -70,8 +71,6 @@ REACHES = (
     ("fp8.scaling=block", FP8, "fp8_recipe", "blockwise"),
     ("fusions=off", (), "apply_rope_fusion", False),
     ("fusions=off", (), "use_te_activation_func", False),
-    ("attention_backend=flash", (), "attention_backend", AttnBackend.flash),
-    ("attention_backend=local", (), "attention_backend", AttnBackend.local),
     ("recompute=none", (), "recompute_granularity", None),
     ("recompute=full", (), "recompute_granularity", "full"),
     ("recompute=full", (), "recompute_method", "uniform"),
@@ -86,6 +85,7 @@ ELSEWHERE = {
     "parallel.pipeline_layout",
     "parallel.overlap_grad_reduce",
     "parallel.distributed_optimizer",
+    "attention_backend",
     # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
     "model.mla.norm_epsilon",
 }
@@ -108,6 +108,14 @@ def test_no_option_is_missing_here():
 @pytest.mark.parametrize(("given", "beside", "name", "value"), REACHES, ids=[r[0] for r in REACHES])
 def test_an_option_reaches_megatron(layout, given, beside, name, value):
     assert getattr(transformer_config(load_config([], [*beside, given])), name) == value
+
+
+@pytest.mark.parametrize("name", ["auto", "flash", "fused", "unfused", "local"])
+def test_kernels_of_attention_are_chosen_where_there_is_a_choice(layout, name, monkeypatch):
+    config = load_config([], [f"attention_backend={name}"])
+    assert transformer_config(config).attention_backend == AttnBackend.auto
+    monkeypatch.setattr(module, "uses_transformer_engine", lambda: True)
+    assert transformer_config(config).attention_backend == AttnBackend[name]
 
 
 def test_a_pipeline_layout_reaches_megatron(layout):

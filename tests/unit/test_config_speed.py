@@ -96,6 +96,5 @@ def test_what_can_act_is_accepted(given):
 
 
 def test_a_module_that_megatron_does_not_know_is_refused_with_those_it_knows():
-    with pytest.raises(ValueError, match=r"recompute_modules.*any of core_attn.*shared_experts"):
-        problems(f"{SELECTIVE} recompute_modules=[attention]")
-    assert len(MODULES) == 7
+    (message,) = problems(f"{SELECTIVE} recompute_modules=[attention]")
+    assert f"a list of any of {', '.join(MODULES)}" in message
