@@ -1,4 +1,4 @@
-"""What keys of speed and memory must satisfy: kernels of attention, recompute."""
+"""What keys of speed and memory must satisfy: kernels of attention, messages, recompute."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _WITHIN = {"moe": ("moe_act", "shared_experts")}
 def speed_problems(config: Config) -> Iterator[str]:
     """Problems of these keys, one message each."""
     yield from _attention(config)
+    yield from _messages(config)
     if config.recompute == "selective":
         yield from _modules(config)
     if config.recompute == "full" and config.recompute_layers is not None:
@@ -31,6 +32,22 @@ def _attention(config: Config) -> Iterator[str]:
         yield (
             f"attention_backend={backend}: these kernels take 16-bit numbers alone. Give "
             "precision=bf16, or attention_backend=auto"
+        )
+
+
+def _messages(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.grad_reduce_dtype == "bf16" and config.precision == "fp32":
+        yield (
+            "parallel.grad_reduce_dtype=bf16: gradients are summed in the precision of the "
+            "parameters then, which is fp32. Give precision=bf16, or "
+            "parallel.grad_reduce_dtype=fp32"
+        )
+    ranks = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    if parallel.token_dispatcher == "flex" and ranks == 1:
+        yield (
+            "parallel.token_dispatcher=flex: no other rank has experts. Give parallel.expert=2 or "
+            "more, or parallel.token_dispatcher=auto"
         )
 
 

@@ -56,7 +56,7 @@ SWITCHES = (
     Switch(
         "model.moe.num_experts",
         _is(None),
-        _all_but("model.moe", "num_experts"),
+        (*_all_but("model.moe", "num_experts"), "parallel.token_dispatcher"),
         "model.moe.num_experts",
     ),
     Switch(

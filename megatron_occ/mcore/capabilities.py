@@ -18,6 +18,18 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
+def token_dispatcher(config: Config) -> str:
+    """Megatron's name of what takes tokens to experts.
+
+    Without a CUDA device, also for a dry run, it is the one that needs no streams of a GPU; on one
+    "auto" is the fastest that needs no library.
+    """
+    if not torch.cuda.is_available():
+        return "allgather"
+    name = config.parallel.token_dispatcher
+    return "alltoall" if name == "auto" else name
+
+
 def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this machine can't do.
 
@@ -28,7 +40,10 @@ def check_machine(config: Config, device: torch.device) -> None:
     Raises:
         ValueError: key, value, reason and remedy.
     """
-    if device.type == "meta" or uses_transformer_engine():
+    if device.type == "meta":
+        return
+    _check_dispatcher(config, device)
+    if uses_transformer_engine():
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
     if config.attention_backend in ("flash", "fused", "unfused"):
@@ -51,4 +66,18 @@ def check_machine(config: Config, device: torch.device) -> None:
         raise ValueError(
             f"model.moe.num_experts={config.model.moe.num_experts}: Megatron-Core's router needs "
             f"TransformerEngine on a GPU, and {where}: pip install 'megatron-occ[gpu]'"
+        )
+
+
+def _check_dispatcher(config: Config, device: torch.device) -> None:
+    name = config.parallel.token_dispatcher
+    if name in ("alltoall", "flex") and device.type == "cpu":
+        raise ValueError(
+            f"parallel.token_dispatcher={name}: works on streams of a GPU, and there is no CUDA "
+            "device here: use parallel.token_dispatcher=auto or allgather"
+        )
+    if name == "flex" and find_spec("deep_ep") is None:
+        raise ValueError(
+            "parallel.token_dispatcher=flex: needs DeepEP, and it is not installed here: install "
+            "deep_ep, or use parallel.token_dispatcher=alltoall"
         )

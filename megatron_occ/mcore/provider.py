@@ -213,7 +213,7 @@ def wrap_data_parallel(chunks: list[OCCGPTModel], config: Config) -> list[Distri
     """Megatron's gradient buffers and data-parallel reduction around each chunk."""
     parallel = config.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=parallel.grad_reduce_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )

@@ -13,7 +13,11 @@ from torch.nn import functional
 from megatron_occ.config.pipeline import model_chunks, parse_layout
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import YarnConfig
-from megatron_occ.mcore.capabilities import ENGINE_MODULES, uses_transformer_engine
+from megatron_occ.mcore.capabilities import (
+    ENGINE_MODULES,
+    token_dispatcher,
+    uses_transformer_engine,
+)
 from megatron_occ.mcore.fusions import megatron_fusions
 
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
@@ -120,7 +124,7 @@ def _experts(config: Config) -> dict[str, Any]:
         # layout
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall" if torch.cuda.is_available() else "allgather",
+        moe_token_dispatcher_type=token_dispatcher(config),
         moe_grouped_gemm=uses_transformer_engine(),
     )
 

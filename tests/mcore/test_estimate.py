@@ -296,6 +296,22 @@ def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter_or_6_and_12_o
     assert eight["reference policy"] == 2 * whole.total_parameters
 
 
+def test_gradients_in_bf16_take_two_bytes_and_four_more_while_the_optimizer_needs_them():
+    wide = paper_layout(world_size=4)
+    narrow = paper_layout("parallel.grad_reduce_dtype=bf16", world_size=4)
+    count = wide.total_parameters
+    assert narrow.memory.resident["gradients, bf16"] == 2 * count
+    resident = [sum(each.memory.resident.values()) for each in (narrow, wide)]
+    assert resident == [16 * count, 18 * count]
+    # activations are gone then: the larger of the two counts
+    for rows in (1, 32):
+        given = [f"rl.micro_batch_size={rows}", "rl.mini_batches=1"]
+        plain = paper_layout(*given).memory.training
+        found = paper_layout(*given, "parallel.grad_reduce_dtype=bf16").memory.training
+        assert sum(found.values()) == max(sum(plain.values()), 4 * count)
+        assert (found == plain) == (rows == 32)
+
+
 def test_a_head_trained_alone_needs_gradients_and_moments_of_its_own_alone():
     given = ("rl.init_from=c", "rl.rollout.speculative.mode=off")
     whole, alone = (

@@ -7,10 +7,7 @@ import re
 import pytest
 import torch
 
-from megatron_occ.mcore.capabilities import check_machine
 from megatron_occ.mcore.head_request import HeadRequest
-from megatron_occ.mcore.startup import initialize, shutdown
-from megatron_occ.mcore.transformer_config import transformer_config
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import (
     VOCABULARY,
@@ -96,32 +93,3 @@ def passes(model):
     values = torch.cat([outputs.logprobs[None], *outputs.passes])
     (values * torch.linspace(0.5, 2, values.size(0)).view(-1, 1, 1)).sum().backward()
     return gradients(model), values.detach()
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"attention_backend": "flash"}, r"attention_backend=flash.*use attention_backend=auto or"),
-        ({"attention_backend": "unfused"}, r"attention_backend=unfused.*no CUDA device"),
-        (
-            {"recompute": "selective", "recompute_modules": ["moe_act"]},
-            r"moe_act again by TransformerEngine.*leave moe_act out",
-        ),
-        (
-            {"recompute": "selective", "recompute_modules": ["moe", "layernorm"]},
-            r"layernorm again by TransformerEngine.*leave layernorm out",
-        ),
-    ],
-)
-def test_what_needs_transformer_engine_is_refused_but_in_a_dry_run(setting, message):
-    config = model_config("moe")
-    for name, value in setting.items():
-        setattr(config, name, value)
-    with pytest.raises(ValueError, match=message):
-        check_machine(config, torch.device("cpu"))
-    check_machine(config, torch.device("meta"))
-    initialize(config)
-    try:
-        assert transformer_config(config).num_layers == 2
-    finally:
-        shutdown()

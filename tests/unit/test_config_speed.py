@@ -14,6 +14,16 @@ FP8 = "precision=bf16 fp8.format=hybrid model.hidden_size=64 model.ffn_hidden_si
 REFUSED = [
     ("attention_backend=flash", "attention_backend=flash: these kernels", "precision=bf16, or att"),
     ("attention_backend=fused", "attention_backend=fused: these kernels", "attention_backend=auto"),
+    (
+        "parallel.grad_reduce_dtype=bf16",
+        "parallel.grad_reduce_dtype=bf16: gradients are summed",
+        "Give precision=bf16, or parallel.grad_reduce_dtype=fp32",
+    ),
+    (
+        f"parallel.token_dispatcher=flex {MOE}",
+        "parallel.token_dispatcher=flex: no other rank has experts",
+        "Give parallel.expert=2 or more",
+    ),
     (SELECTIVE, "recompute_modules=[]: recompute=selective has nothing", "recompute=full or none"),
     (
         f"{SELECTIVE} recompute_modules=[mlp,mlp]",
@@ -72,6 +82,8 @@ REFUSED = [
     ),
 ]
 ACCEPTED = [
+    "parallel.grad_reduce_dtype=bf16 precision=bf16",
+    f"parallel.token_dispatcher=alltoall {MOE}",
     "attention_backend=flash precision=bf16",
     "attention_backend=unfused",
     f"{SELECTIVE} recompute_modules=[mlp]",

@@ -72,6 +72,11 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
+        if config.parallel.grad_reduce_dtype == "bf16":
+            # when the optimizer needs them, activations are gone
+            wide = _updated(config, held, _trained(held, head_alone)) * _FP32
+            missing = int(wide) - sum(training.values())
+            training |= {"gradients in fp32, beyond these": missing} if missing > 0 else {}
     samples = command != "pretrain" or config.pretrain.validate_every > 0
     if samples and config.rl.rollout.engine == "megatron":
         generation = generation_memory(config, held, world_size)
@@ -100,7 +105,8 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
         )
         resident["FP8 weights and transposes"] = 2 * matrices
-    resident["gradients, fp32"] = gradients * _FP32
+    width = 2 if config.parallel.grad_reduce_dtype == "bf16" else _FP32
+    resident[f"gradients, {config.parallel.grad_reduce_dtype}"] = gradients * width
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
     resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
