@@ -68,6 +68,8 @@ class Leaf:
             f"{sign} {self.limits[name]:,}" for name, sign in _LIMITS.items() if name in self.limits
         )
         bounds = f" {bounds}" if bounds else ""
+        if self.kind is list and "choices" in self.limits:
+            return f"a list of any of {', '.join(self.limits['choices'])}"
         if self.kind is list:
             return f"a list of {_PLURALS[self.item]}{bounds}{entries}"
         if "choices" in self.limits:

@@ -21,6 +21,8 @@ _CHANGEABLE = (
     "data.verifier_timeout",
     "data.verifier_workers",
     "parallel.",
+    "fusions",
+    "attention_backend",
     "recompute",
     "pretrain.micro_batch_size",
     "pretrain.save_every",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_occ.config import limits
 from megatron_occ.config.options import option, section
+from megatron_occ.config.recompute import MODULES
 from megatron_occ.config.schema_data import DataConfig, TokenizerConfig
 from megatron_occ.config.schema_eval import EvalConfig
 from megatron_occ.config.schema_loss import (
@@ -219,8 +220,29 @@ class Config:
     precision: str = option(
         "fp32", "precision of parameters and activations", choices=("fp32", "bf16")
     )
+    fusions: str = option(
+        "auto",
+        "fused kernels that compute the same: where they are installed, or never (to find a fault)",
+        choices=("auto", "off"),
+    )
+    attention_backend: str = option(
+        "auto",
+        "kernels of attention: one of TransformerEngine's, or torch's (local)",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+    )
     recompute: str = option(
-        "none", "activations recomputed in the backward pass", choices=("none", "full")
+        "none",
+        "activations recomputed in the backward pass: of none, of some modules, of whole layers",
+        choices=("none", "selective", "full"),
+    )
+    recompute_modules: list[str] = option(
+        [], "modules whose activations recompute=selective computes again", choices=MODULES
+    )
+    recompute_layers: int | None = option(
+        None,
+        "first layers of each model chunk that recompute=full is for (null: all, MTP layers too)",
+        minimum=1,
+        maximum=limits.LAYERS,
     )
     keep_checkpoints: int = option(
         2, "number of newest checkpoints kept for each phase", minimum=1, maximum=limits.STEPS

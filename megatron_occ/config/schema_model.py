@@ -194,6 +194,16 @@ class ParallelConfig:
         minimum=1,
         maximum=limits.RANKS,
     )
+    token_dispatcher: str = option(
+        "auto",
+        "how tokens get to experts (flex: by DeepEP; auto: alltoall on a GPU, else allgather)",
+        choices=("auto", "allgather", "alltoall", "flex"),
+    )
+    grad_reduce_dtype: str = option(
+        "fp32",
+        "precision in which gradients are summed over micro-batches and ranks",
+        choices=("fp32", "bf16"),
+    )
     overlap_grad_reduce: bool = option(
         False, "reduce gradients over data-parallel ranks during the backward pass"
     )

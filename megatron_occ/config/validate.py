@@ -22,6 +22,7 @@ from megatron_occ.config.validate_mtp import mtp_problems
 from megatron_occ.config.validate_profile import profile_problems
 from megatron_occ.config.validate_servers import server_problems
 from megatron_occ.config.validate_sizes import size_problems
+from megatron_occ.config.validate_speed import speed_problems
 from megatron_occ.config.validate_switches import switch_problems
 from megatron_occ.config.words import counted
 
@@ -75,6 +76,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     yield from model_problems(config)
     yield from size_problems(config, trains=trains)
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
+    yield from speed_problems(config)
     if pretrains:
         yield from _pretraining(config)
     if command != "pretrain" or config.pretrain.validate_every > 0:

@@ -56,7 +56,7 @@ SWITCHES = (
     Switch(
         "model.moe.num_experts",
         _is(None),
-        _all_but("model.moe", "num_experts"),
+        (*_all_but("model.moe", "num_experts"), "parallel.token_dispatcher"),
         "model.moe.num_experts",
     ),
     Switch(
@@ -82,6 +82,18 @@ SWITCHES = (
         _is(None),
         _all_but("model.rotary_scaling", "factor"),
         "model.rotary_scaling.factor",
+    ),
+    Switch(
+        "recompute",
+        _is("none", "full"),
+        ("recompute_modules",),
+        "recompute=selective",
+    ),
+    Switch(
+        "recompute",
+        _is("none", "selective"),
+        ("recompute_layers",),
+        "recompute=full",
     ),
     Switch("fp8.format", _is("none"), ("fp8.scaling",), "fp8.format=hybrid or e4m3"),
     Switch(

@@ -19,6 +19,7 @@ from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
+from megatron_occ.mcore.capabilities import token_dispatcher
 from megatron_occ.mcore.gradients import Gradient, GradientSpace
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
@@ -119,9 +120,9 @@ class MegatronGPTActor:
                 layout.context_parallel_size,
                 parallel_state.get_context_parallel_group(),
             )
-        # Megatron's dispatcher for CPUs gathers all tokens of these ranks, equally many of each
-        on_cpu = layout.device.type == "cpu"
-        self._gathers_tokens = on_cpu and expert_sharing_group() is not None
+        # this dispatcher of Megatron's gathers all tokens of these ranks, equally many of each
+        gathers = token_dispatcher(config) == "allgather"
+        self._gathers_tokens = gathers and expert_sharing_group() is not None
         self._reference: list[Tensor] | None = None
         self._inference: list[InferenceChunk] | None = None
 
@@ -283,7 +284,7 @@ class MegatronGPTActor:
         """Lay out a mini-batch.
 
         Packed micro-batches get one length where ranks exchange tensors of one shape: the stages of
-        a pipeline, and on the CPU the ranks that share experts.
+        a pipeline, and the ranks that share experts where their tokens are gathered.
         """
         total, layout = None, self.layout
         if batches[0].lengths is not None and (layout.pipeline_size > 1 or self._gathers_tokens):

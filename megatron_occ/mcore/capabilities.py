@@ -6,12 +6,28 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_occ.config.keys import spell
 from megatron_occ.config.schema import Config
+
+# modules of recompute_modules: 0.16.1 takes any norm for one in FP8
+ENGINE_MODULES = ("layernorm", "moe_act")
 
 
 def uses_transformer_engine() -> bool:
     """Whether layers are TransformerEngine's: it is installed, and there is a CUDA device."""
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def token_dispatcher(config: Config) -> str:
+    """Megatron's name of what takes tokens to experts.
+
+    Without a CUDA device, also for a dry run, it is the one that needs no streams of a GPU; on one
+    "auto" is the fastest that needs no library.
+    """
+    if not torch.cuda.is_available():
+        return "allgather"
+    name = config.parallel.token_dispatcher
+    return "alltoall" if name == "auto" else name
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -24,9 +40,23 @@ def check_machine(config: Config, device: torch.device) -> None:
     Raises:
         ValueError: key, value, reason and remedy.
     """
-    if device.type == "meta" or uses_transformer_engine():
+    if device.type == "meta":
+        return
+    _check_dispatcher(config, device)
+    if uses_transformer_engine():
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
+    if config.attention_backend in ("flash", "fused", "unfused"):
+        raise ValueError(
+            f"attention_backend={config.attention_backend}: is a kernel of TransformerEngine, and "
+            f"{where} here: use attention_backend=auto or local"
+        )
+    for module in ENGINE_MODULES if config.recompute == "selective" else ():
+        if module in config.recompute_modules:
+            raise ValueError(
+                f"recompute_modules={spell(config.recompute_modules)}: Megatron-Core computes "
+                f"{module} again by TransformerEngine, and {where} here: leave {module} out"
+            )
     if config.fp8.format != "none":
         raise ValueError(
             f"fp8.format={config.fp8.format}: is done by TransformerEngine, and {where} here: use "
@@ -36,4 +66,18 @@ def check_machine(config: Config, device: torch.device) -> None:
         raise ValueError(
             f"model.moe.num_experts={config.model.moe.num_experts}: Megatron-Core's router needs "
             f"TransformerEngine on a GPU, and {where}: pip install 'megatron-occ[gpu]'"
+        )
+
+
+def _check_dispatcher(config: Config, device: torch.device) -> None:
+    name = config.parallel.token_dispatcher
+    if name in ("alltoall", "flex") and device.type == "cpu":
+        raise ValueError(
+            f"parallel.token_dispatcher={name}: works on streams of a GPU, and there is no CUDA "
+            "device here: use parallel.token_dispatcher=auto or allgather"
+        )
+    if name == "flex" and find_spec("deep_ep") is None:
+        raise ValueError(
+            "parallel.token_dispatcher=flex: needs DeepEP, and it is not installed here: install "
+            "deep_ep, or use parallel.token_dispatcher=alltoall"
         )

@@ -221,7 +221,8 @@ class OCCGPTModel(GPTModel):
 
     def _cut(self, hidden: Tensor) -> Tensor:
         """Detached; recompute runs a block backward only if an input of it wants a gradient."""
-        recomputes = self.config.recompute_granularity == "full"
+        # for the first layers alone it leaves MTP layers out
+        recomputes = self.config.recompute_method == "uniform"
         return hidden.detach().requires_grad_(recomputes and torch.is_grad_enabled())
 
     def _head_outputs(

@@ -18,7 +18,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -30,7 +31,9 @@ from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import round_up
 from megatron_occ.mcore.adjust import adjusted
 from megatron_occ.mcore.capabilities import check_machine, uses_transformer_engine
+from megatron_occ.mcore.cpu.attention import CoreAttention
 from megatron_occ.mcore.cpu.specs import cpu_block_spec, cpu_mtp_spec
+from megatron_occ.mcore.fusions import fuse_weight_gradients, fusions_text
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.mtp_layer import MTPLayer
 from megatron_occ.mcore.shared_copy import SharedCopy
@@ -57,7 +60,7 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
     rows, ids = _vocabulary(config, vocab_size)
     megatron = transformer_config(config)
     layers = "TransformerEngine" if uses_transformer_engine() else "local layers, torch's kernels"
-    logger.info("layer spec: %s", layers)
+    logger.info("layer spec: %s; fusions: %s", layers, fusions_text(config))
     virtual = config.parallel.virtual_pipeline
     stages = [None] if virtual == 1 else list(range(virtual))
     with _told_without_memory(device):
@@ -144,9 +147,18 @@ def _second_mtp(
 
 
 def _block_spec(megatron: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    if uses_transformer_engine():
-        return get_gpt_decoder_block_spec(megatron, True, vp_stage=vp_stage)
-    return cpu_block_spec(megatron, vp_stage)
+    if not uses_transformer_engine():
+        return cpu_block_spec(megatron, vp_stage)
+    block = get_gpt_decoder_block_spec(megatron, True, vp_stage=vp_stage)
+    _choose_attention(megatron, block.layer_specs)
+    return block
+
+
+def _choose_attention(megatron: TransformerConfig, layers: list[ModuleSpec]) -> None:
+    """Torch's attention in TransformerEngine's layers, for ``attention_backend=local``."""
+    if megatron.attention_backend == AttnBackend.local:
+        for layer in layers:
+            layer.submodules.self_attention.submodules.core_attention = CoreAttention
 
 
 def _mtp_spec(
@@ -154,6 +166,7 @@ def _mtp_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     if uses_transformer_engine():
         layers = get_gpt_decoder_layer_specs(megatron, True, None, False)
+        _choose_attention(megatron, layers)
         mtp = get_gpt_mtp_block_spec(megatron, layers[-1], True, vp_stage=vp_stage)
     else:
         mtp = cpu_mtp_spec(megatron, vp_stage)
@@ -200,7 +213,7 @@ def wrap_data_parallel(chunks: list[OCCGPTModel], config: Config) -> list[Distri
     """Megatron's gradient buffers and data-parallel reduction around each chunk."""
     parallel = config.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=parallel.grad_reduce_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
@@ -213,6 +226,7 @@ def wrap_data_parallel(chunks: list[OCCGPTModel], config: Config) -> list[Distri
                 config=megatron, ddp_config=settings, module=module, disable_bucketing=index > 0
             )
         )
+    fuse_weight_gradients(wrapped, config)
     return wrapped
 
 

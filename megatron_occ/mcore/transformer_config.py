@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch.nn import functional
 
 from megatron_occ.config.pipeline import model_chunks, parse_layout
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_model import YarnConfig
-from megatron_occ.mcore.capabilities import uses_transformer_engine
+from megatron_occ.mcore.capabilities import (
+    ENGINE_MODULES,
+    token_dispatcher,
+    uses_transformer_engine,
+)
+from megatron_occ.mcore.fusions import megatron_fusions
 
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
 
@@ -24,7 +30,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_experts(config),
         **_layout(config),
         **_precision(config),
-        **_fusions(config),
+        **_recompute(config),
+        **megatron_fusions(config),
+        "attention_backend": _attention_backend(config),
     }
     kind = MLATransformerConfig if config.model.mla.enabled else TransformerConfig
     with warnings.catch_warnings():
@@ -116,7 +124,7 @@ def _experts(config: Config) -> dict[str, Any]:
         # layout
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall" if torch.cuda.is_available() else "allgather",
+        moe_token_dispatcher_type=token_dispatcher(config),
         moe_grouped_gemm=uses_transformer_engine(),
     )
 
@@ -124,7 +132,6 @@ def _experts(config: Config) -> dict[str, Any]:
 def _layout(config: Config) -> dict[str, Any]:
     parallel = config.parallel
     virtual, layout = parallel.virtual_pipeline, parallel.pipeline_layout
-    recomputes = config.recompute == "full"
     return dict(
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
@@ -138,12 +145,34 @@ def _layout(config: Config) -> dict[str, Any]:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        recompute_granularity="full" if recomputes else None,
-        recompute_method="uniform" if recomputes else None,
-        recompute_num_layers=1 if recomputes else None,
         # our losses are normalised by global counts: no division anywhere else
         calculate_per_token_loss=True,
     )
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    if config.recompute == "none":
+        return {}
+    if config.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=_modules(config))
+    some = config.recompute_layers
+    return dict(
+        recompute_granularity="full",
+        recompute_method="block" if some else "uniform",
+        recompute_num_layers=some or 1,
+    )
+
+
+def _attention_backend(config: Config) -> AttnBackend:
+    """Elsewhere there is nothing to choose, and Megatron would set variables of the environment."""
+    return AttnBackend[config.attention_backend if uses_transformer_engine() else "auto"]
+
+
+def _modules(config: Config) -> list[str]:
+    """Modules that are computed again; in a dry run those that Megatron accepts here."""
+    if uses_transformer_engine():
+        return list(config.recompute_modules)
+    return [module for module in config.recompute_modules if module not in ENGINE_MODULES]
 
 
 def _precision(config: Config) -> dict[str, Any]:
@@ -153,21 +182,3 @@ def _precision(config: Config) -> dict[str, Any]:
     if fp8.format != "none":
         settings |= dict(fp8=fp8.format, fp8_recipe=_FP8_RECIPES[fp8.scaling])
     return settings
-
-
-def _fusions(config: Config) -> dict[str, bool]:
-    """No kernels that need apex or TransformerEngine, or that add noise between layouts.
-
-    On the CPU two of TransformerEngine's places are taken by ``cpu/fused.py``. Megatron's experts
-    and its latent attention have no such place.
-    """
-    on_cpu = not torch.cuda.is_available()
-    return {
-        "gradient_accumulation_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": on_cpu and not config.model.mla.enabled,
-        "use_te_activation_func": on_cpu and config.model.moe.num_experts is None,
-    }

@@ -105,6 +105,23 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     assert "otherwise" not in text
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["recompute=selective", "recompute_modules=[moe_act, layernorm]"],
+            "selective of moe_act, layernorm",
+        ),
+        (["recompute=full", "recompute_layers=2"], "full of 2 layers a chunk"),
+    ],
+)
+def test_recompute_of_parts_is_named_and_all_of_it_is_offered(given, words, capsys):
+    text = dry_run([*GLM, *given, "rl.micro_batch_tokens=102400"], capsys)
+    assert f"(this run: {words})" in text
+    rest = given[1].partition("=")[0] + ("=[]" if "modules" in given[1] else "=null")
+    assert re.search(rf"\n  with +recompute=full {re.escape(rest)}: [\d.]+ GiB, fits\n", text)
+
+
 @pytest.mark.parametrize(("memory", "verdict"), [("40", "yes"), ("39", "no")])
 def test_the_largest_rank_is_compared_with_the_memory_that_is_given(memory, verdict, capsys):
     text = dry_run([*GLM, "--gpu-memory", memory], capsys)

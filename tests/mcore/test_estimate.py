@@ -211,6 +211,55 @@ def test_activations_are_those_of_the_papers_formulas(overrides, ranks, plain):
     assert recomputed.training["activations"] == use.activations[1]
 
 
+# bytes a token of one layer, h = 96, f = 256, 4 heads: 32 h without recompute
+RECOMPUTED = [
+    # the MLP's input, gate, up and product, of one layer at a time
+    ("recompute=selective recompute_modules=[mlp]", 4 * (32 * 96 - 2 * (96 + 3 * 256)), 96 + 768),
+    # kernels that keep no scores have nothing to compute again
+    ("recompute=selective recompute_modules=[core_attn]", 4 * 32 * 96, 0),
+    ("attention_backend=unfused", 4 * (32 * 96 + 2 * 4 * 64), 0),
+    (
+        "attention_backend=unfused recompute=selective recompute_modules=[core_attn]",
+        4 * 32 * 96,
+        4 * 64,
+    ),
+    ("recompute=full recompute_layers=1", 3 * 32 * 96 + 2 * 96, 16 * 96),
+]
+
+
+@pytest.mark.parametrize(("given", "each", "once"), RECOMPUTED)
+def test_activations_follow_what_is_recomputed(given, each, once):
+    use = paper_layout(*given.split()).memory
+    # two sequences of 64 tokens, two bytes an element
+    assert use.training["activations"] == 128 * (each + 2 * once)
+
+
+def test_recompute_in_layers_with_experts_and_latent_attention_by_hand():
+    experts = ["recompute=selective", "model.moe={num_experts: 4, ffn_hidden_size: 24, top_k: 2}"]
+    experts += ["model.moe.shared_ffn_hidden_size=40", "mtp={num_layers: 0, preset: none}"]
+    latent = {"num_query_groups": None, "qkv_bias": False}
+
+    def each(*modules: str) -> float:
+        config = make_config(*experts, f"recompute_modules=[{','.join(modules)}]", **latent)
+        for name, value in MLA.items():
+            setattr(config.model.mla, name, value)
+        config.rl.micro_batch_size = 1
+        use = estimate(config, VOCABULARY, 1, 0).memory
+        return use.training["activations"] / (4 * config.model.max_position_embeddings)
+
+    # core_attn drops nothing; the rest is kept by all layers and needed by one
+    whole = each("core_attn")
+    dropped = {
+        "moe": 2 * (32 + 3 * 24) + 3 * 40,
+        "moe_act": 2 * 24,
+        "shared_experts": 3 * 40,
+        "layernorm": 2 * 32,
+        "mla_up_proj": 4 * (12 + 12 + 12),
+    }
+    for module, elements in dropped.items():
+        assert each(module) == whole - 4 * elements + elements, module
+
+
 @pytest.mark.parametrize(
     ("layout", "flights"),
     [
@@ -245,6 +294,22 @@ def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter_or_6_and_12_o
     eight = paper_layout("fp8.format=hybrid", "rl.loss.kl_coefficient=0.1").memory.resident
     assert eight["FP8 weights and transposes"] == 2 * whole.parameters["trunk"]
     assert eight["reference policy"] == 2 * whole.total_parameters
+
+
+def test_gradients_in_bf16_take_two_bytes_and_four_more_while_the_optimizer_needs_them():
+    wide = paper_layout(world_size=4)
+    narrow = paper_layout("parallel.grad_reduce_dtype=bf16", world_size=4)
+    count = wide.total_parameters
+    assert narrow.memory.resident["gradients, bf16"] == 2 * count
+    resident = [sum(each.memory.resident.values()) for each in (narrow, wide)]
+    assert resident == [16 * count, 18 * count]
+    # activations are gone then: the larger of the two counts
+    for rows in (1, 32):
+        given = [f"rl.micro_batch_size={rows}", "rl.mini_batches=1"]
+        plain = paper_layout(*given).memory.training
+        found = paper_layout(*given, "parallel.grad_reduce_dtype=bf16").memory.training
+        assert sum(found.values()) == max(sum(plain.values()), 4 * count)
+        assert (found == plain) == (rows == 32)
 
 
 def test_a_head_trained_alone_needs_gradients_and_moments_of_its_own_alone():

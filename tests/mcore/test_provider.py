@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_occ.mcore import capabilities
 from megatron_occ.mcore.capabilities import check_machine
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.rl.batch import head_targets
@@ -43,6 +44,41 @@ def test_experts_on_a_gpu_without_transformer_engine_are_refused():
     check_machine(config, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"num_experts=4.*not installed: pip install"):
         check_machine(config, torch.device("cuda"))
+
+
+ENGINE = [
+    ({"attention_backend": "flash"}, r"attention_backend=flash.*use attention_backend=auto or"),
+    ({"attention_backend": "unfused"}, r"attention_backend=unfused.*no CUDA device"),
+    (
+        {"recompute": "selective", "recompute_modules": ["moe_act"]},
+        r"moe_act again by TransformerEngine.*leave moe_act out",
+    ),
+    (
+        {"recompute": "selective", "recompute_modules": ["moe", "layernorm"]},
+        r"layernorm again by TransformerEngine.*leave layernorm out",
+    ),
+    ({"token_dispatcher": "alltoall"}, r"token_dispatcher=alltoall.*no CUDA.*=auto or allgather"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), ENGINE)
+def test_what_needs_a_gpu_is_refused_but_in_a_dry_run(layout, setting, message):
+    config = small_config()
+    config.model.moe.num_experts = 4
+    for name, value in setting.items():
+        setattr(config.parallel if name == "token_dispatcher" else config, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_machine(config, torch.device("cpu"))
+    build_model(config, VOCABULARY, torch.device("meta"))
+
+
+def test_the_flexible_dispatcher_needs_its_library(monkeypatch):
+    config = small_config()
+    config.parallel.token_dispatcher = "flex"
+    with pytest.raises(ValueError, match=r"token_dispatcher=flex: needs DeepEP.*=alltoall"):
+        check_machine(config, torch.device("cuda"))
+    monkeypatch.setattr(capabilities, "find_spec", lambda name: name)
+    check_machine(config, torch.device("cuda"))
 
 
 def test_nothing_is_refused_where_nothing_is_computed():

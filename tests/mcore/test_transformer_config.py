@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_occ.config import load_config
 from megatron_occ.config.keys import leaves
+from megatron_occ.losses.heads import LossReport
+from megatron_occ.mcore import transformer_config as module
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.mcore.transformer_config import transformer_config
-from tests.mcore.conftest import VOCABULARY, positions, random_ids
+from tests.mcore.conftest import VOCABULARY, positions, random_ids, small_config
 
 MOE = ("model.moe.num_experts=8", "model.moe.ffn_hidden_size=24", "model.num_layers=4")
 SIGMOID = (*MOE, "model.moe.score_function=sigmoid", "model.moe.expert_bias=true")
@@ -67,21 +70,41 @@ REACHES = (
     ("fp8.scaling=delayed", FP8, "fp8_recipe", "delayed"),
     ("fp8.scaling=current", FP8, "fp8_recipe", "tensorwise"),
     ("fp8.scaling=block", FP8, "fp8_recipe", "blockwise"),
+    ("model.moe.num_experts=8", MOE, "moe_token_dispatcher_type", "allgather"),
+    ("fusions=off", (), "apply_rope_fusion", False),
+    ("fusions=off", (), "use_te_activation_func", False),
+    ("recompute=none", (), "recompute_granularity", None),
     ("recompute=full", (), "recompute_granularity", "full"),
+    ("recompute=full", (), "recompute_method", "uniform"),
+    ("recompute_layers=2", ("recompute=full",), "recompute_method", "block"),
+    ("recompute_layers=2", ("recompute=full",), "recompute_num_layers", 2),
+    ("recompute=selective", ("recompute_modules=[mlp]",), "recompute_granularity", "selective"),
+    ("recompute_modules=[mlp]", ("recompute=selective",), "recompute_modules", ["mlp"]),
     ("precision=bf16", (), "params_dtype", torch.bfloat16),
 )
 # tested below
 ELSEWHERE = {
     "parallel.pipeline_layout",
+    "parallel.token_dispatcher",
     "parallel.overlap_grad_reduce",
+    "parallel.grad_reduce_dtype",
     "parallel.distributed_optimizer",
+    "attention_backend",
     # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
     "model.mla.norm_epsilon",
 }
 
 
 def test_no_option_is_missing_here():
-    sections = ("model.moe.", "model.mla.", "parallel.", "fp8.")
+    sections = (
+        "model.moe.",
+        "model.mla.",
+        "parallel.",
+        "fp8.",
+        "recompute",
+        "fusions",
+        "attention",
+    )
     listed = {given.partition("=")[0] for given, *_ in REACHES} | ELSEWHERE
     assert {key for key in leaves() if key.startswith(sections)} <= listed
 
@@ -89,6 +112,25 @@ def test_no_option_is_missing_here():
 @pytest.mark.parametrize(("given", "beside", "name", "value"), REACHES, ids=[r[0] for r in REACHES])
 def test_an_option_reaches_megatron(layout, given, beside, name, value):
     assert getattr(transformer_config(load_config([], [*beside, given])), name) == value
+
+
+@pytest.mark.parametrize("name", ["auto", "flash", "fused", "unfused", "local"])
+def test_kernels_of_attention_are_chosen_where_there_is_a_choice(layout, name, monkeypatch):
+    config = load_config([], [f"attention_backend={name}"])
+    assert transformer_config(config).attention_backend == AttnBackend.auto
+    monkeypatch.setattr(module, "uses_transformer_engine", lambda: True)
+    assert transformer_config(config).attention_backend == AttnBackend[name]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("auto", "alltoall"), ("allgather", "allgather"), ("alltoall", "alltoall"), ("flex", "flex")],
+)
+def test_what_takes_tokens_to_experts_is_chosen_on_a_gpu(layout, given, name, monkeypatch):
+    config = load_config([], [*MOE, f"parallel.token_dispatcher={given}"])
+    assert transformer_config(config).moe_token_dispatcher_type == "allgather"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert transformer_config(config).moe_token_dispatcher_type == name
 
 
 def test_a_pipeline_layout_reaches_megatron(layout):
@@ -119,6 +161,35 @@ def test_reduction_and_optimizer_are_as_given(overlap, distributed):
         assert [isinstance(part, DistributedOptimizer) for part in parts] == [distributed]
     finally:
         shutdown()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_are_summed_in_the_precision_that_is_given(name, dtype, distributed):
+    config = small_config()
+    config.precision, config.parallel.grad_reduce_dtype = "bf16", name
+    config.parallel.distributed_optimizer = distributed
+    layout = initialize(config)
+    try:
+        actor = MegatronGPTActor(
+            config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
+        )
+        batch = actor.micro_batch(random_ids(), None, passes=((False, True),))
+        parameters = list(actor.chunks[0].parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        actor.get_loss_and_metrics([batch], lambda outputs, _: _report(outputs))
+        assert {parameter.main_grad.dtype for parameter in parameters} == {dtype}
+        report = actor.finish_training_step()
+        assert report.trunk_norm > 0 and not report.skipped
+        changed = [not torch.equal(*pair) for pair in zip(before, parameters, strict=True)]
+        assert any(changed)
+    finally:
+        shutdown()
+
+
+def _report(outputs):
+    values = [outputs.logprobs, *outputs.passes]
+    return sum(value.mean() for value in values), LossReport({}, None)
 
 
 def test_rotary_percent_turns_that_part_of_a_head(layout):

@@ -75,6 +75,14 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.overlong.penalty=0.5",
 )
 SWITCHED_OFF = [
+    (
+        "model.num_layers=2",
+        "parallel.token_dispatcher=alltoall",
+        "model.moe.num_experts=null",
+        "model.moe.num_experts",
+    ),
+    ("recompute=full", "recompute_modules=[mlp]", "recompute=full", "recompute=selective"),
+    ("recompute=none", "recompute_layers=1", "recompute=none", "recompute=full"),
     ("mtp.preset=occ", "mtp.trunk.weight=0.5", "coefficient=occ, set by mtp.preset=occ", "=0.1"),
     ("mtp.preset=occ", "mtp.trunk.weight=0", "mtp.trunk.coefficient=occ", "mtp.trunk.lambda_plus"),
     ("mtp.preset=policy", "mtp.trunk.ema=0.5", "coefficient=fixed", "mtp.trunk.coefficient=occ"),

@@ -97,8 +97,10 @@ def changes_that_help(
 
 def _candidates(config: Config, world_size: int, command: str) -> Iterator[list[Change]]:
     """Changes that leave the parameters of a rank alone, mild ones first."""
-    if config.recompute == "none":
-        yield [{"recompute": "full"}]
+    if config.recompute != "full" or config.recompute_layers is not None:
+        whole: Change = {"recompute": "full"}
+        whole |= {"recompute_modules": []} if config.recompute_modules else {}
+        yield [whole | ({"recompute_layers": None} if config.recompute_layers else {})]
     if not config.parallel.distributed_optimizer:
         yield [{"parallel.distributed_optimizer": True}]
     sizes, rl = derive(config, world_size), config.rl

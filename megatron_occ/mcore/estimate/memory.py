@@ -1,11 +1,5 @@
 """Bytes that a rank needs, by use, from what it holds.
 
-Activations follow the method of Korthikanti et al., "Reducing Activation Recomputation in Large
-Transformer Models" (arXiv 2205.05198, section 4): every tensor that the backward pass reads counts
-once. Their layer needs sbh(34 + 5 a s / h) bytes; here it has no dropout (no masks), attention that
-keeps no score matrix, a gated MLP, grouped key/value heads, and possibly experts. A mixture of
-experts is taken as balanced.
-
 Not counted: the CUDA context, buffers of NCCL and of kernels, and fragmentation.
 """
 
@@ -18,8 +12,9 @@ from megatron_occ.config import pretrains_first
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, most_micro_batches, round_up, sequence_multiple
 from megatron_occ.config.validate_exact import measures_gradients
+from megatron_occ.mcore.estimate.activations import EVERYTHING, NOTHING, activations, asked
 from megatron_occ.mcore.estimate.generation import generation_memory
-from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
+from megatron_occ.mcore.estimate.held import Held, element_bytes
 from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
 from megatron_occ.rl.calibration import regime_from
 
@@ -66,14 +61,22 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
     tokens, head_alone = _micro_batch_tokens(config, command), _trains_head_alone(config, command)
     # without a graph the trunk's layers leave nothing behind
     graph = replace(held, dense_layers=0, moe_layers=0) if head_alone else held
-    plain, recomputed = (_activations(config, graph, tokens, full) for full in (False, True))
+    length = _longest_sequence(config, command)
+    plain, run, recomputed = (
+        activations(config, graph, tokens, length, recompute)
+        for recompute in (NOTHING, asked(config), EVERYTHING)
+    )
     flight = _in_flight(config, held.stage, _micro_batches(config, world_size, command))
-    kept = recomputed if config.recompute == "full" else plain
     training, generation = {}, {}
     if command != "eval":
-        training["activations"] = int(kept.each * flight + kept.once)
+        training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
+        if config.parallel.grad_reduce_dtype == "bf16":
+            # when the optimizer needs them, activations are gone
+            wide = _updated(config, held, _trained(held, head_alone)) * _FP32
+            missing = int(wide) - sum(training.values())
+            training |= {"gradients in fp32, beyond these": missing} if missing > 0 else {}
     samples = command != "pretrain" or config.pretrain.validate_every > 0
     if samples and config.rl.rollout.engine == "megatron":
         generation = generation_memory(config, held, world_size)
@@ -102,7 +105,8 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
         )
         resident["FP8 weights and transposes"] = 2 * matrices
-    resident["gradients, fp32"] = gradients * _FP32
+    width = 2 if config.parallel.grad_reduce_dtype == "bf16" else _FP32
+    resident[f"gradients, {config.parallel.grad_reduce_dtype}"] = gradients * width
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
     resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
@@ -160,6 +164,11 @@ def _micro_batch_tokens(config: Config, command: str) -> int:
     return rows * round_up(length, multiple)
 
 
+def _longest_sequence(config: Config, command: str) -> int:
+    pretrains = command == "pretrain"
+    return config.pretrain.sequence_length if pretrains else config.model.max_position_embeddings
+
+
 def _micro_batches(config: Config, world_size: int, command: str) -> int:
     """Micro-batches of an update on a rank; where they are packed, as many as there may be."""
     if command == "pretrain":
@@ -178,70 +187,6 @@ def _in_flight(config: Config, stage: int, micro_batches: int) -> float:
     if virtual > 1:
         flight = ((stages - stage - 1) * 2 + (virtual - 1) * stages + 1) / virtual
     return min(flight, micro_batches)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Bytes kept for each micro-batch in flight, and once."""
-
-    each: float
-    once: float
-
-
-def _activations(config: Config, held: Held, tokens: int, recompute: bool) -> _Kept:
-    local = tokens / config.parallel.context * element_bytes(config)
-    dense, moe = _layer(config, moe=False), _layer(config, moe=True)
-    mtp_layer = moe if config.model.moe.num_experts is not None else dense
-    mtp = 0.0
-    split = config.model.hidden_size / _sequence_ranks(config)
-    if held.has_mtp:
-        # two norms, their concatenation, the layer, the final norm
-        passes = len(regime_from(config.mtp).passes)
-        mtp = config.mtp.num_layers * passes * (5 * split + mtp_layer)
-    if not recompute:
-        return _Kept(local * (held.dense_layers * dense + held.moe_layers * moe + mtp), 0)
-    inputs = (held.dense_layers + held.moe_layers) * split
-    if held.has_mtp:
-        inputs += config.mtp.num_layers * passes * 2 * split
-    largest = max(
-        dense * bool(held.dense_layers), moe * bool(held.moe_layers), mtp_layer * held.has_mtp
-    )
-    return _Kept(local * inputs, local * largest)
-
-
-def _sequence_ranks(config: Config) -> int:
-    return config.parallel.tensor if config.parallel.sequence else 1
-
-
-def _layer(config: Config, *, moe: bool) -> float:
-    """Elements that the backward pass of a layer reads, for each token of a context rank."""
-    model, tensor = config.model, config.parallel.tensor
-    split = model.hidden_size / _sequence_ranks(config)
-    # two norms and the query/key/value projection read the residual stream
-    common = 3 * split + _attention(config)
-    if not moe:
-        # the first MLP projection, gate and up, their product
-        return common + split + 3 * model.ffn_hidden_size / tensor
-    experts = model.moe
-    width = experts.ffn_hidden_size or model.ffn_hidden_size
-    ranks = config.parallel.expert_tensor or tensor
-    # each token is copied to top_k experts, and to the ranks that share one
-    copies = experts.top_k * ranks / _sequence_ranks(config)
-    routed = copies * (model.hidden_size + 3 * width / ranks)
-    shared = 3 * (experts.shared_ffn_hidden_size or 0) / tensor
-    return common + split + routed + shared
-
-
-def _attention(config: Config) -> float:
-    """Elements of queries, keys, values and of what the output projection reads."""
-    query, key, value = head_widths(config)
-    heads = config.model.num_attention_heads
-    groups = config.model.num_query_groups or heads
-    latent = 0.0
-    if config.model.mla.enabled:
-        mla = config.model.mla
-        latent = (mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim
-    return latent + (heads * (query + value) + groups * (key + value)) / config.parallel.tensor
 
 
 def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:

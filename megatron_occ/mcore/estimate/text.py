@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
+from megatron_occ.config.keys import spell
 from megatron_occ.config.pipeline import model_chunks, spell_chunk
 from megatron_occ.config.schema import Config
+from megatron_occ.config.words import counted
 from megatron_occ.mcore.estimate.largest import GIB, Change
 from megatron_occ.mcore.estimate.ranks import RankEstimate
 from megatron_occ.mcore.estimate.whole import ModelParameters
@@ -151,7 +153,7 @@ def fit_text(
 
 
 def _spell(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return spell(value) if value is None or isinstance(value, (bool, list)) else str(value)
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
@@ -177,6 +179,13 @@ def _size(size: int, unit: str) -> str:
     return f"{size / _UNITS[unit]:.2f}"
 
 
+def _recompute(config: Config) -> str:
+    if config.recompute == "selective":
+        return f"selective of {', '.join(config.recompute_modules)}"
+    some = config.recompute_layers
+    return config.recompute + (f" of {counted(some, 'layer')} a chunk" if some else "")
+
+
 def _notes(config: Config, estimates: Sequence[RankEstimate]) -> list[str]:
     lines, unit = [], _unit(estimates)
     for entry in [entry for entry in estimates if entry.memory.training]:
@@ -185,7 +194,7 @@ def _notes(config: Config, estimates: Sequence[RankEstimate]) -> list[str]:
         lines.append(
             f"rank {entry.rank}: a micro-batch of {use.micro_batch_tokens} tokens keeps {plain} "
             f"{unit} of activations, {recomputed} with recompute=full (this run: "
-            f"{config.recompute}); {use.in_flight:g} in flight"
+            f"{_recompute(config)}); {use.in_flight:g} in flight"
         )
     return [
         *lines,
