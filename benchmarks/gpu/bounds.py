@@ -14,6 +14,8 @@ LOGPROB_GAP = {"bf16": (0.03, 1.0), "fp8": (0.15, 4.0)}
 # rewards of two runs of the same prompts: standard errors of the mean difference, and what is
 # always allowed
 REWARD_ERRORS, REWARD_SLACK = 3.0, 0.05
+# bytes of weights, gradients and optimizer: parameters are counted exactly, buffers are padded
+LIVE = 0.02
 
 
 @dataclass(frozen=True)

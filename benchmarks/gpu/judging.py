@@ -11,6 +11,7 @@ from benchmarks.gpu.bounds import (
     AIMS,
     DEVIATION,
     ENGINE_GAP,
+    LIVE,
     LOGPROB_GAP,
     REWARD_ERRORS,
     REWARD_SLACK,
@@ -103,6 +104,14 @@ def judge_resume(part: str, *, is_same: bool, control_is_same: bool) -> Row:
     return Row(
         part, FAILED, "differs, and two undisturbed runs differ already: kernels are not exact"
     )
+
+
+def judge_live(part: str, live: Mapping[str, int], expected: Mapping[str, int]) -> Row:
+    """Tensors that are there between updates, against the estimate of each use in bytes."""
+    deviations = {name: live[name] / expected[name] - 1 for name in expected if name in live}
+    text = ", ".join(f"{name} {value:+.1%}" for name, value in deviations.items())
+    good = bool(deviations) and all(abs(value) <= LIVE for value in deviations.values())
+    return Row(part, OK if good else FAILED, f"{text} of the estimate", deviations)
 
 
 def judge_aim(part: str, aim: str, value: float, text: str, *, judged: bool, **numbers: Any) -> Row:
