@@ -33,7 +33,8 @@ class PlainTrainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, given = config, config.rl.optimizer
-        self.model = PlainGPT(config.model, vocab_size, config.mtp.num_layers)
+        with device:
+            self.model = PlainGPT(config.model, vocab_size, config.mtp.num_layers)
         self.model.load_state_dict(from_megatron(weights, config.model))
         self.model.to(device, dtype)
         self.head = list(self.model.mtp.parameters())

@@ -48,10 +48,10 @@ AIMS = {
 LIMITS = {
     "environment": 30,
     "correct": 75,
-    "runs": 110,
+    "runs": 100,
     "training": 100,
-    "rollouts": 80,
-    "memory": 25,
+    "rollouts": 95,
+    "memory": 20,
 }
 # of each section of a rehearsal: a busy machine may be slow, and only what hangs is to be cut
 REHEARSAL_LIMIT = 300

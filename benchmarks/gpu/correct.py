@@ -37,12 +37,14 @@ from megatron_occ.rollout import Request, SamplingSettings
 _K = "mtp.num_layers=2"
 MODELS = {
     "dense": (*DENSE, "model.num_query_groups=4", _K),
-    "GQA, qk norm": (*DENSE, "model.qk_layernorm=true", _K),
+    "GQA + qk norm": (*DENSE, "model.qk_layernorm=true", _K),
     "MoE": (*MOE, _K),
     "MLA": (*MLA, _K),
 }
 PYTEST = "pytest -m gpu"
 _RESPONSE, _REQUESTS = 12, 8
+# seconds
+_TESTS_NEED = 20.0
 
 
 def measure(session: Session) -> None:
@@ -50,9 +52,9 @@ def measure(session: Session) -> None:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     wanted = [name for name in MODELS if session.wants(name)]
     with CPUSide(wanted, session) as cpu:
-        session.run(PYTEST, functools.partial(marked_tests, session))
         for name in wanted:
             session.run(name, functools.partial(_compare, name, cpu))
+    session.run(PYTEST, functools.partial(marked_tests, session), needs=_TESTS_NEED)
 
 
 class CPUSide:
@@ -89,7 +91,7 @@ class CPUSide:
 
 
 def _folder(name: str) -> str:
-    return name.replace(" ", "_").replace(",", "")
+    return name.replace(" ", "_")
 
 
 def _compare(name: str, cpu: CPUSide) -> Iterator[Row]:
@@ -139,7 +141,9 @@ def marked_tests(session: Session) -> Iterator[Row]:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/mcore"]
     root = Path(__file__).resolve().parents[2]
-    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=session.remaining
+    )
     (session.folder / "pytest.log").write_text(ended.stdout + ended.stderr)
     last = (ended.stdout.strip().splitlines() or ["nothing said"])[-1]
     yield Row(PYTEST, OK if ended.returncode == 0 else FAILED, last.strip("= "))

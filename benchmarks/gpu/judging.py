@@ -101,9 +101,7 @@ def judge_resume(part: str, *, is_same: bool, control_is_same: bool) -> Row:
         return Row(part, OK, "checkpoint, metrics and rollouts equal bit for bit")
     if control_is_same:
         return Row(part, FAILED, "differs from the undisturbed run")
-    return Row(
-        part, FAILED, "differs, and two undisturbed runs differ already: kernels are not exact"
-    )
+    return Row(part, FAILED, "differs, but so do two undisturbed runs: kernels are not exact")
 
 
 def judge_live(part: str, live: Mapping[str, int], expected: Mapping[str, int]) -> Row:

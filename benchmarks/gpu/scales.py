@@ -130,7 +130,7 @@ TOY_TRAINING = TrainingScale(
     rounds=2,
 )
 # the batches that have an aim come first
-ROLLOUTS = RolloutScale(_ROLLOUT, 32768, 80, (16, 512), (64, 1, 16, 256), 32, 512, 128)
+ROLLOUTS = RolloutScale(_ROLLOUT, 32768, 60, (16, 512), (64, 1, 16, 256), 32, 512, 128)
 TOY_ROLLOUTS = RolloutScale(
     (*_TOY, "model.max_position_embeddings=128"), 96, 10, (4, 32), (4, 1), 8, 24, 24
 )

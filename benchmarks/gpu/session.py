@@ -53,15 +53,16 @@ class Session:
         """Whether a part was asked for."""
         return not self.parts or part in self.parts
 
-    def run(self, part: str, measure: Measure, *, needs: float = 0.0) -> None:
+    def run(self, part: str, measure: Measure, *, needs: float = 0.0, always: bool = False) -> None:
         """Measure a part; whatever it raises is its own failure.
 
         Args:
             part: its name.
             measure: gives its rows, each kept as it comes.
             needs: seconds without which it is not begun.
+            always: other parts stand on it.
         """
-        if not self.wants(part):
+        if not (always or self.wants(part)):
             return
         if self.remaining < needs:
             self.add(Row(part, SKIPPED, f"{self.remaining:.0f} s left, it needs {needs:.0f}"))

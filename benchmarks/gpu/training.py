@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +33,7 @@ from megatron_occ.mcore.optimizer_state import main_parameters
 from megatron_occ.rl.batch import RolloutBatch
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
-from megatron_occ.rl.update import PolicyUpdater
+from megatron_occ.rl.update import PolicyUpdater, Update
 
 FP8 = {
     "fp8 current": ("fp8.format=hybrid", "fp8.scaling=current"),
@@ -42,6 +43,15 @@ FP8 = {
 DENSE, MOE = "dense bf16", "MoE bf16"
 # seconds to build and time a model of this size
 _NEEDS = 15.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens, and floating-point operations that they need, a second; lambda of the last update."""
+
+    tokens: float
+    operations: float
+    coefficient: float
 
 
 class Side:
@@ -66,7 +76,7 @@ class Side:
         )
         self.parts = count_by_part(self.actor.chunks)
 
-    def update(self, preset: str, lengths: Sequence[int]) -> Callable[[], object]:
+    def update(self, preset: str, lengths: Sequence[int]) -> Callable[[], Update]:
         """An update of a regime, ready to be called many times."""
         config = load_config([], [*self.overrides, f"mtp.preset={preset}"])
         updater = PolicyUpdater(config, self.actor)
@@ -75,13 +85,15 @@ class Side:
         (scored,) = updater.compute_logprobs([mini])
         return functools.partial(updater.run_update, scored)
 
-    def speed(self, preset: str, lengths: Sequence[int]) -> tuple[float, float]:
-        """Tokens, and floating-point operations that they need, a second."""
-        taken = seconds(self.update(preset, lengths), rounds=self.scale.rounds)
+    def speed(self, preset: str, lengths: Sequence[int]) -> Speed:
+        """Of the updates of a regime; its lambda is there from the third, the first timed one."""
+        update = self.update(preset, lengths)
+        taken = seconds(update, rounds=self.scale.rounds)
         operations = update_operations(
             self.actor.config, self.parts, lengths, trains_head=preset != "none"
         )
-        return sum(lengths) / taken, operations / taken
+        coefficient = update().metrics.get("lambda/mtp_1", 0.0)
+        return Speed(sum(lengths) / taken, operations / taken, coefficient)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +134,7 @@ def measure(session: Session) -> None:
     start(load_config([], []))
     scale = TOY_TRAINING if session.rehearse else TRAINING
     speeds = Speeds(session, scale)
-    session.run("ceiling", speeds.ceiling)
+    session.run("ceiling", speeds.ceiling, always=True)
     session.run(DENSE, speeds.dense, needs=_NEEDS)
     session.run("none bf16", speeds.without_mtp, needs=_NEEDS)
     for name, settings in FP8.items():
@@ -153,22 +165,22 @@ class Speeds:
     def dense(self) -> Iterator[Row]:
         """Regimes in turn, the vocabulary's share, and plain PyTorch."""
         judged, side = on_gpu(), Side(self.scale, self.scale.dense, "detach")
-        self._detach, operations = side.speed("detach", self._lengths)
+        detach = side.speed("detach", self._lengths)
+        self._detach, share = detach.tokens, detach.operations / self._ceiling
         text = f"detach, {self._detach:,.0f} tokens/s"
-        share = operations / self._ceiling
         yield judge_aim(DENSE, "utilisation", share, text, judged=judged, tokens=self._detach)
-        occ, _ = side.speed("occ_decoupled", self._lengths)
-        text = f"occ_decoupled, {occ:,.0f} tokens/s"
-        ratio = self._detach / occ
-        yield judge_aim(DENSE, "occ_over_detach", ratio, text, judged=judged, occ=occ)
+        occ = side.speed("occ_decoupled", self._lengths)
+        text = f"occ_decoupled, lambda {occ.coefficient:.1e}, {occ.tokens:,.0f} tokens/s"
+        ratio = self._detach / occ.tokens
+        yield judge_aim(DENSE, "occ_over_detach", ratio, text, judged=judged, occ=occ.tokens)
         yield self._vocabulary(side)
         yield self._memory(side, "detach", DENSE)
         yield from self._plain(side)
 
     def without_mtp(self) -> Iterator[Row]:
         """The trunk alone."""
-        found, _ = Side(self.scale, self.scale.dense, "none").speed("none", self._lengths)
-        text = f"none, {found:,.0f} tokens/s: {found / self._detach:.2f}x detach"
+        found = Side(self.scale, self.scale.dense, "none").speed("none", self._lengths).tokens
+        text = f"none, {found:,.0f} tokens/s: {found / self._base():.2f}x detach"
         yield Row("none bf16", INFO, text, {"tokens": found})
 
     def fp8(self, name: str, settings: tuple[str, ...]) -> Iterator[Row]:
@@ -177,9 +189,9 @@ class Speeds:
             yield Row(name, SKIPPED, "no TransformerEngine on a CUDA device")
             return
         side = Side(self.scale, (*self.scale.dense, *settings), "detach")
-        found, _ = side.speed("detach", self._lengths)
+        found = side.speed("detach", self._lengths).tokens
         text = f"detach, {found:,.0f} tokens/s"
-        yield judge_aim(name, "fp8", found / self._detach, text, judged=True, tokens=found)
+        yield judge_aim(name, "fp8", found / self._base(), text, judged=True, tokens=found)
         yield self._memory(side, "detach", name)
 
     def experts(self) -> Iterator[Row]:
@@ -188,11 +200,18 @@ class Speeds:
             yield Row(MOE, SKIPPED, "no TransformerEngine, which Megatron's router needs on a GPU")
             return
         side = Side(self.scale, self.scale.moe, "detach")
-        found, operations = side.speed("detach", self._lengths)
-        share = operations / self._ceiling
-        text = f"detach, {found:,.0f} tokens/s: {share:.2f} of the matrix ceiling"
-        yield Row(MOE, INFO, text, {"tokens": found, "utilisation": share})
+        found = side.speed("detach", self._lengths)
+        share = found.operations / self._ceiling
+        text = f"detach, {found.tokens:,.0f} tokens/s: {share:.2f} of the matrix ceiling"
+        yield Row(MOE, INFO, text, {"tokens": found.tokens, "utilisation": share})
         yield self._memory(side, "detach", MOE)
+
+    def _base(self) -> float:
+        """Tokens a second of the dense model, measured where its own part was not asked for."""
+        if math.isnan(self._detach):
+            side = Side(self.scale, self.scale.dense, "detach")
+            self._detach = side.speed("detach", self._lengths).tokens
+        return self._detach
 
     def _vocabulary(self, side: Side) -> Row:
         """Log-probs of all heads, forward and backward, by themselves."""
@@ -224,7 +243,7 @@ class Speeds:
     def _plain(self, side: Side) -> Iterator[Row]:
         """The same update, rows of the full length, in plain PyTorch."""
         lengths, scale = self.scale.full_lengths(), self.scale
-        mine, _ = side.speed("policy", lengths)
+        mine = side.speed("policy", lengths).tokens
         overrides = [*side.overrides, "mtp.preset=policy", "rl.micro_batch_tokens=null"]
         size = scale.micro_batch // scale.length
         config = load_config([], [*overrides, f"rl.micro_batch_size={size}"])
