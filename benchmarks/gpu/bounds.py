@@ -54,5 +54,5 @@ LIMITS = {
     "memory": 20,
 }
 # of each section of a rehearsal: a busy machine may be slow, and only what hangs is to be cut
-REHEARSAL_LIMIT = 300
+REHEARSAL_LIMIT = 600
 SECTIONS = tuple(LIMITS)

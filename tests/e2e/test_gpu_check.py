@@ -24,7 +24,7 @@ def test_a_rehearsal_of_the_first_sections_passes(tmp_path):
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]
