@@ -48,8 +48,8 @@ AIMS = {
 LIMITS = {
     "environment": 30,
     "correct": 75,
-    "runs": 100,
-    "training": 100,
+    "runs": 90,
+    "training": 110,
     "rollouts": 95,
     "memory": 20,
 }

@@ -119,7 +119,7 @@ class RolloutScale:
     peer_response: int
 
 
-TRAINING = TrainingScale(_DENSE, _MOE, 32768, 4096, 8192, 4, 4)
+TRAINING = TrainingScale(_DENSE, _MOE, 32768, 4096, 8192, 4, 3)
 TOY_TRAINING = TrainingScale(
     _TOY,
     (*_TOY, "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=64"),

@@ -139,4 +139,6 @@ def test_the_sections_have_every_tensor_on_the_device(expected, monkeypatch):
         side = Side(TOY_TRAINING, TOY_TRAINING.dense, "detach")
         side.update("occ_decoupled", TOY_TRAINING.mixed_lengths())()
         gap, _ = engine_gap(side.actor, Speculation(2))
+        (plain,) = training.Speeds(None, TOY_TRAINING).beside_plain(side)
     assert gap < 0.1
+    assert plain.numbers["plain_pytorch"] > 0
