@@ -54,7 +54,8 @@ class Measured:
 def reference(model: tuple[str, ...], folder: Path) -> list[dict[str, float]]:
     """Run one process; leave weights, gradients and updated weights in ``folder``."""
     config = read(model)
-    actor = _actor(config, initialize(config))
+    initialize(config)
+    actor = _actor(config)
     _save(actor, folder / "start")
     updater, metrics = build_updater(config, actor), []
     for step in range(UPDATES):
@@ -78,7 +79,8 @@ def measure_and_keep(
     """As :func:`measure`; the policy after its updates besides."""
     config = case.config
     validate(config, command="rl", world_size=case.ranks)
-    actor = _actor(config, initialize(config))
+    initialize(config)
+    actor = _actor(config)
     _load(actor, folder / "start")
     actor.optimizer.megatron.reload_model_params()
     updater, metrics = build_updater(config, actor), []
@@ -101,7 +103,8 @@ def measure_and_keep(
     return found, actor
 
 
-def _actor(config: Config, layout: Layout) -> MegatronGPTActor:
+def _actor(config: Config) -> MegatronGPTActor:
+    layout = Layout.of_this_rank(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return MegatronGPTActor(
         config,
         VOCABULARY,
