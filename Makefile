@@ -11,7 +11,7 @@ PYTHON_LATEST ?= python3.12
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.megatron_occ_installed
 
-.PHONY: install demo test test-latest test-unit lint format clean
+.PHONY: install demo test test-latest test-unit gpu-check lint format clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,10 @@ test-latest:
 
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
+
+# on a machine with a GPU; ARGS=--rehearse: every section at toy size on the CPU
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

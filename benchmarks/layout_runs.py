@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
 from benchmarks.layout_cases import Case, read
@@ -34,7 +36,10 @@ UPDATES = 3
 
 @dataclass
 class Measured:
-    """Largest deviations from the single process, relative; ``loss`` etc. over all updates."""
+    """Largest deviations from the single process, relative; ``loss`` etc. over all updates.
+
+    ``missing`` names parameters that the single process does not have: copies of tied ones.
+    """
 
     loss: float
     grad_norm: float
@@ -42,6 +47,7 @@ class Measured:
     gradient: float
     parameter: float
     worst: str = ""
+    missing: list[str] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -64,6 +70,13 @@ def reference(model: tuple[str, ...], folder: Path) -> list[dict[str, float]]:
 
 def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measured:
     """Run a layout from the reference's weights; called on every rank."""
+    return measure_and_keep(case, folder, expected)[0]
+
+
+def measure_and_keep(
+    case: Case, folder: Path, expected: list[dict[str, float]]
+) -> tuple[Measured, MegatronGPTActor]:
+    """As :func:`measure`; the policy after its updates besides."""
     config = case.config
     validate(config, command="rl", world_size=case.ranks)
     initialize(config)
@@ -71,25 +84,27 @@ def measure(case: Case, folder: Path, expected: list[dict[str, float]]) -> Measu
     _load(actor, folder / "start")
     actor.optimizer.megatron.reload_model_params()
     updater, metrics = build_updater(config, actor), []
-    gradient = (0.0, "")
+    gradient, missing = (0.0, ""), []
     for step in range(UPDATES):
         metrics.append(updater.run_update(mini_batches(config, actor)[step % 2]).metrics)
         if step == 0:
             gradient = _compare_gradients(actor, folder)
-    parameters = _compare(actor, folder / "end", folder / "end_scale")
-    return Measured(
+    parameters = _compare(actor, folder / "end", folder / "end_scale", missing)
+    found = Measured(
         loss=_largest(metrics, expected, ("loss/",)),
         grad_norm=_largest(metrics, expected, ("grad_norm/",)),
         coefficient=_largest(metrics, expected, ("lambda/",)),
         gradient=gradient[0],
         parameter=parameters[0],
         worst=f"{gradient[1]} {parameters[1]}",
+        missing=missing,
         metrics=metrics,
     )
+    return found, actor
 
 
 def _actor(config: Config) -> MegatronGPTActor:
-    layout = Layout.of_this_rank(torch.device("cpu"))
+    layout = Layout.of_this_rank(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return MegatronGPTActor(
         config,
         VOCABULARY,
@@ -121,7 +136,7 @@ def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> 
         rollout_logprobs=sampled * mask,
         advantages=advantages,
         old_logprobs=sampled,
-    ).map(lambda values: values[mine])
+    ).map(lambda values: values[mine].to(layout.device))
     return distribute(batch, owners, config.rl, actor, parts=parts)
 
 
@@ -155,13 +170,21 @@ def _holding(actor: MegatronGPTActor, values: list[Tensor]) -> Iterator[None]:
             parameter.data = value
 
 
+def _weights(actor: MegatronGPTActor) -> dict[str, Any]:
+    """Of each chunk, without what layers keep besides: that differs with where they run."""
+    return {
+        name: {key: value for key, value in chunk.items() if not isinstance(value, ShardedObject)}
+        for name, chunk in model_state(actor).items()
+    }
+
+
 def _save(actor: MegatronGPTActor, path: Path) -> None:
     path.mkdir(parents=True)
-    dist_checkpointing.save(model_state(actor), str(path))
+    dist_checkpointing.save(_weights(actor), str(path))
 
 
 def _load(actor: MegatronGPTActor, path: Path) -> None:
-    load_model(actor, dist_checkpointing.load(model_state(actor), str(path)))
+    load_model(actor, dist_checkpointing.load(_weights(actor), str(path)))
 
 
 def _gather_gradients(actor: MegatronGPTActor) -> None:
@@ -199,18 +222,22 @@ def _compare_gradients(actor: MegatronGPTActor, folder: Path) -> tuple[float, st
         return _compare(actor, folder / "gradient", folder / "gradient_scale")
 
 
-def _compare(actor: MegatronGPTActor, path: Path, scale_path: Path) -> tuple[float, str]:
-    """Largest deviation of this rank's parameters, and whose it is."""
+def _compare(
+    actor: MegatronGPTActor, path: Path, scale_path: Path, missing: list[str] | None = None
+) -> tuple[float, str]:
+    """Largest deviation of this rank's parameters, and whose it is; others go to ``missing``."""
     own = {(index, name): p.data.clone() for index, name, p in _named(actor)}
     places = [torch.empty_like(value) for value in own.values()]
     with _holding(actor, places):
-        expected = dist_checkpointing.load(model_state(actor), str(path))
+        expected = dist_checkpointing.load(_weights(actor), str(path))
     with _holding(actor, [torch.empty_like(value) for value in places]):
-        scales = dist_checkpointing.load(model_state(actor), str(scale_path))
+        scales = dist_checkpointing.load(_weights(actor), str(scale_path))
     worst = (0.0, "")
     for (index, name), value in own.items():
         wanted, scale = (state[f"model{index}"].get(name) for state in (expected, scales))
         if wanted is None:  # a tied copy, saved under the embedding's name
+            if missing is not None:
+                missing.append(name)
             continue
         relative = (value - wanted).abs() / scale.clamp(min=1e-12)
         deviation = float(relative.nan_to_num(nan=torch.inf).max())

@@ -100,7 +100,7 @@ def _generate_batch(
     sampling: PeerSampling,
     limits: Sequence[int] | None,
 ) -> list[list[int]]:
-    ids, mask = pad_left(prompts, sampling.pad_id)
+    ids, mask = (tensor.to(peer.device) for tensor in pad_left(prompts, sampling.pad_id))
     output = peer.generate(
         input_ids=ids,
         attention_mask=mask,

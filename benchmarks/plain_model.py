@@ -22,6 +22,9 @@ _NAMES = (
     # from Megatron-Core 0.17
     ("mtp_model_layer.", "layer."),
     ("final_layernorm.", "norm."),
+    # TransformerEngine's layers have the norm in the product that follows it
+    ("self_attention.linear_qkv.layer_norm_", "attention_norm."),
+    ("mlp.linear_fc1.layer_norm_", "mlp_norm."),
     ("input_layernorm.", "attention_norm."),
     ("pre_mlp_layernorm.", "mlp_norm."),
     ("self_attention.linear_qkv.", "qkv."),

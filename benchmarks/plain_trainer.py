@@ -19,12 +19,24 @@ class PlainTrainer:
         config: the run's configuration.
         vocab_size: token ids.
         weights: Megatron-Core's, by name.
+        device: of weights and data.
+        dtype: of weights, gradients and moments.
     """
 
-    def __init__(self, config: Config, vocab_size: int, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        weights: dict[str, Tensor],
+        *,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.config, given = config, config.rl.optimizer
-        self.model = PlainGPT(config.model, vocab_size, config.mtp.num_layers)
+        with device:
+            self.model = PlainGPT(config.model, vocab_size, config.mtp.num_layers)
         self.model.load_state_dict(from_megatron(weights, config.model))
+        self.model.to(device, dtype)
         self.head = list(self.model.mtp.parameters())
         self.trunk = [p for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
@@ -35,6 +47,7 @@ class PlainTrainer:
             betas=(given.beta1, given.beta2),
             eps=given.eps,
             weight_decay=given.weight_decay,
+            fused=device.type == "cuda" or None,
         )
 
     def load(self, batch: RolloutBatch, pretraining: tuple[Tensor, Tensor]) -> None:

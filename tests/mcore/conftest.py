@@ -92,3 +92,9 @@ def write_checkpoint(
     """The checkpoint of a step, written."""
     writer = CheckpointWriter(folder, actor, meta, keep=Keep(1), background=False)
     return writer.save(step, state)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests with the marker ``gpu`` are for a machine that has one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")

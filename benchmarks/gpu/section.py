@@ -1,0 +1,43 @@
+"""The process of one section: ``python -m benchmarks.gpu.section``, started by ``main``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.bounds import SECTIONS
+from benchmarks.gpu.session import Session
+
+
+def main() -> None:
+    """Measure the section of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=float, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--part", action="append", default=[])
+    options = parser.parse_args()
+    # rows alone go where the caller looks: what libraries print goes to the log
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    session = Session(
+        options.section,
+        options.out,
+        limit=options.limit,
+        rehearse=options.rehearse,
+        parts=options.part,
+        told=told,
+    )
+    importlib.import_module(f"benchmarks.gpu.{options.section}").measure(session)
+    told.flush()
+    sys.stderr.flush()
+    # threads and children of libraries must not hold the table up
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
