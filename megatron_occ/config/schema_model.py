@@ -165,6 +165,11 @@ class ModelConfig:
     init_std: float = option(
         0.02, "standard deviation of the initial weights", above=0, maximum=limits.FACTOR
     )
+    init_device: str = option(
+        "cpu",
+        "where initial weights are drawn (cuda: faster, and other numbers on another layout)",
+        choices=("cpu", "cuda"),
+    )
     moe: MoEConfig = section(MoEConfig, "mixture of experts")
     mla: MLAConfig = section(MLAConfig, "multi-head latent attention")
 

@@ -83,6 +83,9 @@ SWITCHES = (
         _all_but("model.rotary_scaling", "factor"),
         "model.rotary_scaling.factor",
     ),
+    Switch(
+        "model.from_hf", _is_given, ("model.init_device",), "model.from_hf=null (random weights)"
+    ),
     Switch("fp8.format", _is("none"), ("fp8.scaling",), "fp8.format=hybrid or e4m3"),
     Switch(
         "mtp.num_layers",

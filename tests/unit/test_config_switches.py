@@ -114,6 +114,7 @@ SWITCHED_OFF = [
             "chat.kwargs": "{a: 1}",
         }.items()
     ),
+    ("model.from_hf=f", "model.init_device=cuda", "model.from_hf=f", "model.from_hf=null"),
     ("", "model.moe.top_k=1", "model.moe.num_experts=null", "model.moe.top_k=2"),
     ("", "model.moe.ffn_hidden_size=8", "model.moe.num_experts=null", "ffn_hidden_size=null"),
     ("", "model.moe.shared_ffn_hidden_size=8", "model.moe.num_experts=null", "_size=null"),
