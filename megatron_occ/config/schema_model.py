@@ -215,3 +215,12 @@ class FP8Config:
         "scales from past steps, from the tensor, or of each block",
         choices=("delayed", "current", "block"),
     )
+    first_layers_bf16: int = option(
+        0,
+        "layers at the beginning of the trunk that stay in bf16",
+        minimum=0,
+        maximum=limits.LAYERS,
+    )
+    last_layers_bf16: int = option(
+        0, "layers at the trunk's end that stay in bf16", minimum=0, maximum=limits.LAYERS
+    )

@@ -48,11 +48,13 @@ def initialize(config: Config) -> Layout:
             # now, while all ranks are here: it is first used after rollouts of different lengths
             context_group_of_hosts()
     random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    # stages draw their own weights, or the layers of all but the first would start alike
+    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
     if not on_cpu:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        model_parallel_cuda_manual_seed(config.seed)
+        model_parallel_cuda_manual_seed(seed)
     return Layout.of_this_rank(torch.device("cpu" if on_cpu else "cuda"))
 
 

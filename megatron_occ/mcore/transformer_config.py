@@ -173,7 +173,13 @@ def _precision(config: Config) -> dict[str, Any]:
     fp8 = config.fp8
     settings = dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16)
     if fp8.format != "none":
-        settings |= dict(fp8=fp8.format, fp8_recipe=_FP8_RECIPES[fp8.scaling])
+        settings |= dict(
+            fp8=fp8.format,
+            fp8_recipe=_FP8_RECIPES[fp8.scaling],
+            first_last_layers_bf16=fp8.first_layers_bf16 + fp8.last_layers_bf16 > 0,
+            num_layers_at_start_in_bf16=fp8.first_layers_bf16,
+            num_layers_at_end_in_bf16=fp8.last_layers_bf16,
+        )
     return settings
 
 

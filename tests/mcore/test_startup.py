@@ -54,3 +54,16 @@ def test_products_of_fp32_are_fp32_unless_the_environment_says_otherwise(monkeyp
         initialize(Config())
         shutdown()
         assert os.environ["NVIDIA_TF32_OVERRIDE"] == expected
+
+
+def test_stages_of_a_pipeline_draw_weights_of_their_own(monkeypatch):
+    seeds = []
+    for stage in (0, 1, 2):
+        monkeypatch.setattr(
+            parallel_state, "get_pipeline_model_parallel_rank", lambda stage=stage: stage
+        )
+        initialize(Config())
+        seeds.append(torch.initial_seed())
+        shutdown()
+    assert seeds[0] == Config().seed
+    assert len(set(seeds)) == 3

@@ -21,6 +21,7 @@ GROUPS = (*MOE, "model.moe.top_k=2")
 MLA = ("model.mla.enabled=true", "model.num_query_groups=null")
 YARN = (*MLA, "model.mla.yarn.factor=4")
 FP8 = ("precision=bf16", "fp8.format=hybrid")
+CURRENT = (*FP8, "fp8.scaling=current")
 PP2 = ("parallel.pipeline=2", "model.num_layers=4", "mtp.num_layers=1")
 TP2 = ("parallel.tensor=2",)
 
@@ -67,6 +68,12 @@ REACHES = (
     ("fp8.scaling=delayed", FP8, "fp8_recipe", "delayed"),
     ("fp8.scaling=current", FP8, "fp8_recipe", "tensorwise"),
     ("fp8.scaling=block", FP8, "fp8_recipe", "blockwise"),
+    ("fp8.first_layers_bf16=2", CURRENT, "first_last_layers_bf16", True),
+    ("fp8.first_layers_bf16=2", CURRENT, "num_layers_at_start_in_bf16", 2),
+    ("fp8.first_layers_bf16=2", CURRENT, "num_layers_at_end_in_bf16", 0),
+    ("fp8.last_layers_bf16=2", CURRENT, "first_last_layers_bf16", True),
+    ("fp8.last_layers_bf16=2", CURRENT, "num_layers_at_end_in_bf16", 2),
+    ("fp8.last_layers_bf16=0", CURRENT, "first_last_layers_bf16", False),
     ("recompute=full", (), "recompute_granularity", "full"),
     ("precision=bf16", (), "params_dtype", torch.bfloat16),
 )

@@ -159,6 +159,10 @@ SWITCHED_OFF = [
         for given in ("profile.phase=pretrain", "profile.ranks=[1]")
     ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
+    *(
+        ("precision=bf16 fp8.format=hybrid", f"fp8.{name}=1", "fp8.scaling=delayed", "or block")
+        for name in ("first_layers_bf16", "last_layers_bf16")
+    ),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",
         "rl.micro_batch_size=4",

@@ -101,7 +101,7 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
         matrices = everything - sum(
             held.parameters.get(name, 0) for name in ("embedding", "output layer")
         )
-        resident["FP8 weights and transposes"] = 2 * matrices
+        resident["FP8 weights and transposes"] = 2 * (matrices - held.kept_in_bf16)
     resident["gradients, fp32"] = gradients * _FP32
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
