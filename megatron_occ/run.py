@@ -176,8 +176,11 @@ class Phase:
             ValueError: no checkpoint of the phase is whole, or they are of another run.
         """
         self.trainer = trainer
-        if not self.run.resume:
-            return
+        if self.run.resume:
+            self._restore(trainer)
+        assert self.actor.has_weights, "built for a checkpoint, and none was loaded"
+
+    def _restore(self, trainer: PretrainTrainer | GRPOTrainer) -> None:
         latest, broken = self._set_broken_aside()
         if latest is None:
             logger.info("no checkpoint of %s yet: it starts at step 0", self.name)

@@ -10,7 +10,7 @@ from megatron_occ.config.schema import Config
 # settings of the model that its weights do not depend on
 FREE = ("max_position_embeddings", "init_std")
 # where they came from says nothing about them
-_LEFT_OUT = (*FREE, "from_hf")
+_LEFT_OUT = (*FREE, "from_hf", "init_device")
 
 
 def describe(config: Config, tokenizer_state: dict[str, Any] | None, data: dict[str, str]) -> dict:

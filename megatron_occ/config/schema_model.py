@@ -165,6 +165,11 @@ class ModelConfig:
     init_std: float = option(
         0.02, "standard deviation of the initial weights", above=0, maximum=limits.FACTOR
     )
+    init_device: str = option(
+        "cpu",
+        "where initial weights are drawn (cuda: faster, and other numbers on another layout)",
+        choices=("cpu", "cuda"),
+    )
     moe: MoEConfig = section(MoEConfig, "mixture of experts")
     mla: MLAConfig = section(MLAConfig, "multi-head latent attention")
 
@@ -219,4 +224,13 @@ class FP8Config:
         "delayed",
         "scales from past steps, from the tensor, or of each block",
         choices=("delayed", "current", "block"),
+    )
+    first_layers_bf16: int = option(
+        0,
+        "layers at the beginning of the trunk that stay in bf16",
+        minimum=0,
+        maximum=limits.LAYERS,
+    )
+    last_layers_bf16: int = option(
+        0, "layers at the trunk's end that stay in bf16", minimum=0, maximum=limits.LAYERS
     )

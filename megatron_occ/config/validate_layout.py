@@ -85,6 +85,7 @@ def _splits(config: Config) -> Iterator[str]:
             )
     if config.fp8.format != "none":
         yield from _fp8_widths(config)
+        yield from _fp8_layers(config)
 
 
 def _fp8_widths(config: Config) -> Iterator[str]:
@@ -98,6 +99,23 @@ def _fp8_widths(config: Config) -> Iterator[str]:
                 f"model.{name}={size}: over {ranks} ranks is not a multiple of {multiple}, which "
                 f"fp8.scaling={config.fp8.scaling} needs. Give a multiple of "
                 f"{multiple * ranks}, or fp8.format=none"
+            )
+
+
+def _fp8_layers(config: Config) -> Iterator[str]:
+    """Layers of the trunk that stay in bf16."""
+    fp8, layers = config.fp8, config.model.num_layers
+    stage = layers // config.parallel.pipeline
+    kept = {f"fp8.{n}": getattr(fp8, n) for n in ("first_layers_bf16", "last_layers_bf16")}
+    if sum(kept.values()) >= layers:
+        given = " and ".join(f"{key}={count}" for key, count in kept.items())
+        yield f"{given}: leave no layer of {layers} for FP8. Give fewer, or fp8.format=none"
+        return
+    for key, count in kept.items():
+        if count > stage:
+            yield (
+                f"{key}={count}: Megatron-Core takes at most {stage}, model.num_layers={layers} "
+                f"over parallel.pipeline={config.parallel.pipeline}. Give fewer, or fewer stages"
             )
 
 

@@ -95,7 +95,17 @@ SWITCHES = (
         ("recompute_layers",),
         "recompute=full",
     ),
-    Switch("fp8.format", _is("none"), ("fp8.scaling",), "fp8.format=hybrid or e4m3"),
+    Switch(
+        "model.from_hf", _is_given, ("model.init_device",), "model.from_hf=null (random weights)"
+    ),
+    Switch("fp8.format", _is("none"), _all_but("fp8", "format"), "fp8.format=hybrid or e4m3"),
+    # one scale for all layers of a step: Megatron-Core refuses it as well
+    Switch(
+        "fp8.scaling",
+        _is("delayed"),
+        ("fp8.first_layers_bf16", "fp8.last_layers_bf16"),
+        "fp8.scaling=current or block",
+    ),
     Switch(
         "mtp.num_layers",
         _is(0),

@@ -3,9 +3,12 @@
 import logging
 import warnings
 
+from megatron_occ.mcore.cpu.hidden import hide_cuda_packages
 from megatron_occ.mcore.versions import require_tested_version
 
 require_tested_version()
+# before Megatron-Core looks for them
+hide_cuda_packages()
 
 # Megatron-Core tells everyone who imports it that apex and TransformerEngine are missing, that
 # parts of torch which it uses itself are deprecated, and (0.19) that GPTModel and the way it writes

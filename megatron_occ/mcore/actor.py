@@ -73,6 +73,10 @@ class MegatronGPTActor:
         total_updates: length of the phase, in optimizer updates.
         train_head: False freezes the MTP head (regime ``none``): no update, no weight decay.
         train_trunk: False freezes all the rest, embedding and output layer included.
+        draws: initial weights are drawn; False: they are loaded before anything else is done.
+
+    Attributes:
+        has_weights: whether parameters have values.
     """
 
     def __init__(
@@ -85,13 +89,15 @@ class MegatronGPTActor:
         total_updates: int,
         train_head: bool = True,
         train_trunk: bool = True,
+        draws: bool = True,
     ) -> None:
+        self.has_weights = draws
         self.config, self.layout, self._train_trunk = config, layout, train_trunk
         self.num_depths = config.mtp.num_layers
         self.sequence_multiple = sequence_multiple(config)
         parallel = config.parallel
         self.micro_batch_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-        self.chunks = build_chunks(config, vocab_size, layout.device)
+        self.chunks = build_chunks(config, vocab_size, layout.device, draws=draws)
         for chunk in self.chunks:
             _freeze(chunk, trunk=not train_trunk, head=not train_head)
         self.wrapped = wrap_data_parallel(self.chunks, config)

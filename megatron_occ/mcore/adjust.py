@@ -19,18 +19,29 @@ _LATENT_NORMS = ("linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_lay
 def adjusted(module: ModuleT, model: ModelConfig) -> ModuleT:
     """The module with ``model.rotary_scaling`` and ``model.mla.norm_epsilon``.
 
+    Rotary frequencies are those of the host wherever Megatron made the module: a device may round
+    another way, and a resumed run would not turn as the one before it.
+
     Args:
         module: Megatron's GPT, or a part of it; changed in place.
         model: section ``model``.
     """
     rotary = getattr(module, "rotary_pos_emb", None)
-    if rotary is not None and model.rotary_scaling.factor is not None:
-        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rotary_scaling)
+    if rotary is not None:
+        rotary.inv_freq = _frequencies(2 * rotary.inv_freq.numel(), model)
     if model.mla.norm_epsilon is not None:
         for part in module.modules():
             if isinstance(part, MLASelfAttention):
                 _set_epsilon(part, model.mla.norm_epsilon)
     return module
+
+
+def _frequencies(width: int, model: ModelConfig) -> Tensor:
+    """[width / 2] base^(-2 i / width) (Su et al. 2104.09864), in Megatron's order of operations."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    found = 1.0 / model.rotary_base**exponents
+    scaled = model.rotary_scaling.factor is not None
+    return scaled_frequencies(found, model.rotary_scaling) if scaled else found
 
 
 def _set_epsilon(attention: MLASelfAttention, epsilon: float) -> None:

@@ -40,6 +40,10 @@ def check_machine(config: Config, device: torch.device) -> None:
     Raises:
         ValueError: key, value, reason and remedy.
     """
+    if config.model.init_device == "cuda" and device.type == "cpu":
+        raise ValueError(
+            "model.init_device=cuda: there is no CUDA device here: use model.init_device=cpu"
+        )
     if device.type == "meta":
         return
     _check_dispatcher(config, device)

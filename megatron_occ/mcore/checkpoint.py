@@ -215,6 +215,7 @@ def load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
         # Megatron's layers have a state besides their weights; a converted checkpoint has none
         rest = {k: v for k, v in chunk.state_dict().items() if k.endswith("_extra_state")}
         chunk.load_state_dict(rest | found)
+    actor.has_weights = True
 
 
 def sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:

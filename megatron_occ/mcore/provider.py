@@ -42,7 +42,9 @@ from megatron_occ.mcore.transformer_config import transformer_config
 logger = logging.getLogger(__name__)
 
 
-def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[OCCGPTModel]:
+def build_chunks(
+    config: Config, vocab_size: int, device: torch.device, *, draws: bool = True
+) -> list[OCCGPTModel]:
     """This rank's model: one chunk, or several under the interleaved schedule.
 
     Args:
@@ -51,6 +53,7 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
             ``model.vocab_size`` or padding to a multiple of the tensor-parallel size, take no part
             in the softmax unless ``tokenizer.unused_rows`` says so.
         device: of the parameters; "meta" counts them without allocating any.
+        draws: initial weights are drawn; False: a checkpoint has to bring every parameter.
 
     Raises:
         ValueError: what this machine can't do, a size that does not fit the vocabulary, or a model
@@ -58,14 +61,15 @@ def build_chunks(config: Config, vocab_size: int, device: torch.device) -> list[
     """
     check_machine(config, device)
     rows, ids = _vocabulary(config, vocab_size)
-    megatron = transformer_config(config)
+    megatron = transformer_config(config, draws=draws)
     layers = "TransformerEngine" if uses_transformer_engine() else "local layers, torch's kernels"
     logger.info("layer spec: %s; fusions: %s", layers, fusions_text(config))
     virtual = config.parallel.virtual_pipeline
     stages = [None] if virtual == 1 else list(range(virtual))
     with _told_without_memory(device):
         chunks = [_build_chunk(config, megatron, (rows, ids), stage).to(device) for stage in stages]
-    if device.type != "meta":
+    # on a GPU Megatron draws experts of each rank from a generator of their own
+    if device.type != "meta" and draws and megatron.use_cpu_initialization:
         _draw_experts_apart(chunks, config)
     return chunks
 
@@ -180,6 +184,8 @@ def _quiet(megatron: TransformerConfig) -> TransformerConfig:
     quiet = copy.copy(megatron)
     quiet.perform_initialization = False
     quiet.init_model_with_meta_device = True
+    # its layers would be filled on the host otherwise, from what lies on the meta device
+    quiet.use_cpu_initialization = not uses_transformer_engine()
     # these hold the trained model, and some modules copy their configuration deeply
     quiet.no_sync_func = quiet.finalize_model_grads_func = None
     return quiet

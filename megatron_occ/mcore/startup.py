@@ -15,6 +15,13 @@ from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import PATIENCE, Layout, context_group_of_hosts
 
 T = TypeVar("T")
+_ENVIRONMENT = {
+    # Megatron overlaps messages with matrix products by the order in which kernels are queued
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # TransformerEngine asks for TF32 where all of a product is fp32, and has no switch of its own;
+    # cuBLAS reads this one when its first handle is made
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 _stores: list[torch.distributed.Store] = []
 
 
@@ -31,8 +38,8 @@ def initialize(config: Config) -> Layout:
         This process's place.
     """
     on_cpu = apply_cpu_backend()
-    # Megatron overlaps messages with matrix products by the order in which kernels are queued
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not torch.distributed.is_initialized():
         _init_process_group("gloo" if on_cpu else "nccl")
     if not parallel_state.model_parallel_is_initialized():
@@ -41,11 +48,13 @@ def initialize(config: Config) -> Layout:
             # now, while all ranks are here: it is first used after rollouts of different lengths
             context_group_of_hosts()
     random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    # stages draw their own weights, or the layers of all but the first would start alike
+    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
     if not on_cpu:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        model_parallel_cuda_manual_seed(config.seed)
+        model_parallel_cuda_manual_seed(seed)
     return Layout.of_this_rank(torch.device("cpu" if on_cpu else "cuda"))
 
 

@@ -23,10 +23,16 @@ from megatron_occ.mcore.fusions import megatron_fusions
 _FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron's configuration of model, layout and precision."""
+def transformer_config(config: Config, *, draws: bool = True) -> TransformerConfig:
+    """Megatron's configuration of model, layout and precision.
+
+    Args:
+        config: of the run.
+        draws: initial weights are drawn; False: matrices are left as their memory was.
+    """
     settings = {
         **_architecture(config),
+        **_initialization(config, draws),
         **_experts(config),
         **_layout(config),
         **_precision(config),
@@ -67,10 +73,8 @@ def _architecture(config: Config) -> dict[str, Any]:
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=functional.silu,
-        init_method_std=model.init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=True,
     )
     if not model.mla.enabled:
         return settings
@@ -99,6 +103,24 @@ def _rotary(yarn: YarnConfig) -> dict[str, Any]:
         mscale=yarn.mscale,
         mscale_all_dim=yarn.mscale,
     )
+
+
+def _initialization(config: Config, draws: bool) -> dict[str, Any]:
+    """How matrices get their first values, and where.
+
+    Not by ``perform_initialization``: with it 0.16.1 leaves out the marks that tell a parameter
+    which is split over ranks from its copies, and gradient norms would lack most of the parts.
+    """
+    if draws:
+        on_cpu = config.model.init_device == "cpu" or not torch.cuda.is_available()
+        return dict(init_method_std=config.model.init_std, use_cpu_initialization=on_cpu)
+    methods = ("init_method", "output_layer_init_method", "embedding_init_method")
+    # on the host Megatron would make a whole matrix to cut the rank's share from
+    return {"use_cpu_initialization": False, **dict.fromkeys(methods, _leave)}
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """An initial value for what a checkpoint overwrites: none."""
 
 
 def _experts(config: Config) -> dict[str, Any]:
@@ -180,5 +202,11 @@ def _precision(config: Config) -> dict[str, Any]:
     fp8 = config.fp8
     settings = dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16)
     if fp8.format != "none":
-        settings |= dict(fp8=fp8.format, fp8_recipe=_FP8_RECIPES[fp8.scaling])
+        settings |= dict(
+            fp8=fp8.format,
+            fp8_recipe=_FP8_RECIPES[fp8.scaling],
+            first_last_layers_bf16=fp8.first_layers_bf16 + fp8.last_layers_bf16 > 0,
+            num_layers_at_start_in_bf16=fp8.first_layers_bf16,
+            num_layers_at_end_in_bf16=fp8.last_layers_bf16,
+        )
     return settings

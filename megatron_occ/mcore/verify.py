@@ -89,6 +89,7 @@ def _ours(checkpoint: Checkpoint, ids: Tensor) -> list[Tensor]:
                 layout,
                 optimizer=config.rl.optimizer,
                 total_updates=1,
+                draws=False,
             )
         meta = describe(config, checkpoint.meta.get("tokenizer"), {})
         load_weights(checkpoint.folder, actor, meta)

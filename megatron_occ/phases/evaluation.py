@@ -48,7 +48,12 @@ def evaluate_checkpoints(
     for checkpoint in checkpoints:
         check_checkpoint(run, checkpoint)
     actor = MegatronGPTActor(
-        config, run.tokenizer.vocab_size, run.layout, optimizer=config.rl.optimizer, total_updates=1
+        config,
+        run.tokenizer.vocab_size,
+        run.layout,
+        optimizer=config.rl.optimizer,
+        total_updates=1,
+        draws=False,
     )
     settings = eval_settings(config)
     output, rows = None, []

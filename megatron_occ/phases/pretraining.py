@@ -8,6 +8,7 @@ from megatron_occ.config.sizes import derive
 from megatron_occ.config.warnings import rate_warnings
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_weights
+from megatron_occ.mcore.startup import from_main_rank
 from megatron_occ.phases.inputs import PRETRAINING_PART, Inputs
 from megatron_occ.phases.sampling import HeldOut
 from megatron_occ.phases.start import converted
@@ -21,14 +22,17 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
     if inputs.corpus is None:
         return run.latest("pretrain")
     meta = run.describe({"corpus": inputs.fingerprint})
+    # a shared disk may show each rank something else
+    begins = from_main_rank(run.latest("pretrain") is None)
     actor = MegatronGPTActor(
         config,
         run.tokenizer.vocab_size,
         run.layout,
         optimizer=config.pretrain.optimizer,
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
+        draws=begins and config.model.from_hf is None,
     )
-    if config.model.from_hf is not None and run.latest("pretrain") is None:
+    if config.model.from_hf is not None and begins:
         load_weights(converted(run), actor, meta)
     with (
         HeldOut(run, actor, inputs.held_out, PRETRAINING_PART) as held_out,

@@ -67,6 +67,8 @@ def build_policy(run: Run, start: Path | None) -> MegatronGPTActor:
         total_updates=derive(config, run.layout.world_size).rl_updates,
         train_head=regime_from(config.mtp).trains_head,
         train_trunk=config.rl.train_trunk,
+        # a resumed run too: random weights are what its reference policy has
+        draws=start is None,
     )
     if start is not None:
         load_weights(start, actor, run.describe({}))

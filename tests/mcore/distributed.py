@@ -24,6 +24,8 @@ import torch
 GRACE = 2.0
 PRELOAD = [
     "torch.distributed",
+    # before Megatron: it hides what needs a device
+    "megatron_occ.mcore",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",

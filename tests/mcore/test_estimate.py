@@ -312,6 +312,18 @@ def test_gradients_in_bf16_take_two_bytes_and_four_more_while_the_optimizer_need
         assert (found == plain) == (rows == 32)
 
 
+def test_layers_that_stay_in_bf16_have_no_fp8_weights():
+    given = ("fp8.format=hybrid", "fp8.scaling=current")
+    kept = ("fp8.first_layers_bf16=2", "fp8.last_layers_bf16=1")
+    everywhere, inside = (
+        paper_layout(*given, *more).memory.resident["FP8 weights and transposes"]
+        for more in ((), kept)
+    )
+    # all but the final norm of 96 entries is in equal layers
+    layer = (everywhere - 2 * 96) / PAPER["num_layers"]
+    assert everywhere - inside == 3 * layer
+
+
 def test_a_head_trained_alone_needs_gradients_and_moments_of_its_own_alone():
     given = ("rl.init_from=c", "rl.rollout.speculative.mode=off")
     whole, alone = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -42,3 +43,27 @@ def test_ranks_wait_for_each_other_for_hours(monkeypatch, free_port, launched):
             assert group()._get_backend(torch.device("cpu")).options._timeout == PATIENCE, name
     finally:
         shutdown()
+
+
+def test_products_of_fp32_are_fp32_unless_the_environment_says_otherwise(monkeypatch):
+    """TransformerEngine's are of TF32 otherwise."""
+    for given, expected in ((None, "0"), ("1", "1")):
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+        if given is not None:
+            monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", given)
+        initialize(Config())
+        shutdown()
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == expected
+
+
+def test_stages_of_a_pipeline_draw_weights_of_their_own(monkeypatch):
+    seeds = []
+    for stage in (0, 1, 2):
+        monkeypatch.setattr(
+            parallel_state, "get_pipeline_model_parallel_rank", lambda stage=stage: stage
+        )
+        initialize(Config())
+        seeds.append(torch.initial_seed())
+        shutdown()
+    assert seeds[0] == Config().seed
+    assert len(set(seeds)) == 3

@@ -24,6 +24,7 @@ GROUPS = (*MOE, "model.moe.top_k=2")
 MLA = ("model.mla.enabled=true", "model.num_query_groups=null")
 YARN = (*MLA, "model.mla.yarn.factor=4")
 FP8 = ("precision=bf16", "fp8.format=hybrid")
+CURRENT = (*FP8, "fp8.scaling=current")
 PP2 = ("parallel.pipeline=2", "model.num_layers=4", "mtp.num_layers=1")
 TP2 = ("parallel.tensor=2",)
 
@@ -74,6 +75,12 @@ REACHES = (
     ("fusions=off", (), "apply_rope_fusion", False),
     ("fusions=off", (), "use_te_activation_func", False),
     ("recompute=none", (), "recompute_granularity", None),
+    ("fp8.first_layers_bf16=2", CURRENT, "first_last_layers_bf16", True),
+    ("fp8.first_layers_bf16=2", CURRENT, "num_layers_at_start_in_bf16", 2),
+    ("fp8.first_layers_bf16=2", CURRENT, "num_layers_at_end_in_bf16", 0),
+    ("fp8.last_layers_bf16=2", CURRENT, "first_last_layers_bf16", True),
+    ("fp8.last_layers_bf16=2", CURRENT, "num_layers_at_end_in_bf16", 2),
+    ("fp8.last_layers_bf16=0", CURRENT, "first_last_layers_bf16", False),
     ("recompute=full", (), "recompute_granularity", "full"),
     ("recompute=full", (), "recompute_method", "uniform"),
     ("recompute_layers=2", ("recompute=full",), "recompute_method", "block"),

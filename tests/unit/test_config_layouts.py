@@ -15,6 +15,7 @@ TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
 MOE = "model.moe.num_experts=8"
 MLA = "model.mla={enabled: true, kv_lora_rank: 8, qk_head_dim: 8, qk_rope_head_dim: 4}"
 PP4 = "parallel.pipeline=4 model.num_layers=4 mtp.num_layers=2"
+FP8 = "precision=bf16 fp8={format: hybrid, scaling: current} model.num_layers=4"
 STATES = "mtp.head={signal: tv, states: rollout}"
 VPP = "parallel.pipeline=2 parallel.virtual_pipeline=2 model.num_layers=4"
 
@@ -43,6 +44,12 @@ def _split(text: str) -> list[str]:
 # overrides, ranks, start of the one message, remedy
 LAYOUTS = [
     # sizes and ranks
+    (
+        f"{FP8} fp8.last_layers_bf16=3 parallel.pipeline=2",
+        2,
+        "fp8.last_layers_bf16=3: Megatron-Core takes at most 2",
+        "fewer stages",
+    ),
     ("parallel.pipeline=2", 3, "parallel.pipeline=2: does not divide the 3 ranks", "multiple of 2"),
     ("parallel.context=2", 1, "parallel.context=2: does not divide the 1 rank of", "multiple of 2"),
     (
@@ -313,6 +320,11 @@ MODELS = [
         "fp8={format: e4m3, scaling: block} precision=bf16 model.hidden_size=128",
         "model.ffn_hidden_size=64: over 1 ranks is not a multiple of 128",
         "fp8.scaling=block",
+    ),
+    (
+        f"{FP8} fp8.first_layers_bf16=3 fp8.last_layers_bf16=1",
+        "fp8.first_layers_bf16=3 and fp8.last_layers_bf16=1: leave no layer of 4 for FP8",
+        "fp8.format=none",
     ),
 ]
 

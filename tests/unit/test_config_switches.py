@@ -141,6 +141,7 @@ SWITCHED_OFF = [
             "chat.kwargs": "{a: 1}",
         }.items()
     ),
+    ("model.from_hf=f", "model.init_device=cuda", "model.from_hf=f", "model.from_hf=null"),
     ("", "model.moe.top_k=1", "model.moe.num_experts=null", "model.moe.top_k=2"),
     ("", "model.moe.ffn_hidden_size=8", "model.moe.num_experts=null", "ffn_hidden_size=null"),
     ("", "model.moe.shared_ffn_hidden_size=8", "model.moe.num_experts=null", "_size=null"),
@@ -185,6 +186,10 @@ SWITCHED_OFF = [
         for given in ("profile.phase=pretrain", "profile.ranks=[1]")
     ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
+    *(
+        ("precision=bf16 fp8.format=hybrid", f"fp8.{name}=1", "fp8.scaling=delayed", "or block")
+        for name in ("first_layers_bf16", "last_layers_bf16")
+    ),
     (
         "rl.micro_batch_tokens=16 rl.micro_batch_size=128",
         "rl.micro_batch_size=4",

@@ -5,6 +5,10 @@ counter, the state of a random generator, the type of a gradient. :func:`apply_c
 these calls on a machine without a CUDA device, once, at start-up; it is the only place of this
 project that changes other people's code at run time, and it does nothing where CUDA exists.
 
+``import transformer_engine``, ``apex``, ``amp_C`` and the like
+    Megatron assumes a device where such a package is installed, in about thirty places.
+    ``hidden.py`` lets these imports fail, before Megatron is imported: what follows holds whatever
+    is installed.
 ``torch.cuda.current_device()``
     Megatron assumes an index to put buffers on (layers, KV cache, gradient buffers).
     We answer with the CPU device.
@@ -23,10 +27,10 @@ Random-number state of activation recomputation
     Megatron saves and restores CPU, CUDA and tracker state around a layer that it computes again.
     We answer the CUDA part with an empty state; the CPU's is saved and restored as it is.
 ``moe_utils.te_general_gemm``
-    Megatron assumes that TransformerEngine is installed where it tests this name for None.
+    Megatron assumes that TransformerEngine can be imported where it tests this name for None.
     We define it as None: the router's product is torch's.
 ``multi_latent_attention.TELinear``
-    Megatron asks whether a layer is an instance of it; without TransformerEngine it is no class.
+    Megatron asks whether a layer is an instance of it; with TransformerEngine hidden it is none.
     We put a class without instances in its place.
 ``rope_utils.fused_apply_rotary_pos_emb`` and its form for packed sequences
     Megatron assumes TransformerEngine's kernels where ``apply_rope_fusion`` is on. We put those of
@@ -121,13 +125,10 @@ def apply_cpu_backend() -> bool:
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-    if not isinstance(multi_latent_attention.TELinear, type):
-        multi_latent_attention.TELinear = type("NoTELinear", (), {})
-    if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = rotate
-        rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
+    moe_utils.te_general_gemm = None
+    multi_latent_attention.TELinear = type("NoTELinear", (), {})
+    rope_utils.fused_apply_rotary_pos_emb = rotate
+    rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
         optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
     _applied = True

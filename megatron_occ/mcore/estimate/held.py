@@ -13,6 +13,7 @@ class Held:
 
     Args:
         parameters: counts by part.
+        kept_in_bf16: those of trunk layers without FP8 products, where the others have them.
         dense_layers: decoder layers with a dense MLP.
         moe_layers: decoder layers with experts.
         has_mtp: the MTP layers are here.
@@ -24,6 +25,7 @@ class Held:
     """
 
     parameters: dict[str, int]
+    kept_in_bf16: int
     dense_layers: int
     moe_layers: int
     has_mtp: bool

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_occ.config.schema import Config
@@ -151,6 +152,7 @@ def _held(config: Config, chunks: list[OCCGPTModel], groups: dict[str, list[int]
     replicas = len(groups["data"]) * len(groups["context"])
     return Held(
         parameters=count_by_part(chunks),
+        kept_in_bf16=_kept_in_bf16(config, layers),
         dense_layers=moe.count(False),
         moe_layers=moe.count(True),
         has_mtp=any(chunk.mtp_process for chunk in chunks),
@@ -160,6 +162,14 @@ def _held(config: Config, chunks: list[OCCGPTModel], groups: dict[str, list[int]
         replicas=replicas,
         expert_replicas=len(groups.get("expert_data", range(replicas))),
     )
+
+
+def _kept_in_bf16(config: Config, layers: list[TransformerLayer]) -> int:
+    """Parameters of layers that ``fp8`` leaves out, by their number in the trunk, from 1."""
+    first, last = config.fp8.first_layers_bf16, config.fp8.last_layers_bf16
+    fp8 = range(first + 1, config.model.num_layers - last + 1)
+    kept = [layer for layer in layers if layer.layer_number not in fp8]
+    return sum(parameter.numel() for layer in kept for parameter in layer.parameters())
 
 
 def count_by_part(
