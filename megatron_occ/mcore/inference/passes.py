@@ -130,7 +130,7 @@ class Passes:
         return distributions
 
     def _share(self, verified: Verified | None, rows: int, each: int) -> Verified:
-        """The last stage's findings on all stages."""
+        """The last stage's findings on all stages; a later look at some rows is shared too."""
         if self.trunk.pipeline.size() == 1:
             assert verified is not None, "the only stage has logits"
             return verified
@@ -140,4 +140,10 @@ class Passes:
             parts = (verified.tokens, verified.logprobs, verified.accepted.unsqueeze(1))
             packed = torch.cat([part.double() for part in parts], dim=1)
         tokens, logprobs, accepted = self.trunk.share(packed).split([each, each, 1], dim=1)
-        return Verified(tokens.long(), logprobs.float(), accepted.squeeze(1).long())
+        look = verified.again if verified is not None else None
+        return Verified(
+            tokens.long(),
+            logprobs.float(),
+            accepted.squeeze(1).long(),
+            lambda: self._share(look() if look else None, rows, each),
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,16 +20,29 @@ class Verified:
     Args:
         tokens: [n, q] tokens to commit, the first ``accepted`` + 1 of each row.
         logprobs: [n, q] of them.
-        accepted: [n] drafts that stay, 0 .. q - 1.
+        accepted: [n] drafts that stay, 0 .. q - 1; -1: the row has to be looked at ``again``, since
+            its tokens were not drawn from all that they should be drawn from.
+        again: gives the same with nothing left to look at; waits for the device.
     """
 
     tokens: Tensor
     logprobs: Tensor
     accepted: Tensor
+    again: Callable[[], Verified] | None = None
 
     def first(self, rows: int) -> Verified:
         """The first ``rows`` rows."""
-        return Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+        cut = Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+        again = self.again
+        return replace(cut, again=lambda: again().first(rows)) if again else cut
+
+    def with_rows(self, rows: Tensor, found: Verified) -> Verified:
+        """With other findings in rows [m]."""
+        return Verified(
+            self.tokens.index_copy(0, rows, found.tokens),
+            self.logprobs.index_copy(0, rows, found.logprobs),
+            self.accepted.index_copy(0, rows, found.accepted),
+        )
 
 
 def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
@@ -133,18 +146,9 @@ class Slots:
             Two flags [n]: ended by a stop token or string; finished.
         """
         known = self.known[rows]
-        offsets = torch.arange(verified.tokens.size(1), device=self.device)
-        places = self.known_on_device(rows).unsqueeze(1) + offsets
-        if isinstance(rows, slice):
-            self.ids[rows].scatter_(1, places, verified.tokens)
-            self.logprobs[rows].scatter_(1, places, verified.logprobs)
-        else:
-            row = torch.tensor(rows, device=self.device).unsqueeze(1)
-            self.ids[row, places] = verified.tokens
-            self.logprobs[row, places] = verified.logprobs
-        # here the host waits for the device
-        host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
-        tokens, accepted = host[:, :-1], host[:, -1]
+        tokens, accepted = self._append(rows, verified)
+        if (accepted < 0).any():
+            tokens, accepted = self._append(rows, verified.again())
         ends = self._ends(rows, tokens, accepted)
         # tokens before the first that ends the response, and that one
         until = (ends.cumsum(1) - ends == 0).sum(1)
@@ -155,6 +159,26 @@ class Slots:
         if drafts is not None:
             _count(drafts, accepted, count, tokens.shape[1] - 1)
         return stopped, stopped | (self.known[rows] >= self.end[rows])
+
+    def _append(
+        self, rows: Sequence[int] | slice, verified: Verified
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put tokens and log-probs behind the known ones.
+
+        Returns:
+            For the host, which waits here, tokens [n, q] and the drafts that stay [n].
+        """
+        offsets = torch.arange(verified.tokens.size(1), device=self.device)
+        places = self.known_on_device(rows).unsqueeze(1) + offsets
+        if isinstance(rows, slice):
+            self.ids[rows].scatter_(1, places, verified.tokens)
+            self.logprobs[rows].scatter_(1, places, verified.logprobs)
+        else:
+            row = torch.tensor(rows, device=self.device).unsqueeze(1)
+            self.ids[row, places] = verified.tokens
+            self.logprobs[row, places] = verified.logprobs
+        host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
+        return host[:, :-1], host[:, -1]
 
     def _ends(
         self, rows: Sequence[int] | slice, tokens: np.ndarray, accepted: np.ndarray
