@@ -128,7 +128,7 @@ class Drafter:
         for step in range(steps):
             if step < depths:
                 places = _up_to(known.device - 2, needed[step])
-                tokens = placer.at(state.cache, places, last)
+                tokens = placer.at(state.cache, places, last, repeats=True)
                 hidden = self._run(step, state, ids, places, tokens)
                 state.done[step, :rows] = last - step
             else:
@@ -153,7 +153,7 @@ class Drafter:
             on_device = torch.from_numpy(goal).to(ids.device, copy=True)
             for depth, each in enumerate(self._lacking(state, goal)):
                 places = _up_to(on_device, each)
-                tokens = placer.at(state.cache, places, goal.clip(min=0))
+                tokens = placer.at(state.cache, places, goal.clip(min=0), repeats=True)
                 self._run(depth, state, ids, places, tokens)
             state.done[:, :rows] = np.maximum(done, goal)
 

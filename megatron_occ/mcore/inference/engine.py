@@ -10,8 +10,10 @@ import torch
 
 from megatron_occ.config.pipeline import drafts_on_last_stage
 from megatron_occ.config.schema import Config
+from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.decoding import Decoding
 from megatron_occ.mcore.inference.drafter import Drafter
+from megatron_occ.mcore.inference.kernels import choose_attention
 from megatron_occ.mcore.inference.layers import Company
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.slots import Slots
@@ -79,6 +81,8 @@ class MegatronEngine:
         self.company = Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
         self._aborted = threading.Event()
+        # chosen where the model is known
+        self._attention: Attention | None = None
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
         """See ``RolloutEngine.generate``; context-parallel ranks take a share of the requests each.
@@ -132,8 +136,12 @@ class MegatronEngine:
         trunk, drafter = Trunk(self._chunks(), self.company), None
         if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
             drafter = Drafter(trunk)
+        if self._attention is None:
+            self._attention = choose_attention(
+                trunk.attended, dtype=trunk.dtype, device=self.layout.device
+            )
         coupled = self.speculation.coupled
-        passes = Passes(trunk, drafter, slots, sampling, coupled=coupled)
+        passes = Passes(trunk, self._attention, drafter, slots, sampling, coupled=coupled)
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 

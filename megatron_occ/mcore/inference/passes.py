@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.cache import write
 from megatron_occ.mcore.inference.drafter import Drafter, Known
 from megatron_occ.mcore.inference.prefill import Prefix, prefill
@@ -24,6 +25,7 @@ class Passes:
 
     Args:
         trunk: of this rank.
+        attention: of tokens behind prompts.
         drafter: where drafts are made, on the last stage.
         slots: the rows.
         sampling: temperature and cuts.
@@ -33,6 +35,7 @@ class Passes:
     def __init__(
         self,
         trunk: Trunk,
+        attention: Attention,
         drafter: Drafter | None,
         slots: Slots,
         sampling: SamplingSettings,
@@ -41,7 +44,7 @@ class Passes:
     ) -> None:
         self.trunk, self.drafter, self.slots = trunk, drafter, slots
         self.sampler = TokenSampler(trunk, sampling, coupled=coupled)
-        self.placer = Placer(trunk, slots.length, slots.device)
+        self.placer = Placer(trunk, attention, slots.length, slots.device)
         self.cache = trunk.new_cache(slots.rows, slots.length)
         self.state = drafter.new_state(slots.rows, slots.length) if drafter else None
 
