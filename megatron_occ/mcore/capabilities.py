@@ -14,6 +14,15 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
+def captures_cycles(config: Config, device: torch.device) -> bool:
+    """Whether rollouts by the embedded engine can be CUDA graphs.
+
+    Experts wait for the host, and messages between ranks are left out of graphs.
+    """
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    return device.type == "cuda" and ranks == 1 and config.model.moe.num_experts is None
+
+
 def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this machine can't do.
 
@@ -24,7 +33,14 @@ def check_machine(config: Config, device: torch.device) -> None:
     Raises:
         ValueError: key, value, reason and remedy.
     """
-    if device.type == "meta" or uses_transformer_engine():
+    if device.type == "meta":
+        return
+    if not config.rl.rollout.cuda_graphs and not captures_cycles(config, device):
+        raise ValueError(
+            "rl.rollout.cuda_graphs=false: there are none here anyway, as they take a CUDA device, "
+            "a model without experts, parallel.tensor=1 and parallel.pipeline=1: leave it out"
+        )
+    if uses_transformer_engine():
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
     if config.fp8.format != "none":

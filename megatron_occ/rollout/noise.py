@@ -39,6 +39,10 @@ def _mixed(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         _mix_on_host(values.numpy().view(np.uint64))
         return values
+    return _mix_on_device(values)
+
+
+def _mix_on_device(values: Tensor) -> Tensor:
     for by, factor in _ROUNDS:
         values.bitwise_xor_(_shifted(values, by)).mul_(factor)
     return values.bitwise_xor_(_shifted(values, _LAST_SHIFT))

@@ -130,8 +130,8 @@ def drafted(monkeypatch):
     """Tokens of a row and what was drafted behind them, for each row of each cycle."""
     seen, original = [], Drafter.draft
 
-    def spy(self, placer, state, ids, known, steps, pick):
-        original(self, placer, state, ids, known, steps, pick)
+    def spy(self, placer, state, ids, known, needed, steps, pick):
+        original(self, placer, state, ids, known, needed, steps, pick)
         for row, count in enumerate(known.host.tolist()):
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 

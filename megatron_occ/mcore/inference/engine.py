@@ -13,6 +13,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.decoding import Decoding
 from megatron_occ.mcore.inference.drafter import Drafter
+from megatron_occ.mcore.inference.graphs import Capture
 from megatron_occ.mcore.inference.kernels import choose_attention
 from megatron_occ.mcore.inference.layers import Company
 from megatron_occ.mcore.inference.passes import Passes
@@ -65,6 +66,7 @@ class MegatronEngine:
         slots: sequences at once.
         speculation: use of drafts.
         decode: text of token ids, for stop strings.
+        capture: makes what captures the cycles of a call, where they can be; None: nothing does.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class MegatronEngine:
         slots: int,
         speculation: Speculation = NO_DRAFTS,
         decode: Callable[[Sequence[int]], str] | None = None,
+        capture: Callable[[], Capture] | None = None,
     ) -> None:
         self._chunks, self.layout, self.slots = chunks, layout, slots
-        self.speculation, self.decode = speculation, decode
+        self.speculation, self.decode, self.capture = speculation, decode, capture
         self.company = Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
         self._aborted = threading.Event()
@@ -141,7 +144,15 @@ class MegatronEngine:
                 trunk.attended, dtype=trunk.dtype, device=self.layout.device
             )
         coupled = self.speculation.coupled
-        passes = Passes(trunk, self._attention, drafter, slots, sampling, coupled=coupled)
+        passes = Passes(
+            trunk,
+            self._attention,
+            drafter,
+            slots,
+            sampling,
+            coupled=coupled,
+            capture=self.capture() if self.capture else None,
+        )
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 

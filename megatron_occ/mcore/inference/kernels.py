@@ -225,7 +225,7 @@ def choose_attention(shapes: Shapes, *, dtype: torch.dtype, device: torch.device
             logger.info("rollouts: attention by %s", name)
             return attention
         logger.warning("rollouts: no %s: it is off by %.2g, see AGREES", name, gap)
-    logger.info("rollouts: attention by %s", masks.name)
+    logger.info("rollouts: attention by %s; cycles are no CUDA graphs", masks.name)
     return masks
 
 

@@ -88,7 +88,9 @@ class Slots:
         self.stop, self.stop_text = np.array(stop_ids, dtype=np.int64), stop_text
         # the last tokens of each response, for the stop strings
         self.tails: list[list[int]] = [[] for _ in range(rows)]
-        self._sent: Tensor | None = None
+        # tokens so far and of the prompt, as the device has them: always at the same place
+        self._numbers = torch.full((2, rows), 2, device=device)
+        self._is_sent = True
 
     def admit(
         self,
@@ -113,24 +115,32 @@ class Slots:
         self.end[rows] = lengths + np.array(limits)
         for row in rows:
             self.tails[row] = []
-        self._sent = None
+        self._is_sent = False
+
+    def send(self) -> None:
+        """Tell the device how far rows have come, if it does not know; the host does not wait."""
+        if self._is_sent:
+            return
+        numbers = torch.from_numpy(np.stack((self.known, self.start)))
+        if self.device.type == "cuda":
+            # of pinned memory of its own: the copy is under way while the host goes on
+            numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(
+                numbers
+            )
+        self._numbers.copy_(numbers, non_blocking=True)
+        self._is_sent = True
 
     def known_on_device(self, rows: Sequence[int] | slice) -> Tensor:
         """[n] tokens so far."""
-        return self._on_device(rows)[0]
+        self.send()
+        return self._numbers[0, rows]
 
     def token_keys(self, rows: Sequence[int] | slice, count: int) -> Tensor:
         """Keys of the random numbers of the next ``count`` tokens of rows, [n, count]."""
-        known, start = self._on_device(rows)
+        self.send()
+        known, start = self._numbers[:, rows]
         ahead = torch.arange(count, device=self.device)
         return token_keys(self.keys[rows], (known - start).unsqueeze(1) + ahead)
-
-    def _on_device(self, rows: Sequence[int] | slice) -> Tensor:
-        """[2, n] tokens so far, and of the prompt."""
-        if self._sent is None:
-            host = torch.from_numpy(np.stack((self.known, self.start)))
-            self._sent = host.to(self.device, copy=True)
-        return self._sent[:, rows]
 
     def commit(
         self, rows: Sequence[int] | slice, verified: Verified, drafts: DraftStatistics | None
@@ -154,7 +164,7 @@ class Slots:
         until = (ends.cumsum(1) - ends == 0).sum(1)
         count = np.minimum(np.minimum(accepted + 1, until), self.end[rows] - known)
         self.known[rows] = known + count
-        self._sent = None
+        self._is_sent = False
         stopped = (ends & (np.arange(tokens.shape[1]) < count[:, None])).any(1)
         if drafts is not None:
             _count(drafts, accepted, count, tokens.shape[1] - 1)
@@ -215,7 +225,7 @@ class Slots:
         tails = [self.tails[row] for row in rows]
         for target, tail in zip(targets, tails, strict=True):
             self.tails[target] = tail
-        self._sent = None
+        self._is_sent = False
 
 
 def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:

@@ -71,6 +71,12 @@ class Trunk:
         return self.chunks[-1].valid_vocab_size
 
     @property
+    def is_static(self) -> bool:
+        """Whether a pass is one of this rank alone, and of the same kernels whatever it reads."""
+        ranks = self.tensor.size() * self.pipeline.size()
+        return ranks == 1 and self.config.num_moe_experts is None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and of the cache."""
         return self.config.params_dtype
