@@ -45,6 +45,30 @@ def test_experts_on_a_gpu_without_transformer_engine_are_refused():
         check_machine(config, torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("device", "keys"),
+    [
+        ("cpu", {}),
+        ("cuda", {"parallel.tensor": 2}),
+        ("cuda", {"parallel.pipeline": 2}),
+    ],
+)
+def test_leaving_out_graphs_that_could_not_be_is_refused(device, keys):
+    config = small_config()
+    for key, value in keys.items():
+        setattr(config.parallel, key.rpartition(".")[2], value)
+    check_machine(config, torch.device(device))
+    config.rl.rollout.cuda_graphs = False
+    with pytest.raises(ValueError, match=r"rl\.rollout\.cuda_graphs=false: .*leave it out"):
+        check_machine(config, torch.device(device))
+
+
+def test_graphs_are_left_out_where_they_could_be():
+    config = small_config()
+    config.rl.rollout.cuda_graphs = False
+    check_machine(config, torch.device("cuda"))
+
+
 def test_nothing_is_refused_where_nothing_is_computed():
     config = small_config()
     config.precision, config.fp8.format = "bf16", "hybrid"

@@ -58,7 +58,7 @@ class Graphs:
         self.kept: dict[tuple[int, int], tuple[Callable[[], None], Verified]] = {}
 
     def padded(self, rows: int) -> int:
-        """The next of a few numbers of rows, 1, 2, 3, 4, 6, 8, 12, 16 ...: half as many again at most."""
+        """The next of 1, 2, 3, 4, 6, 8, 12, 16 ... rows, half as many again at most."""
         power = 1 << (rows - 1).bit_length()
         less = power * 3 // 4
         return min(less if rows <= less and power > 2 else power, self.rows)
