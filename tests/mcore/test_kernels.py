@@ -61,19 +61,17 @@ def test_contexts_are_those_of_masks(shapes, each, attention):
     rows, length = 5, 300
     last = torch.randint(0, length, (rows,), generator=draw)
     last[:2] = torch.tensor((0, length - 1))
-    size = (rows + 2, length, shapes.groups, 2, shapes.width)
-    key, value = torch.randn(size, generator=draw).unbind(3)
-    if shapes is LATENT:
-        value = key
+    size = (rows + 2, length, shapes.groups, 1 if shapes is LATENT else 2, shapes.width)
+    kept = torch.randn(size, generator=draw)
     for row, end in enumerate(last.tolist()):
         # what lies behind a row's end belongs to nobody
-        key[row, end + 1 :], value[row, end + 1 :] = 1e4, 1e4
+        kept[row, end + 1 :] = 1e4
     query = torch.randn(rows, each, shapes.groups, shapes.share, shapes.width, generator=draw)
     positions = (last.unsqueeze(1) + torch.arange(1 - each, 1)).clamp_(min=0)
     masks = BySpans(shapes.share, dtype=torch.float32, device=CPU)
     for scale in (None, 0.3):
         found, expected = (
-            kind.look(positions, last.numpy(), length, repeats=True)(query, key, value, scale)
+            kind.look(positions, last.numpy(), length, repeats=True)(query, kept, scale)
             for kind in (attention, masks)
         )
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
@@ -96,14 +94,14 @@ def test_the_engine_responds_as_with_masks(layout, kind, attention):
 def test_tokens_at_repeated_positions_get_what_the_last_of_them_gets():
     """Short rows in a long catch-up: a kernel lets the first of them see nothing."""
     attention = ByRowLengths("plain", plain_kernel)
-    key = torch.randn(2, 10, 1, 4)
+    kept = torch.randn(2, 10, 1, 1, 4)
     query = torch.ones(2, 4, 1, 1, 4)
     positions = torch.tensor([[0, 0, 0, 1], [3, 4, 5, 6]])
     look = dict(last=np.array([1, 6]), length=10)
-    found = attention.look(positions, **look, repeats=True)(query, key, key)
+    found = attention.look(positions, **look, repeats=True)(query, kept)
     assert torch.equal(found[0, 0], found[0, 2])
-    torch.testing.assert_close(found[0, 0, 0, 0], key[0, 0, 0])
-    other = attention.look(positions, **look, repeats=False)(query, key, key)
+    torch.testing.assert_close(found[0, 0, 0, 0], kept[0, 0, 0, 0])
+    other = attention.look(positions, **look, repeats=False)(query, kept)
     assert torch.equal(other[0, 0], torch.zeros(1, 1, 4))
     assert torch.equal(other[1], found[1])
 

@@ -23,15 +23,13 @@ ALIGNED = {"cuda": 8}
 class Attend(Protocol):
     """Attention of the tokens of one pass, in every layer."""
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
-    ) -> Tensor:
-        """Contexts [n, q, groups, share, e].
+    def __call__(self, query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
+        """Contexts [n, q, groups, share, d].
 
         Args:
             query: [n, q, groups, share, d], of the first n rows of the cache.
-            key: [rows, length, groups, d] of the cache, the pass's own tokens among them.
-            value: [rows, length, groups, e].
+            kept: [rows, length, groups, 2, d] keys and values of the cache, those of the pass's own
+                tokens among them; or [rows, length, groups, 1, d] where the key is the value.
             scale: of the scores; None: 1 / sqrt(d).
         """
         ...
@@ -60,6 +58,12 @@ class Attention(Protocol):
         ...
 
 
+def keys_and_values(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what a cache keeps, [..., 2, d] or [..., 1, d], both as [..., d]."""
+    both = kept.unbind(3)
+    return both[0], both[-1]
+
+
 @dataclass(frozen=True)
 class Span:
     """Rows that attend together.
@@ -82,24 +86,19 @@ class Spans:
 
     spans: list[Span]
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
-    ) -> Tensor:
+    def __call__(self, query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
         """See :class:`Attend`."""
         n, q, groups, share, width = query.shape
         # one query block a group: its heads are further rows of it
         folded = query.permute(0, 2, 3, 1, 4).reshape(n, groups, share * q, width)
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
-        found = [
-            functional.scaled_dot_product_attention(
-                folded[: span.rows],
-                key[: span.rows, :, : span.keys],
-                value[: span.rows, :, : span.keys],
-                attn_mask=span.mask,
-                scale=scale,
+        found = []
+        for span in self.spans:
+            key, value = keys_and_values(kept[: span.rows, : span.keys].transpose(1, 2))
+            found.append(
+                functional.scaled_dot_product_attention(
+                    folded[: span.rows], key, value, attn_mask=span.mask, scale=scale
+                )
             )
-            for span in self.spans
-        ]
         context, *again = found
         for part in again:
             context[: part.size(0)] = part

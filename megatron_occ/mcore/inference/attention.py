@@ -106,8 +106,7 @@ class GroupedAttention:
                 heads, key, value, is_causal=q > 1, enable_gqa=self.share > 1
             )
             return context.transpose(1, 2).reshape(n * q, -1)
-        key, value = cache.unbind(3)
-        return tokens.attend(query, key, value).reshape(n * q, -1)
+        return tokens.attend(query, cache).reshape(n * q, -1)
 
 
 class LatentAttention:
@@ -184,8 +183,8 @@ class LatentAttention:
             ).transpose(1, 2)
         else:
             # the key is the value too, its rotary part left out afterwards
-            latent = cache.unsqueeze(2)
-            context = tokens.attend(query.view(n, q, 1, self.heads, -1), latent, latent, self.scale)
+            latent = cache.view(*cache.shape[:2], 1, 1, -1)
+            context = tokens.attend(query.view(n, q, 1, self.heads, -1), latent, self.scale)
         return context[..., : self.rank].reshape(n * q, self.heads, self.rank)
 
 

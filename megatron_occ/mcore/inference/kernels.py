@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_occ.mcore.inference.attend import Attend, Attention, BySpans
+from megatron_occ.mcore.inference.attend import Attend, Attention, BySpans, keys_and_values
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,9 @@ class RowLengths:
     lengths: Tensor
     source: Tensor | None
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
-    ) -> Tensor:
+    def __call__(self, query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
         """See ``Attend``."""
+        key, value = keys_and_values(kept)
         context = self.kernel(query.flatten(2, 3), key, value, self.lengths, scale)
         if self.source is not None:
             index = self.source[:, :, None, None].expand_as(context)
@@ -172,11 +171,12 @@ class ByBlocks:
             compute_q_blocks=False,
         )
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        def attend(query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
+            key, value = keys_and_values(kept[:rows].transpose(1, 2))
             context = self.attend(
                 query.flatten(2, 3).transpose(1, 2),
-                key[:rows].transpose(1, 2),
-                value[:rows].transpose(1, 2),
+                key,
+                value,
                 block_mask=mask,
                 scale=scale,
                 enable_gqa=query.size(3) > 1,
@@ -239,15 +239,14 @@ def trial(
         return torch.randn(size, generator=draw).to(device=device, dtype=dtype)
 
     masks = BySpans(shapes.share, dtype=dtype, device=device)
-    both = random(TRIAL_ROWS, TRIAL_LENGTH, shapes.groups, 2, shapes.width)
-    key, value = both.unbind(3)
+    kept = random(TRIAL_ROWS, TRIAL_LENGTH, shapes.groups, 2, shapes.width)
     last, gaps = np.array(TRIAL_LENGTHS) - 1, []
     for each in (1, 3):
         query = random(len(last), each, shapes.groups, shapes.share, shapes.width)
         ends = torch.tensor(last).to(device).unsqueeze(1)
         positions = (ends + torch.arange(1 - each, 1, device=device)).clamp_(min=0)
         found, expected = (
-            kind.look(positions, last, TRIAL_LENGTH, repeats=True)(query, key, value)
+            kind.look(positions, last, TRIAL_LENGTH, repeats=True)(query, kept)
             for kind in (attention, masks)
         )
         gaps.append((found - expected).abs().max())

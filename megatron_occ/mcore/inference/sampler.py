@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ class TokenSampler:
             found = self._verify(hidden, drafts, draft_logprobs, keys, LIKELIEST)
         else:
             found = joined([parts(rows, LIKELIEST) for rows in self._chunks(*hidden.shape[:2])])
-        return replace(found, again=again)
+        return Verified(found.tokens, found.logprobs, found.accepted, again)
 
     def _verify(
         self,

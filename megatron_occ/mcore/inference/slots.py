@@ -32,6 +32,8 @@ class Verified:
 
     def first(self, rows: int) -> Verified:
         """The first ``rows`` rows."""
+        if rows == len(self.tokens):
+            return self
         cut = Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
         again = self.again
         return replace(cut, again=lambda: again().first(rows)) if again else cut
