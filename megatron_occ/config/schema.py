@@ -120,6 +120,9 @@ class RolloutConfig:
         minimum=1,
         maximum=limits.SEQUENCES,
     )
+    cuda_graphs: bool = option(
+        True, "decode by CUDA graphs (engine=megatron; dense models on one rank of a GPU)"
+    )
     speculative: SpeculativeConfig = section(
         SpeculativeConfig, "speculative decoding of engine=megatron"
     )

@@ -149,7 +149,11 @@ SWITCHES = (
     Switch(
         "rl.rollout.engine",
         _is("vllm", "sglang"),
-        ("rl.rollout.batch_size", *_all_but("rl.rollout.speculative")),
+        (
+            "rl.rollout.batch_size",
+            "rl.rollout.cuda_graphs",
+            *_all_but("rl.rollout.speculative"),
+        ),
         "rl.rollout.engine=megatron (drafts of a server are an option of its start)",
     ),
     Switch("data.task.name", _is(None), ("data.task.params",), "data.task.name"),

@@ -30,6 +30,15 @@ def token_dispatcher(config: Config) -> str:
     return "alltoall" if name == "auto" else name
 
 
+def captures_cycles(config: Config, device: torch.device) -> bool:
+    """Whether rollouts by the embedded engine can be CUDA graphs.
+
+    Experts wait for the host, and messages between ranks are left out of graphs.
+    """
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    return device.type == "cuda" and ranks == 1 and config.model.moe.num_experts is None
+
+
 def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this machine can't do.
 

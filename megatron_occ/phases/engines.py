@@ -13,8 +13,10 @@ from megatron_occ.config.sizes import round_up
 from megatron_occ.data.prompt_stream import PromptStream
 from megatron_occ.data.tokenizers import Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.capabilities import captures_cycles
 from megatron_occ.mcore.export import HuggingFaceExport
 from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
+from megatron_occ.mcore.inference.graphs import CUDACapture
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.mcore.served_engine import ServedEngine
 from megatron_occ.rollout import RolloutEngine
@@ -42,12 +44,14 @@ def build_engine(
         EngineError: a server does not come up or can't do the work.
     """
     if config.rl.rollout.engine == "megatron":
+        captures = captures_cycles(config, actor.layout.device)
         return MegatronEngine(
             actor.inference_chunks,
             actor.layout,
             slots=config.rl.rollout.batch_size,
             speculation=speculation_from(config),
             decode=tokenizer.decode,
+            capture=CUDACapture if captures and config.rl.rollout.cuda_graphs else None,
         )
     return _served(config, actor, tokenizer, prompts)
 

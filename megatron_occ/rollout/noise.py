@@ -39,6 +39,10 @@ def _mixed(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         _mix_on_host(values.numpy().view(np.uint64))
         return values
+    return _mix_on_device(values)
+
+
+def _mix_on_device(values: Tensor) -> Tensor:
     for by, factor in _ROUNDS:
         values.bitwise_xor_(_shifted(values, by)).mul_(factor)
     return values.bitwise_xor_(_shifted(values, _LAST_SHIFT))
@@ -82,6 +86,20 @@ def uniforms(keys: Tensor, count: int) -> Tensor:
         keys: [...] from :func:`token_keys`.
         count: numbers of each.
     """
-    digits = _mixed(keys.unsqueeze(-1) + _steps(count, keys.device))
-    digits = _shifted(digits, _BITS - _DIGITS)
+    return _fractions(keys.unsqueeze(-1) + _steps(count, keys.device))
+
+
+def uniforms_at(keys: Tensor, indices: Tensor) -> Tensor:
+    """The numbers of :func:`uniforms` at some places alone.
+
+    Args:
+        keys: [...] from :func:`token_keys`.
+        indices: [..., c] from 0.
+    """
+    return _fractions((indices + 1).mul_(_STEP).add_(keys.unsqueeze(-1)))
+
+
+def _fractions(states: Tensor) -> Tensor:
+    """Uniform numbers of a generator's states, which are overwritten."""
+    digits = _shifted(_mixed(states), _BITS - _DIGITS)
     return digits.double().add_(0.5).mul_(2.0**-_DIGITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_occ.data.tasks import build_task
 from megatron_occ.data.tokenizers import build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.inference.engine import MegatronEngine
+from megatron_occ.mcore.inference.graphs import CUDACapture
 from megatron_occ.phases.engines import ProbeMaterial, build_engine, remote_settings
 
 SERVED = ("rl.rollout.engine=sglang", "rl.rollout.server.urls=['http://a:1','http://b:1']")
@@ -55,6 +57,24 @@ def test_the_embedded_engine_is_the_default(layout):
     actor = build(layout, "rl.rollout.batch_size=5")
     engine = build_engine(actor.config, actor, TOKENIZER, PromptStream(TASK))
     assert isinstance(engine, MegatronEngine) and engine.slots == 5
+
+
+@pytest.mark.parametrize(
+    ("device", "keys", "captures"),
+    [
+        ("cpu", (), False),
+        ("cuda", (), True),
+        ("cuda", ("rl.rollout.cuda_graphs=false",), False),
+        ("cuda", ("parallel.tensor=2",), False),
+        ("cuda", ("model.moe.num_experts=4",), False),
+    ],
+)
+def test_cycles_are_captured_on_a_gpu_where_they_can_be(layout, device, keys, captures):
+    actor = build(layout)
+    actor.layout = replace(layout, device=torch.device(device))
+    config = load_config([], ["model.num_layers=1", *keys])
+    engine = build_engine(config, actor, TOKENIZER, PromptStream(TASK))
+    assert engine.capture is (CUDACapture if captures else None)
 
 
 def one_token_prompts(tmp_path):

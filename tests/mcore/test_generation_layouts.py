@@ -5,8 +5,9 @@ With the rule ``rejection`` what one process gives with the same drafts: the tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from benchmarks.layout_runs import VOCABULARY
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_model, model_state
+from megatron_occ.mcore.inference import sampler
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation, speculation_from
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rollout import Generation, Request, SamplingSettings
@@ -251,6 +253,22 @@ def test_an_abort_on_any_rank_ends_the_call_on_all_that_share_the_model():
         for aborted, whole in found:
             assert aborted == ["abort"] * len(LENGTHS)
             assert "abort" not in whole
+
+
+def with_second_looks() -> list[list[list[int]]]:
+    """Tokens under top-p where all rows need one look, and where some need two."""
+    actor = make_actor(read(MODELS["dense"], (TP2, PP2)))
+    engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=3)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts())]
+    settings = replace(SAMPLING, top_p=0.6)
+    one = engine.generate(requests, settings).tokens
+    with mock.patch.object(sampler, "LIKELIEST", 3):
+        return [one, engine.generate(requests, settings).tokens]
+
+
+def test_a_second_look_is_one_of_all_stages():
+    for one, two in run_ranks(with_second_looks, 4):
+        assert one == two
 
 
 def assert_same_logprobs(found, expected):

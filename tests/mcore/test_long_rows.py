@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_occ.mcore.inference import decoding
-from megatron_occ.mcore.inference.cache import WORTH, long_rows, rows_to_swap
+from megatron_occ.mcore.inference.attend import WORTH, long_rows, rows_to_swap
 from megatron_occ.mcore.inference.engine import Speculation
 from megatron_occ.mcore.inference.trunk import Placer
 from tests.mcore.conftest import VOCABULARY, build_model, small_config
@@ -74,7 +74,9 @@ def test_responses_of_very_uneven_lengths(layout, monkeypatch, kind, length):
     spans, swaps = [], []
     at, swap = Placer.at, decoding.rows_to_swap
     monkeypatch.setattr(
-        Placer, "at", lambda *args: (found := at(*args), spans.append(len(found.spans)))[0]
+        Placer,
+        "at",
+        lambda *args, **how: (found := at(*args, **how), spans.append(len(found.attend.spans)))[0],
     )
     monkeypatch.setattr(
         decoding, "rows_to_swap", lambda needed: (found := swap(needed), swaps.append(found))[0]

@@ -110,8 +110,8 @@ def test_the_host_waits_once_a_cycle_and_not_for_each_token_or_layer(layout, dra
     found, waits = on_cuda(model_of(layout), 6, Speculation(drafts), **long)
     # for tokens and accepted drafts; and for what the finished rows hold, tokens and log-probs
     assert waits.pop("cpu") == len(commits)
-    # how far rows have come, at the beginning of a cycle; and some for rows that end and move
-    assert waits.pop("sent") <= len(commits) + 5 * len(found.tokens)
+    # for rows that come, end and move; how far rows have come goes by itself
+    assert waits.pop("sent") <= 5 * len(found.tokens)
     assert waits.pop("tolist") <= 2 * len(found.tokens)
     assert not waits
 

@@ -13,15 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_occ.mcore.head_request import HeadRequest
+from megatron_occ.mcore.inference import sampler
 from megatron_occ.mcore.inference.drafter import Drafter
 from megatron_occ.mcore.inference.engine import Speculation
 from megatron_occ.mcore.inference.passes import Passes
+from megatron_occ.mcore.inference.slots import Verified
 from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import sample_from_uniform, speculative_accept
 from megatron_occ.rollout.sampling import cut_log_probs
 from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
-from tests.mcore.test_generation import LIMIT, make_engine, prompts, requests, respond, settings
+from tests.mcore.test_generation import (
+    LIMIT,
+    PLAIN,
+    make_engine,
+    prompts,
+    requests,
+    respond,
+    settings,
+)
 from tests.unit.test_rollout_speculative import p_value
 
 KINDS = ("dense", "untied", "moe", "mla", "before the norm")
@@ -120,8 +130,8 @@ def drafted(monkeypatch):
     """Tokens of a row and what was drafted behind them, for each row of each cycle."""
     seen, original = [], Drafter.draft
 
-    def spy(self, placer, state, ids, known, steps, pick):
-        original(self, placer, state, ids, known, steps, pick)
+    def spy(self, placer, state, ids, known, needed, steps, pick):
+        original(self, placer, state, ids, known, needed, steps, pick)
         for row, count in enumerate(known.host.tolist()):
             seen.append((ids[row, :count].tolist(), ids[row, count : count + steps].tolist()))
 
@@ -332,6 +342,32 @@ def test_the_distribution_of_responses_is_exactly_that_of_the_model(layout, coup
     """Pairs of tokens against their probabilities by full passes."""
     counts, expected = pairs_and_probabilities(layout, Speculation(2, coupled=coupled), CUTS[cut])
     assert p_value(counts, expected) > 1e-4
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_the_distribution_is_exact_where_some_rows_need_a_second_look(layout, monkeypatch, coupled):
+    monkeypatch.setattr(sampler, "LIKELIEST", 4)
+    drafts = Speculation(2, coupled=coupled)
+    counts, expected = pairs_and_probabilities(layout, drafts, CUTS["cut"])
+    assert p_value(counts, expected) > 1e-4
+
+
+@pytest.mark.parametrize("chunk", [sampler.CHUNK_LOGITS, 2 * VOCABULARY])
+def test_a_second_look_changes_no_token_of_rows_that_need_none(layout, monkeypatch, chunk):
+    model, cuts = model_of(layout), dict(top_p=0.8, stop_ids=())
+    expected = respond(model, prompts(), **cuts)
+    looks, own = [], Verified.with_rows
+    monkeypatch.setattr(
+        Verified, "with_rows", lambda *args: looks.append(args[1].tolist()) or own(*args)
+    )
+    monkeypatch.setattr(sampler, "LIKELIEST", 4)
+    monkeypatch.setattr(sampler, "CHUNK_LOGITS", chunk)
+    for drafts in (PLAIN, Speculation(2)):
+        found = respond(model, prompts(), speculation=drafts, **cuts)
+        assert found.tokens == expected.tokens
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    assert any(0 < len(rows) < len(prompts()) for rows in looks)
 
 
 def test_a_wrong_rule_is_found_out_by_the_same_test(layout, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -11,8 +12,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_occ.rollout import SamplingSettings
-from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
+from megatron_occ.rollout import SamplingSettings, row_keys, sample_by_race, token_keys
+from megatron_occ.rollout.sampling import cut, cut_log_probs, token_log_probs
 from megatron_occ.rollout.text import StopText
 
 LOGITS = 2 * torch.randn(50, 31, generator=torch.Generator().manual_seed(0))
@@ -56,6 +57,83 @@ def test_top_p_by_hand():
 def test_more_than_the_vocabulary_cuts_nothing():
     assert ours(1.0, top_k=31) is not None
     torch.testing.assert_close(ours(1.0, top_k=100), LOGITS.log_softmax(-1))
+
+
+MANY, LOOK = 100_000, 256
+
+
+def hard_logits():
+    """Rows [., MANY] by name that are hard to cut."""
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(MANY, generator=generator)
+    one_hot, two = torch.full((MANY,), -50.0), torch.full((MANY,), -torch.inf)
+    one_hot[777], two[[5, 99_998]] = 50.0, 0.0
+    return {
+        "peaked": 6 * noise,
+        "flat": noise,
+        "nearly uniform": 1e-3 * noise,
+        "uniform": torch.zeros(MANY),
+        "one hot": one_hot,
+        "two": two,
+        # as bf16 logits are: many are the same
+        "ties": (6 * noise).bfloat16().float(),
+        "all ties at the edge": torch.cat((torch.ones(LOOK - 1), torch.zeros(MANY - LOOK + 1))),
+    }
+
+
+def by_sorting(log_probs, top_p):
+    """What stays of one row: a plain look at all tokens, the smaller of two equal ids first."""
+    order = np.lexsort((np.arange(MANY), -log_probs.numpy()))
+    probabilities = log_probs.double().softmax(-1)[order]
+    before = probabilities.cumsum(-1) - probabilities
+    count = max(1, int((before < top_p).sum()))
+    kept = torch.full_like(log_probs, -torch.inf)
+    kept[order[:count]] = log_probs[order[:count]].double().log_softmax(-1).float()
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.5 + 1e-6, 0.95 + 1e-6, 1 - 1e-7])
+@pytest.mark.parametrize("name", hard_logits())
+def test_a_look_at_the_likeliest_finds_the_nucleus_or_says_that_it_did_not(name, top_p):
+    log_probs = hard_logits()[name].log_softmax(-1)
+    expected = by_sorting(log_probs, top_p)
+    settings = SamplingSettings(1.0, 1, top_p=top_p)
+    whole = cut(log_probs, settings)
+    assert whole.complete is None
+    torch.testing.assert_close(whole.dense(MANY), expected, atol=1e-6, rtol=0)
+    part = cut(log_probs, settings, at_most=LOOK)
+    size = int(expected.isfinite().sum())
+    assert part.ids.shape == (LOOK,)
+    assert bool(part.complete) == (size < LOOK)
+    if part.complete:
+        # to the bit: what is drawn does not depend on how it was found
+        assert torch.equal(part.dense(MANY), whole.dense(MANY))
+
+
+def test_most_hard_rows_are_told_apart():
+    """The test before this one sees both answers."""
+    settings = SamplingSettings(1.0, 1, top_p=0.95)
+    found = {
+        name: bool(cut(row.log_softmax(-1), settings, at_most=LOOK).complete)
+        for name, row in hard_logits().items()
+    }
+    assert {name for name, complete in found.items() if complete} == {
+        "peaked",
+        "one hot",
+        "two",
+        "ties",
+    }
+
+
+@pytest.mark.parametrize("cuts", [{"top_p": 0.9}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}])
+def test_a_race_among_what_stays_is_won_as_one_among_all(cuts):
+    rows = torch.stack([hard_logits()["peaked"].roll(i) for i in range(20)]).log_softmax(-1)
+    keys = token_keys(row_keys([3]), torch.arange(20))[0]
+    kept = cut(rows, SamplingSettings(1.0, 1, **cuts), at_most=LOOK)
+    assert kept.log_probs.size(1) < MANY
+    drawn = kept.race(keys)
+    assert drawn.tolist() == sample_by_race(kept.dense(MANY), keys).tolist()
+    assert len(set(drawn.tolist())) > 10
 
 
 def decode(ids):

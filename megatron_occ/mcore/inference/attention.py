@@ -6,7 +6,6 @@ row be at a place of its own. Numbers of heads and groups are those of this tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,45 +57,6 @@ def epsilon_before(linear: Any, module: Any, usual: float) -> float:
     return fused if fused is not None else getattr(module, "eps", usual)
 
 
-def attend_by_spans(
-    query: Tensor,
-    tokens: Tokens,
-    cache: Tensor,
-    unfold: Callable[[Tensor], tuple[Tensor, Tensor]],
-    scale: float | None = None,
-) -> Tensor:
-    """Attention of queries [n, groups, m, d] to the rows of a cache, span by span.
-
-    Args:
-        unfold: from a part of the cache [n, keys, ...] to keys and values [n, groups, keys, d].
-        scale: of the scores; None: 1 / sqrt(d).
-    """
-    found = []
-    for span in tokens.spans:
-        key, value = unfold(cache[: span.rows, : span.keys])
-        found.append(
-            functional.scaled_dot_product_attention(
-                query[: span.rows], key, value, attn_mask=span.mask, scale=scale
-            )
-        )
-    context, *again = found
-    for part in again:
-        context[: part.size(0)] = part
-    return context
-
-
-def _keys_and_values(part: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, keys, groups, 2, d] to [n, groups, keys, d] twice."""
-    key, value = part.transpose(1, 2).unbind(3)
-    return key, value
-
-
-def _latent_twice(part: Tensor) -> tuple[Tensor, Tensor]:
-    """One key for all heads, which is the value too, its rotary part left out afterwards."""
-    latent = part.unsqueeze(1)
-    return latent, latent
-
-
 class GroupedAttention:
     """Multi-head and grouped-query attention.
 
@@ -141,16 +101,12 @@ class GroupedAttention:
         if tokens.is_causal:
             # heads of a group are neighbours, as grouped-query attention wants them
             heads = query.flatten(2, 3).transpose(1, 2)
-            key, value = _keys_and_values(cache[:n, :q])
+            key, value = cache[:n, :q].transpose(1, 2).unbind(3)
             context = functional.scaled_dot_product_attention(
                 heads, key, value, is_causal=q > 1, enable_gqa=self.share > 1
             )
             return context.transpose(1, 2).reshape(n * q, -1)
-        # one query block a group: its heads are further rows of it
-        folded = query.permute(0, 2, 3, 1, 4).reshape(n, self.groups, self.share * q, self.width)
-        context = attend_by_spans(folded, tokens, cache, _keys_and_values)
-        context = context.view(n, self.groups, self.share, q, self.width)
-        return context.permute(0, 3, 1, 2, 4).reshape(n * q, -1)
+        return tokens.attend(query, cache).reshape(n * q, -1)
 
 
 class LatentAttention:
@@ -218,20 +174,18 @@ class LatentAttention:
     def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:
         """[n * q, heads, rank + rotary] to [n * q, heads, rank]: one key for all heads."""
         n, q = tokens.rows, tokens.each
-        heads = query.view(n, q, self.heads, -1).transpose(1, 2)
         if tokens.is_causal:
+            heads = query.view(n, q, self.heads, -1).transpose(1, 2)
             # a view of the key for each head: folded queries would need a mask, heads * q * q large
             latent = cache[:n, :q].unsqueeze(1).expand(-1, self.heads, -1, -1)
             context = functional.scaled_dot_product_attention(
                 heads, latent, latent, is_causal=q > 1, scale=self.scale
-            )
+            ).transpose(1, 2)
         else:
-            # the heads are further rows of one query block
-            folded = heads.reshape(n, 1, self.heads * q, -1)
-            context = attend_by_spans(folded, tokens, cache, _latent_twice, scale=self.scale)
-            context = context.view(n, self.heads, q, -1)
-        context = context[..., : self.rank].transpose(1, 2)
-        return context.reshape(n * q, self.heads, self.rank)
+            # the key is the value too, its rotary part left out afterwards
+            latent = cache.view(*cache.shape[:2], 1, 1, -1)
+            context = tokens.attend(query.view(n, q, 1, self.heads, -1), latent, self.scale)
+        return context[..., : self.rank].reshape(n * q, self.heads, self.rank)
 
 
 def _by_halves(values: Tensor) -> Tensor:

@@ -5,29 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# part of the price of one look at all rows that a second look at some must stay below
-WORTH = 0.9
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows that attend together.
-
-    Args:
-        rows: m, the first ones.
-        keys: positions that they look at, from 0.
-        mask: [m, 1, heads * q, keys] 0 where a token may look and -inf elsewhere, once for each
-            head that shares a key; None: all rows start at 0, q equals ``keys``, and each token
-            looks at itself and those before it.
-    """
-
-    rows: int
-    keys: int
-    mask: Tensor | None
+from megatron_occ.mcore.inference.attend import Attend
 
 
 @dataclass(frozen=True)
@@ -40,7 +21,8 @@ class Tokens:
         places: [n * q] row * length + position, where a cache holds each token.
         cos, sin: [n * q, 1, heads, width] of the positions, see :class:`Rotary`.
         half: pairs that are turned.
-        spans: all rows, and again the first ones, which look further.
+        attend: how they attend; None: all rows begin at their first token, and each looks at itself
+            and those before it.
     """
 
     rows: int
@@ -49,12 +31,12 @@ class Tokens:
     cos: Tensor
     sin: Tensor
     half: int
-    spans: list[Span]
+    attend: Attend | None
 
     @property
     def is_causal(self) -> bool:
         """Whether all rows begin at their first token."""
-        return self.spans[0].mask is None
+        return self.attend is None
 
 
 class Cache:
@@ -135,39 +117,3 @@ def rotate(values: Tensor, tokens: Tokens) -> Tensor:
     half = tokens.half
     first, second, rest = values.split((half, half, values.size(-1) - 2 * half), dim=-1)
     return torch.addcmul(values * tokens.cos, torch.cat((second, first, rest), -1), tokens.sin)
-
-
-def long_rows(needed: np.ndarray) -> tuple[int, float]:
-    """How many rows at the front attend on their own, so that the others don't pay for them.
-
-    All rows look at as many keys as the longest of the others needs, and the first ones then look
-    again, at all that they need.
-
-    Args:
-        needed: [n] keys that each row looks at.
-
-    Returns:
-        That number, 0: no row; and the price of attention, in keys.
-    """
-    rows, whole = len(needed), len(needed) * int(needed.max())
-    # no cut is cheaper than what the rows need themselves
-    if needed.sum() > WORTH * whole:
-        return 0, float(whole)
-    price = rows * np.maximum.accumulate(needed[::-1])[::-1]
-    price[1:] += np.arange(1, rows) * np.maximum.accumulate(needed)[:-1]
-    best = int(price.argmin())
-    if price[best] > WORTH * whole:
-        return 0, float(whole)
-    return best, float(price[best])
-
-
-def rows_to_swap(needed: np.ndarray) -> tuple[list[int], list[int]]:
-    """Short rows at the front and long rows behind that had better change places, if any."""
-    order = np.argsort(-needed, kind="stable")
-    count, price = long_rows(needed[order])
-    if count == 0 or long_rows(needed)[1] <= price / WORTH:
-        return [], []
-    wanted = order[:count]
-    behind = wanted[wanted >= count]
-    front = np.setdiff1d(np.arange(count), wanted)
-    return front.tolist(), behind.tolist()

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from megatron_occ.mcore.inference.cache import rows_to_swap
+from megatron_occ.mcore.inference.attend import rows_to_swap
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
 from megatron_occ.mcore.inference.slots import Slots, Verified

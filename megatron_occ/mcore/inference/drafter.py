@@ -66,6 +66,11 @@ class DraftState:
         self.cache.copy_rows(source.cache, rows, targets, length)
         self.done[:, targets] = source.done[:, rows]
 
+    def drafted(self, known: np.ndarray, steps: int) -> None:
+        """The first n rows, of ``known`` [n] tokens, were drafted for ``steps`` times."""
+        for depth in range(min(steps, len(self.done))):
+            self.done[depth, : len(known)] = known - 2 - depth
+
 
 class Drafter:
     """The MTP depths of the last stage.
@@ -106,31 +111,73 @@ class Drafter:
                 self._run(depth, state, ids, places, tokens)
         state.done[:, :rows] = (known - 1 - depths).clip(min=-1)
 
+    def limits(self, steps: int) -> list[int]:
+        """Tokens that each depth lacks at most after a cycle of ``steps`` drafts or a prompt."""
+        depths = len(self.modules)
+        return [max(steps + 1, depths) + depth for depth in range(depths)]
+
+    def catch_up(
+        self,
+        placer: Placer,
+        state: DraftState,
+        ids: Tensor,
+        known: np.ndarray,
+        limits: Sequence[int] | None,
+    ) -> list[int]:
+        """Read what is far behind, in pieces.
+
+        Args:
+            placer, state, ids: see :meth:`read_prompts`.
+            known: [n] tokens of each row.
+            limits: for each depth the tokens that it may lack afterwards, see :meth:`limits`; None:
+                a piece.
+
+        Returns:
+            The tokens that each depth lacks then.
+        """
+        rows, depths = len(known), len(self.modules)
+        limits = limits or [PIECE] * depths
+        while True:
+            needed = self._lacking(state, known - 2)
+            if all(lacks <= limit for lacks, limit in zip(needed, limits, strict=True)):
+                return needed
+            done = state.done[:, :rows]
+            goal = np.minimum(done.min(0) + PIECE, known - 1 - depths)
+            on_device = torch.from_numpy(goal).to(ids.device, copy=True)
+            for depth, each in enumerate(self._lacking(state, goal)):
+                places = _up_to(on_device, each)
+                tokens = placer.at(state.cache, places, goal.clip(min=0), repeats=True)
+                self._run(depth, state, ids, places, tokens)
+            state.done[:, :rows] = np.maximum(done, goal)
+
     def draft(
         self,
         placer: Placer,
         state: DraftState,
         ids: Tensor,
         known: Known,
+        needed: Sequence[int],
         steps: int,
         pick: Pick,
     ) -> None:
         """Draft ``steps`` tokens for each row, into ``ids`` behind the known ones.
 
+        Nothing changes but tensors, and those of the host are read by ``Attention`` alone:
+        ``DraftState.drafted`` notes that it has been.
+
         Args:
             placer, state, ids: see :meth:`read_prompts`.
             known: tokens of each row.
+            needed: tokens that each depth reads, all that it lacks among them.
             pick: from hidden states [n, h] and the number of the draft, 0-based, to ids [n].
         """
         depths, rows = len(self.modules), len(known.host)
         last, hidden = known.host - 2, None
-        needed = self._catch_up(placer, state, ids, known.host)
         for step in range(steps):
             if step < depths:
                 places = _up_to(known.device - 2, needed[step])
-                tokens = placer.at(state.cache, places, last)
+                tokens = placer.at(state.cache, places, last, repeats=True)
                 hidden = self._run(step, state, ids, places, tokens)
-                state.done[step, :rows] = last - step
             else:
                 ahead = step - depths + 1
                 places = _up_to(known.device - 2 + ahead, 1)
@@ -138,24 +185,6 @@ class Drafter:
                 hidden = self._run(depths - 1, state, ids, places, tokens, hidden)
             drafted = pick(hidden, step)
             ids[:rows].scatter_(1, (known.device + step).unsqueeze(1), drafted.unsqueeze(1))
-
-    def _catch_up(
-        self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray
-    ) -> list[int]:
-        """Read what is far behind, in pieces; returns the tokens that each depth lacks then."""
-        rows, depths = len(known), len(self.modules)
-        while True:
-            needed = self._lacking(state, known - 2)
-            if max(needed) <= PIECE:
-                return needed
-            done = state.done[:, :rows]
-            goal = np.minimum(done.min(0) + PIECE, known - 1 - depths)
-            on_device = torch.from_numpy(goal).to(ids.device, copy=True)
-            for depth, each in enumerate(self._lacking(state, goal)):
-                places = _up_to(on_device, each)
-                tokens = placer.at(state.cache, places, goal.clip(min=0))
-                self._run(depth, state, ids, places, tokens)
-            state.done[:, :rows] = np.maximum(done, goal)
 
     def _lacking(self, state: DraftState, goal: np.ndarray) -> list[int]:
         """Positions up to ``goal`` that a row lacks at most, for each depth; at least 1."""

@@ -10,8 +10,11 @@ import torch
 
 from megatron_occ.config.pipeline import drafts_on_last_stage
 from megatron_occ.config.schema import Config
+from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.decoding import Decoding
 from megatron_occ.mcore.inference.drafter import Drafter
+from megatron_occ.mcore.inference.graphs import Capture
+from megatron_occ.mcore.inference.kernels import choose_attention
 from megatron_occ.mcore.inference.layers import Company
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.slots import Slots
@@ -63,6 +66,7 @@ class MegatronEngine:
         slots: sequences at once.
         speculation: use of drafts.
         decode: text of token ids, for stop strings.
+        capture: makes what captures the cycles of a call, where they can be; None: nothing does.
     """
 
     def __init__(
@@ -73,12 +77,15 @@ class MegatronEngine:
         slots: int,
         speculation: Speculation = NO_DRAFTS,
         decode: Callable[[Sequence[int]], str] | None = None,
+        capture: Callable[[], Capture] | None = None,
     ) -> None:
         self._chunks, self.layout, self.slots = chunks, layout, slots
-        self.speculation, self.decode = speculation, decode
+        self.speculation, self.decode, self.capture = speculation, decode, capture
         self.company = Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
         self._aborted = threading.Event()
+        # chosen where the model is known
+        self._attention: Attention | None = None
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
         """See ``RolloutEngine.generate``; context-parallel ranks take a share of the requests each.
@@ -132,8 +139,20 @@ class MegatronEngine:
         trunk, drafter = Trunk(self._chunks(), self.company), None
         if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
             drafter = Drafter(trunk)
+        if self._attention is None:
+            self._attention = choose_attention(
+                trunk.attended, dtype=trunk.dtype, device=self.layout.device
+            )
         coupled = self.speculation.coupled
-        passes = Passes(trunk, drafter, slots, sampling, coupled=coupled)
+        passes = Passes(
+            trunk,
+            self._attention,
+            drafter,
+            slots,
+            sampling,
+            coupled=coupled,
+            capture=self.capture() if self.capture else None,
+        )
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.cache import write
 from megatron_occ.mcore.inference.drafter import Drafter, Known
+from megatron_occ.mcore.inference.graphs import Capture, Graphs
 from megatron_occ.mcore.inference.prefill import Prefix, prefill
 from megatron_occ.mcore.inference.sampler import TokenSampler
 from megatron_occ.mcore.inference.slots import Slots, Verified
@@ -24,26 +26,32 @@ class Passes:
 
     Args:
         trunk: of this rank.
+        attention: of tokens behind prompts.
         drafter: where drafts are made, on the last stage.
         slots: the rows.
         sampling: temperature and cuts.
         coupled: which drafts stay, see ``rollout.speculative``.
+        capture: of cycles, see ``graphs``; None: each is run as it is.
     """
 
     def __init__(
         self,
         trunk: Trunk,
+        attention: Attention,
         drafter: Drafter | None,
         slots: Slots,
         sampling: SamplingSettings,
         *,
         coupled: bool,
+        capture: Capture | None = None,
     ) -> None:
         self.trunk, self.drafter, self.slots = trunk, drafter, slots
         self.sampler = TokenSampler(trunk, sampling, coupled=coupled)
-        self.placer = Placer(trunk, slots.length, slots.device)
+        self.placer = Placer(trunk, attention, slots.length, slots.device)
         self.cache = trunk.new_cache(slots.rows, slots.length)
         self.state = drafter.new_state(slots.rows, slots.length) if drafter else None
+        is_static = trunk.is_static and not attention.needs_host
+        self.graphs = Graphs(capture, slots.rows) if capture and is_static else None
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], longest: int, *, reads: bool) -> Prefix:
         """Read prompts; see ``prefill.prefill``."""
@@ -74,11 +82,39 @@ class Passes:
             rows: at least one.
             length: tokens to draft.
         """
+        self.slots.send()
+        known, limits, needed = self.slots.known[:rows], None, []
+        drafter = self.drafter if length else None
+        if drafter is not None:
+            limits = drafter.limits(length) if self.graphs else None
+            ids = self.slots.ids
+            needed = drafter.catch_up(self.placer, self.state, ids, known, limits)
+        if self.graphs is None:
+            verified = self._cycle(rows, length, needed)
+        else:
+            padded = self.graphs.padded(rows)
+            verified = self.graphs.run(
+                padded, length, lambda: self._cycle(padded, length, limits)
+            ).first(rows)
+        if drafter is not None:
+            self.state.drafted(known, length)
+        return verified
+
+    def _cycle(self, rows: int, length: int, needed: Sequence[int] | None) -> Verified:
+        """Everything between known tokens and verified ones, on the device alone.
+
+        It reads and writes tensors of the slots and caches. What the host knows of the rows is read
+        by an ``Attention`` that ``needs_host``, and by no other.
+
+        Args:
+            rows, length: see :meth:`draft_and_verify`.
+            needed: see ``Drafter.draft``.
+        """
         used = slice(0, rows)
         keys = self.slots.token_keys(used, length + 1)
         behind = self.slots.known_on_device(used).unsqueeze(1)
         places = behind + torch.arange(-1, length, device=self.slots.device)
-        draft_logprobs = self._draft(places[:, 1:], keys) if length else []
+        draft_logprobs = self._draft(places[:, 1:], keys, needed) if length else []
         ids = self.slots.ids[used].gather(1, places)
         last = self.slots.known[used] - 1 + length
         tokens = self.placer.at(self.cache, places, last)
@@ -109,7 +145,7 @@ class Passes:
         kept = self.state.hidden[0]
         return [kept[row, : int(self.slots.known[row]) - 1].to("cpu", copy=True) for row in rows]
 
-    def _draft(self, places: Tensor, keys: Tensor) -> list[Tensor]:
+    def _draft(self, places: Tensor, keys: Tensor, needed: Sequence[int] | None) -> list[Tensor]:
         """Put drafts at ``places`` [n, k] of the rows; returns what they were drawn from."""
         distributions: list[Tensor] = []
 
@@ -123,14 +159,14 @@ class Passes:
         ids = self.slots.ids
         if self.drafter is not None:
             known = Known(self.slots.known[:rows], self.slots.known_on_device(slice(0, rows)))
-            self.drafter.draft(self.placer, self.state, ids, known, length, pick)
+            self.drafter.draft(self.placer, self.state, ids, known, needed, length, pick)
         if self.trunk.pipeline.size() > 1:
             drafts = self.trunk.share(ids[:rows].gather(1, places))
             ids[:rows].scatter_(1, places, drafts)
         return distributions
 
     def _share(self, verified: Verified | None, rows: int, each: int) -> Verified:
-        """The last stage's findings on all stages."""
+        """The last stage's findings on all stages; a later look at some rows is shared too."""
         if self.trunk.pipeline.size() == 1:
             assert verified is not None, "the only stage has logits"
             return verified
@@ -140,4 +176,10 @@ class Passes:
             parts = (verified.tokens, verified.logprobs, verified.accepted.unsqueeze(1))
             packed = torch.cat([part.double() for part in parts], dim=1)
         tokens, logprobs, accepted = self.trunk.share(packed).split([each, each, 1], dim=1)
-        return Verified(tokens.long(), logprobs.float(), accepted.squeeze(1).long())
+        look = verified.again if verified is not None else None
+        return Verified(
+            tokens.long(),
+            logprobs.float(),
+            accepted.squeeze(1).long(),
+            lambda: self._share(look() if look else None, rows, each),
+        )

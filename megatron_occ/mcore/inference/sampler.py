@@ -12,12 +12,11 @@ from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.rollout import (
     SamplingSettings,
     coupled_accept,
-    sample_by_race,
     sample_from_uniform,
     speculative_accept,
     uniforms,
 )
-from megatron_occ.rollout.sampling import cut_log_probs, token_log_probs
+from megatron_occ.rollout.sampling import Kept, cut, token_log_probs
 
 # of a token's uniform numbers in speculative sampling: what its draft is tested with, what it is
 # drawn with after a rejection, and what its draft is drawn with
@@ -25,6 +24,8 @@ TEST, DRAW, DRAFT = 0, 1, 2
 STREAMS = 3
 # logits that exist at the same time; about 32 bytes each
 CHUNK_LOGITS = 2**24
+# ids that top-p looks at, where no row needs more: a whole vocabulary takes ten times as long
+LIKELIEST = 1024
 
 
 class TokenSampler:
@@ -53,16 +54,16 @@ class TokenSampler:
         """
         tokens, kept = [], []
         for rows in self._chunks(len(hidden), 1):
-            _, log_probs = self._distribution(hidden[rows])
+            log_probs, cut_to = self._distribution(hidden[rows], LIKELIEST)
             if self.greedy:
                 tokens.append(log_probs.argmax(-1))
                 continue
             if self.coupled:
-                tokens.append(sample_by_race(log_probs, keys[rows]))
+                tokens.append(cut_to.race(keys[rows]))
                 continue
             numbers = uniforms(keys[rows], STREAMS)
-            tokens.append(sample_from_uniform(log_probs, numbers[:, DRAFT]))
-            kept.append(log_probs)
+            kept.append(cut_to.dense(self.trunk.vocabulary))
+            tokens.append(sample_from_uniform(kept[-1], numbers[:, DRAFT]))
         return torch.cat(tokens), torch.cat(kept) if kept else None
 
     def verify(
@@ -70,54 +71,81 @@ class TokenSampler:
     ) -> Verified:
         """Accept drafts, and draw the token behind the accepted ones.
 
+        Where top-p needs more than the ids that it looks at the row says so, see ``Verified``.
+
         Args:
             hidden: [n, k + 1, h] of the trunk after the last token and after each draft.
             drafts: [n, k].
             draft_logprobs: k of [n, v]; empty with coupled drafts.
             keys: [n, k + 1] of the tokens' random numbers.
         """
-        if hidden.size(0) * hidden.size(1) * self.trunk.vocabulary <= CHUNK_LOGITS:
-            return self._verify(hidden, drafts, draft_logprobs, keys)
-        parts = [
-            self._verify(
-                hidden[rows], drafts[rows], [each[rows] for each in draft_logprobs], keys[rows]
-            )
-            for rows in self._chunks(*hidden.shape[:2])
-        ]
-        return Verified(
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.logprobs for part in parts]),
-            torch.cat([part.accepted for part in parts]),
-        )
+
+        def parts(rows: Tensor | slice, at_most: int | None) -> Verified:
+            given = [each[rows] for each in draft_logprobs]
+            return self._verify(hidden[rows], drafts[rows], given, keys[rows], at_most)
+
+        def again() -> Verified:
+            rows = torch.nonzero(found.accepted < 0).flatten()
+            exact = [parts(some, None) for some in rows.split(self._chunk(hidden.size(1)))]
+            return found.with_rows(rows, joined(exact))
+
+        if len(hidden) <= self._chunk(hidden.size(1)):
+            found = self._verify(hidden, drafts, draft_logprobs, keys, LIKELIEST)
+        else:
+            found = joined([parts(rows, LIKELIEST) for rows in self._chunks(*hidden.shape[:2])])
+        return Verified(found.tokens, found.logprobs, found.accepted, again)
 
     def _verify(
-        self, hidden: Tensor, drafts: Tensor, draft_logprobs: list[Tensor], keys: Tensor
+        self,
+        hidden: Tensor,
+        drafts: Tensor,
+        draft_logprobs: list[Tensor],
+        keys: Tensor,
+        at_most: int | None,
     ) -> Verified:
         rows, each, width = hidden.shape
-        log_probs, cut = self._distribution(hidden.reshape(rows * each, width))
+        log_probs, cut_to = self._distribution(hidden.reshape(rows * each, width), at_most)
         if self.greedy:
-            tokens = cut.argmax(-1).view(rows, each)
+            tokens = log_probs.argmax(-1).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         elif self.coupled or each == 1:
-            tokens = sample_by_race(cut, keys.flatten()).view(rows, each)
+            tokens = cut_to.race(keys.flatten()).view(rows, each)
             accepted = coupled_accept(drafts, tokens)
         else:
             accepted, after = speculative_accept(
                 drafts,
                 torch.stack(draft_logprobs, dim=1),
-                cut.view(rows, each, -1),
+                cut_to.dense(self.trunk.vocabulary).view(rows, each, -1),
                 uniform=uniforms(keys, STREAMS)[:, :, TEST:DRAFT],
             )
             tokens = torch.cat((drafts, after.unsqueeze(1)), dim=1)
             tokens = tokens.scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))
+        if cut_to.complete is not None:
+            accepted = accepted.where(cut_to.complete.view(rows, each).all(1), -1)
         logprobs = log_probs.gather(1, tokens.view(-1, 1)).view(rows, each)
         return Verified(tokens, logprobs, accepted)
 
-    def _distribution(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs [t, v] under the temperature, and of what tokens are drawn from."""
+    def _distribution(self, hidden: Tensor, at_most: int | None) -> tuple[Tensor, Kept]:
+        """Log-probs [t, v] under the temperature, and what tokens are drawn from."""
         log_probs = token_log_probs(self.trunk.logits(hidden), self.sampling.temperature)
-        return log_probs, log_probs if self.greedy else cut_log_probs(log_probs, self.sampling)
+        kept = Kept(log_probs) if self.greedy else cut(log_probs, self.sampling, at_most=at_most)
+        return log_probs, kept
+
+    def _chunk(self, each: int) -> int:
+        """Rows of ``each`` tokens that are looked at together."""
+        return max(1, CHUNK_LOGITS // (each * self.trunk.vocabulary))
 
     def _chunks(self, rows: int, each: int) -> Iterator[slice]:
-        size = max(1, CHUNK_LOGITS // (each * self.trunk.vocabulary))
+        size = self._chunk(each)
         return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def joined(parts: list[Verified]) -> Verified:
+    """One of the rows of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    return Verified(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.accepted for part in parts]),
+    )

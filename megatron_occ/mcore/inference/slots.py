@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,16 +20,31 @@ class Verified:
     Args:
         tokens: [n, q] tokens to commit, the first ``accepted`` + 1 of each row.
         logprobs: [n, q] of them.
-        accepted: [n] drafts that stay, 0 .. q - 1.
+        accepted: [n] drafts that stay, 0 .. q - 1; -1: the row has to be looked at ``again``, since
+            its tokens were not drawn from all that they should be drawn from.
+        again: gives the same with nothing left to look at; waits for the device.
     """
 
     tokens: Tensor
     logprobs: Tensor
     accepted: Tensor
+    again: Callable[[], Verified] | None = None
 
     def first(self, rows: int) -> Verified:
         """The first ``rows`` rows."""
-        return Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+        if rows == len(self.tokens):
+            return self
+        cut = Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+        again = self.again
+        return replace(cut, again=lambda: again().first(rows)) if again else cut
+
+    def with_rows(self, rows: Tensor, found: Verified) -> Verified:
+        """With other findings in rows [m]."""
+        return Verified(
+            self.tokens.index_copy(0, rows, found.tokens),
+            self.logprobs.index_copy(0, rows, found.logprobs),
+            self.accepted.index_copy(0, rows, found.accepted),
+        )
 
 
 def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
@@ -75,7 +90,9 @@ class Slots:
         self.stop, self.stop_text = np.array(stop_ids, dtype=np.int64), stop_text
         # the last tokens of each response, for the stop strings
         self.tails: list[list[int]] = [[] for _ in range(rows)]
-        self._sent: Tensor | None = None
+        # tokens so far and of the prompt, as the device has them: always at the same place
+        self._numbers = torch.full((2, rows), 2, device=device)
+        self._is_sent = True
 
     def admit(
         self,
@@ -100,24 +117,32 @@ class Slots:
         self.end[rows] = lengths + np.array(limits)
         for row in rows:
             self.tails[row] = []
-        self._sent = None
+        self._is_sent = False
+
+    def send(self) -> None:
+        """Tell the device how far rows have come, if it does not know; the host does not wait."""
+        if self._is_sent:
+            return
+        numbers = torch.from_numpy(np.stack((self.known, self.start)))
+        if self.device.type == "cuda":
+            # of pinned memory of its own: the copy is under way while the host goes on
+            numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(
+                numbers
+            )
+        self._numbers.copy_(numbers, non_blocking=True)
+        self._is_sent = True
 
     def known_on_device(self, rows: Sequence[int] | slice) -> Tensor:
         """[n] tokens so far."""
-        return self._on_device(rows)[0]
+        self.send()
+        return self._numbers[0, rows]
 
     def token_keys(self, rows: Sequence[int] | slice, count: int) -> Tensor:
         """Keys of the random numbers of the next ``count`` tokens of rows, [n, count]."""
-        known, start = self._on_device(rows)
+        self.send()
+        known, start = self._numbers[:, rows]
         ahead = torch.arange(count, device=self.device)
         return token_keys(self.keys[rows], (known - start).unsqueeze(1) + ahead)
-
-    def _on_device(self, rows: Sequence[int] | slice) -> Tensor:
-        """[2, n] tokens so far, and of the prompt."""
-        if self._sent is None:
-            host = torch.from_numpy(np.stack((self.known, self.start)))
-            self._sent = host.to(self.device, copy=True)
-        return self._sent[:, rows]
 
     def commit(
         self, rows: Sequence[int] | slice, verified: Verified, drafts: DraftStatistics | None
@@ -133,6 +158,28 @@ class Slots:
             Two flags [n]: ended by a stop token or string; finished.
         """
         known = self.known[rows]
+        tokens, accepted = self._append(rows, verified)
+        if (accepted < 0).any():
+            tokens, accepted = self._append(rows, verified.again())
+        ends = self._ends(rows, tokens, accepted)
+        # tokens before the first that ends the response, and that one
+        until = (ends.cumsum(1) - ends == 0).sum(1)
+        count = np.minimum(np.minimum(accepted + 1, until), self.end[rows] - known)
+        self.known[rows] = known + count
+        self._is_sent = False
+        stopped = (ends & (np.arange(tokens.shape[1]) < count[:, None])).any(1)
+        if drafts is not None:
+            _count(drafts, accepted, count, tokens.shape[1] - 1)
+        return stopped, stopped | (self.known[rows] >= self.end[rows])
+
+    def _append(
+        self, rows: Sequence[int] | slice, verified: Verified
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put tokens and log-probs behind the known ones.
+
+        Returns:
+            For the host, which waits here, tokens [n, q] and the drafts that stay [n].
+        """
         offsets = torch.arange(verified.tokens.size(1), device=self.device)
         places = self.known_on_device(rows).unsqueeze(1) + offsets
         if isinstance(rows, slice):
@@ -142,19 +189,8 @@ class Slots:
             row = torch.tensor(rows, device=self.device).unsqueeze(1)
             self.ids[row, places] = verified.tokens
             self.logprobs[row, places] = verified.logprobs
-        # here the host waits for the device
         host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
-        tokens, accepted = host[:, :-1], host[:, -1]
-        ends = self._ends(rows, tokens, accepted)
-        # tokens before the first that ends the response, and that one
-        until = (ends.cumsum(1) - ends == 0).sum(1)
-        count = np.minimum(np.minimum(accepted + 1, until), self.end[rows] - known)
-        self.known[rows] = known + count
-        self._sent = None
-        stopped = (ends & (np.arange(tokens.shape[1]) < count[:, None])).any(1)
-        if drafts is not None:
-            _count(drafts, accepted, count, tokens.shape[1] - 1)
-        return stopped, stopped | (self.known[rows] >= self.end[rows])
+        return host[:, :-1], host[:, -1]
 
     def _ends(
         self, rows: Sequence[int] | slice, tokens: np.ndarray, accepted: np.ndarray
@@ -191,7 +227,7 @@ class Slots:
         tails = [self.tails[row] for row in rows]
         for target, tail in zip(targets, tails, strict=True):
             self.tails[target] = tail
-        self._sent = None
+        self._is_sent = False
 
 
 def _count(drafts: DraftStatistics, accepted: np.ndarray, count: np.ndarray, proposed: int) -> None:

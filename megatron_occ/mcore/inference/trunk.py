@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from megatron_occ.mcore.inference.attend import Attend, Attention
 from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, tensor_of
-from megatron_occ.mcore.inference.cache import Cache, Rotary, Span, Tokens, long_rows
+from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens
+from megatron_occ.mcore.inference.kernels import Shapes
 from megatron_occ.mcore.inference.layers import Company, Layer
 from megatron_occ.mcore.model import OCCGPTModel
-
-# keys of a mask: CUDA's attention kernels copy one whose rows are not aligned, in each layer
-ALIGNED = {"cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Trunk:
             [Layer(layer, self.config, self.tensor, company) for layer in chunk.decoder.layers]
             for chunk in chunks
         ]
-        latent, self.eps = self.config.multi_latent_attention, self.config.layernorm_epsilon
+        self.eps = self.config.layernorm_epsilon
         # of each chunk, where the trunk ends in it
         self.final_norms = [
             tensor_of(getattr(chunk.decoder, "final_layernorm", None)) for chunk in chunks
@@ -63,9 +62,6 @@ class Trunk:
             tensor_of(chunk.embedding.word_embeddings) if hasattr(chunk, "embedding") else None
             for chunk in chunks
         ]
-        heads = self.config.num_attention_heads
-        # heads that share a key, see `Tokens.mask`
-        self.fold = heads // self.tensor.size() if latent else heads // self.config.num_query_groups
         self.is_last = chunks[-1].post_process
         self.output = chunks[-1].output_weight().detach() if self.is_last else None
 
@@ -75,9 +71,25 @@ class Trunk:
         return self.chunks[-1].valid_vocab_size
 
     @property
+    def is_static(self) -> bool:
+        """Whether a pass is one of this rank alone, and of the same kernels whatever it reads."""
+        ranks = self.tensor.size() * self.pipeline.size()
+        return ranks == 1 and self.config.num_moe_experts is None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and of the cache."""
         return self.config.params_dtype
+
+    @property
+    def attended(self) -> Shapes:
+        """What attention outside of prompts looks at."""
+        config, heads = self.config, self.config.num_attention_heads
+        if config.multi_latent_attention:
+            width = config.kv_lora_rank + config.qk_pos_emb_head_dim
+            return Shapes(1, heads // self.tensor.size(), width)
+        groups = config.num_query_groups
+        return Shapes(groups // self.tensor.size(), heads // groups, config.kv_channels)
 
     def new_cache(self, rows: int, length: int) -> Cache:
         """Empty, for this rank's layers."""
@@ -181,44 +193,41 @@ class Placer:
 
     Args:
         trunk: what the tokens are for.
+        attention: how they attend.
         length: positions that occur.
         device: of everything.
     """
 
-    def __init__(self, trunk: Trunk, length: int, device: torch.device) -> None:
-        self.trunk = trunk
-        self.rotary = trunk.rotary(length, device)
+    def __init__(
+        self, trunk: Trunk, attention: Attention, length: int, device: torch.device
+    ) -> None:
+        self.attention, self.rotary = attention, trunk.rotary(length, device)
         self.positions = torch.arange(length, device=device)
-        self.multiple = ALIGNED.get(device.type, 1)
-        self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=trunk.dtype, device=device)
 
     def from_start(self, cache: Cache, rows: int, each: int) -> Tokens:
         """The first ``each`` tokens of the first ``rows`` rows of a cache."""
-        spans = [Span(rows, each, None)]
-        return self._place(cache, self.positions[:each].expand(rows, each), spans)
+        return self._place(cache, self.positions[:each].expand(rows, each), None)
 
-    def at(self, cache: Cache, positions: Tensor, last: np.ndarray) -> Tokens:
-        """Tokens at positions [n, q] of the first n rows, the last of each row at ``last`` [n]."""
-        needed, spans = last + 1, []
-        count, _ = long_rows(needed)
-        needed = np.minimum(-(-needed // self.multiple) * self.multiple, cache.length)
-        cuts = [(len(needed), int(needed[count:].max()))]
-        if count:
-            cuts.append((count, int(needed[:count].max())))
-        for rows, keys in cuts:
-            later = self.positions[:keys] > positions[:rows].unsqueeze(-1)
-            mask = torch.where(later, self.hidden, self.seen).unsqueeze(1)
-            if self.trunk.fold > 1:
-                mask = mask.repeat(1, 1, self.trunk.fold, 1)
-            spans.append(Span(rows, keys, mask))
-        return self._place(cache, positions, spans)
+    def at(
+        self, cache: Cache, positions: Tensor, last: np.ndarray, *, repeats: bool = False
+    ) -> Tokens:
+        """Tokens of the first n rows.
 
-    def _place(self, cache: Cache, positions: Tensor, spans: list[Span]) -> Tokens:
+        Args:
+            cache: has the rows.
+            positions: [n, q] neighbours.
+            last: [n] the last of each row, for the host.
+            repeats: a row may begin with several times position 0.
+        """
+        attend = self.attention.look(positions, last, cache.length, repeats=repeats)
+        return self._place(cache, positions, attend)
+
+    def _place(self, cache: Cache, positions: Tensor, attend: Attend | None) -> Tokens:
         rows, each = positions.shape
         flat = positions.reshape(-1)
         cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
         places = (cache.starts[:rows] + positions).flatten()
-        return Tokens(rows, each, places, cos, sin, self.rotary.half, spans)
+        return Tokens(rows, each, places, cos, sin, self.rotary.half, attend)
 
 
 def yarn_frequencies(frequencies: Tensor, config: Any) -> Tensor:
