@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
 from importlib import metadata, util
 
 import torch
@@ -18,6 +17,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.layout_cases import DENSE, read
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.capabilities import uses_transformer_engine
+from megatron_occ.mcore.fusions import fusions, fusions_text
 from megatron_occ.mcore.versions import installed_version
 
 _PACKAGES = ("transformer_engine", "apex", "flash_attn", "triton", "transformers")
@@ -76,10 +76,12 @@ def _version(package: str) -> str:
     return "found"
 
 
+# the narrowest heads that every attention kernel takes
+_SIZES = ("model.hidden_size=256", "model.init_std=0.02", "precision=bf16", "mtp.num_layers=1")
+
+
 def _actor() -> MegatronGPTActor:
-    # the narrowest heads that every attention kernel takes
-    sizes = ("model.hidden_size=256", "model.init_std=0.02", "precision=bf16", "mtp.num_layers=1")
-    config = read(DENSE, sizes)
+    config = read(DENSE, _SIZES)
     layout = start(config)
     return MegatronGPTActor(config, 64, layout, optimizer=config.rl.optimizer, total_updates=1)
 
@@ -88,11 +90,8 @@ def _layers() -> Iterator[Row]:
     chunk = _actor().chunks[0]
     specification = "TransformerEngine" if uses_transformer_engine() else "local layers"
     yield Row("layers", INFO, f"{specification}, {type(chunk.decoder.layers[0].mlp).__name__}")
-    settings = {field.name: getattr(chunk.config, field.name) for field in fields(chunk.config)}
-    flags = {name: value for name, value in settings.items() if "fusion" in name}
-    on = sorted(name for name, value in flags.items() if value is True)
-    text = f"fusions on: {', '.join(on) or 'none'}; {len(flags) - len(on)} off"
-    yield Row("layers", INFO, text, {"on": on, "recompute": settings["recompute_granularity"]})
+    config = read(DENSE, _SIZES)
+    yield Row("layers", INFO, f"fusions: {fusions_text(config)}", fusions(config))
 
 
 def _attention() -> Iterator[Row]:

@@ -23,6 +23,7 @@ from benchmarks.gpu.device import on_gpu
 from benchmarks.gpu.judging import judge_gap, judge_metrics, judge_resume, judge_rewards
 from benchmarks.gpu.results import FAILED, INFO, SKIPPED, Row
 from benchmarks.gpu.session import Session
+from megatron_occ.config import load_config
 from megatron_occ.mcore.capabilities import uses_transformer_engine
 from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from tools.compare_runs import compare
@@ -142,11 +143,7 @@ def _folder(name: str) -> str:
 
 
 def _judged(name: str, folder: Path, precision: str) -> Iterator[Row]:
-    steps = next(
-        int(text.split()[-1])
-        for text in (folder / "config.yaml").read_text().split("\nrl:", 1)[1].splitlines()
-        if text.strip().startswith("steps:")
-    )
+    steps = load_config([folder / "config.yaml"]).rl.steps
     yield judge_metrics(name, lines_of(folder), steps)
     gaps = (rl_values(folder, f"logprob_gap/{kind}") for kind in ("mean", "max"))
     yield judge_gap(name, precision, *gaps)
