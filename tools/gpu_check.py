@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu.main import main
+from tools.gpu.main import main
 
 if __name__ == "__main__":
     # so that the section under way ends with this process

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 
-from benchmarks.gpu.results import FAILED
 from tests.e2e.conftest import ROOT
+from tools.gpu.results import FAILED
 
 
 def test_a_rehearsal_of_the_first_sections_passes(tmp_path):

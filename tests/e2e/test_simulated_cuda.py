@@ -8,13 +8,14 @@ from unittest import mock
 import pytest
 
 from megatron_occ.cli import main
-from megatron_occ.mcore.inference.trunk import ALIGNED
+from megatron_occ.mcore.inference.attend import ALIGNED
 from tests.e2e.conftest import TINY, metrics
 from tests.mcore.distributed import run_ranks
 from tests.mcore.simulated_cuda import simulated_cuda
 
 PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")
-FIXED = "rl.rollout.speculative.mode=fixed"
+# there are no graphs of kernels that are not there, see tests/mcore/test_graphs.py
+FIXED = ("rl.rollout.speculative.mode=fixed", "rl.rollout.cuda_graphs=false")
 HEAD = ("mtp.preset=null", "mtp.trunk.signal=none", "mtp.trunk.coefficient=fixed")
 CASES = {
     "packed, KL, correction": (
@@ -68,7 +69,7 @@ def learned(folder):
 def test_a_run_learns_there_what_it_learns_here(run, pretrained, monkeypatch, case):
     # masks of other widths would round otherwise
     monkeypatch.setitem(ALIGNED, "cpu", ALIGNED["cuda"])
-    settings = (FIXED, *CASES[case], f"rl.init_from={pretrained(1)}")
+    settings = (*FIXED, *CASES[case], f"rl.init_from={pretrained(1)}")
     here = run("rl", "here", *settings)
     with simulated_cuda():
         there = run("rl", "there", *settings)
@@ -93,9 +94,9 @@ def run_there(folder, settings):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_message_between_ranks_lies_on_the_device(tmp_path, pretrained, layout):
-    settings = (FIXED, "mtp.preset=occ_decoupled", f"rl.init_from={pretrained(1)}")
+    settings = (*FIXED, "mtp.preset=occ_decoupled", f"rl.init_from={pretrained(1)}")
     if any(setting.startswith("mtp.head") for setting in LAYOUTS[layout]):
-        settings = (FIXED, *HEAD, f"rl.init_from={pretrained(1)}")
+        settings = (*FIXED, *HEAD, f"rl.init_from={pretrained(1)}")
     run_ranks(run_there, 2, tmp_path / "run", (*settings, *LAYOUTS[layout]))
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [event["kind"] for event in events if event["phase"] == "event"][-1] == "finished"

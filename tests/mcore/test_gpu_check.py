@@ -7,12 +7,6 @@ import shutil
 
 import pytest
 
-from benchmarks.gpu import training
-from benchmarks.gpu.correct import MODELS, engine_gap
-from benchmarks.gpu.judging import judge_deviations, judge_engine, judge_live
-from benchmarks.gpu.results import FAILED, OK
-from benchmarks.gpu.runs import resume_row
-from benchmarks.gpu.training import TOY_TRAINING, Side, live_bytes
 from benchmarks.layout_cases import Case
 from benchmarks.layout_runs import measure, reference
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -23,6 +17,12 @@ from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rl.calibration import CoefficientTracker
 from tests.e2e.conftest import Runner
 from tests.mcore.simulated_cuda import simulated_cuda
+from tools.gpu import training
+from tools.gpu.correct import MODELS, engine_gap
+from tools.gpu.judging import judge_deviations, judge_engine, judge_live
+from tools.gpu.results import FAILED, OK
+from tools.gpu.runs import resume_row
+from tools.gpu.training import TOY_TRAINING, Side, live_bytes
 
 CASE = Case("dense", 1, MODELS["dense"], ())
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.correct import engine_gap
-from benchmarks.gpu.training import TOY_TRAINING, Side, rollout
 from benchmarks.loss_memory import gradient_deviation
 from megatron_occ.mcore.checkpoint import load_checkpoint
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
 from megatron_occ.rollout import Request, SamplingSettings
 from tests.mcore.conftest import write_checkpoint
+from tools.gpu.correct import engine_gap
+from tools.gpu.training import TOY_TRAINING, Side, rollout
 
 FP32 = ("precision=fp32", "model.init_std=0.2", "rl.optimizer.lr=1e-3")
 LENGTHS = [20, 31, 7, 16]

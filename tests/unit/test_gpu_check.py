@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from benchmarks.gpu import main as command
-from benchmarks.gpu.bounds import AIMS, LIMITS, SECTIONS
-from benchmarks.gpu.judging import (
+from tools.gpu import main as command
+from tools.gpu.bounds import AIMS, LIMITS, SECTIONS
+from tools.gpu.judging import (
     judge_aim,
     judge_deviations,
     judge_engine,
@@ -19,10 +19,10 @@ from benchmarks.gpu.judging import (
     judge_resume,
     judge_rewards,
 )
-from benchmarks.gpu.main import chosen_sections, run_all
-from benchmarks.gpu.results import BELOW, FAILED, INFO, OK, SKIPPED, Row, SectionResult, table
-from benchmarks.gpu.runner import run_section
-from benchmarks.gpu.session import Session, rows_file
+from tools.gpu.main import chosen_sections, run_all
+from tools.gpu.results import BELOW, FAILED, INFO, OK, SKIPPED, Row, SectionResult, table
+from tools.gpu.runner import run_section
+from tools.gpu.session import Session, rows_file
 
 CLOSE = {"loss": 1e-6, "lambda": 2e-6, "gradient": 3e-5}
 

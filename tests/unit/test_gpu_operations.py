@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu.operations import cache_bytes, cycle_bytes, update_operations
-from benchmarks.gpu.scales import ROLLOUTS, TOY_TRAINING, TRAINING
 from megatron_occ.config import load_config
+from tools.gpu.operations import cache_bytes, cycle_bytes, update_operations
+from tools.gpu.scales import ROLLOUTS, TOY_TRAINING, TRAINING
 
 SIZES = (
     "model.num_layers=2",

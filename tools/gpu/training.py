@@ -9,20 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.gpu.device import (
-    forget_peak,
-    matrix_ceiling,
-    on_gpu,
-    peak_bytes,
-    present_bytes,
-    seconds,
-    start,
-)
-from benchmarks.gpu.judging import judge_aim
-from benchmarks.gpu.operations import update_operations
-from benchmarks.gpu.results import INFO, SKIPPED, Row
-from benchmarks.gpu.scales import TOY_TRAINING, TRAINING, TrainingScale
-from benchmarks.gpu.session import Session, free_memory
 from benchmarks.loss_memory import Inputs, Size, ours
 from benchmarks.plain_trainer import PlainTrainer
 from megatron_occ.config import load_config
@@ -34,6 +20,20 @@ from megatron_occ.rl.batch import RolloutBatch
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.update import PolicyUpdater, Update
+from tools.gpu.device import (
+    forget_peak,
+    matrix_ceiling,
+    on_gpu,
+    peak_bytes,
+    present_bytes,
+    seconds,
+    start,
+)
+from tools.gpu.judging import judge_aim
+from tools.gpu.operations import update_operations
+from tools.gpu.results import INFO, SKIPPED, Row
+from tools.gpu.scales import TOY_TRAINING, TRAINING, TrainingScale
+from tools.gpu.session import Session, free_memory
 
 FP8 = {
     "fp8 current": ("fp8.format=hybrid", "fp8.scaling=current"),

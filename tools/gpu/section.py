@@ -1,4 +1,4 @@
-"""The process of one section: ``python -m benchmarks.gpu.section``, started by ``main``."""
+"""The process of one section: ``python -m tools.gpu.section``, started by ``main``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.bounds import SECTIONS
-from benchmarks.gpu.session import Session
+from tools.gpu.bounds import SECTIONS
+from tools.gpu.session import Session
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         parts=options.part,
         told=told,
     )
-    importlib.import_module(f"benchmarks.gpu.{options.section}").measure(session)
+    importlib.import_module(f"tools.gpu.{options.section}").measure(session)
     told.flush()
     sys.stderr.flush()
     # threads and children of libraries must not hold the table up

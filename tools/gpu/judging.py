@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.bounds import (
+from tools.gpu.bounds import (
     AIMS,
     DEVIATION,
     ENGINE_GAP,
@@ -16,7 +16,7 @@ from benchmarks.gpu.bounds import (
     REWARD_ERRORS,
     REWARD_SLACK,
 )
-from benchmarks.gpu.results import BELOW, FAILED, INFO, OK, Row
+from tools.gpu.results import BELOW, FAILED, INFO, OK, Row
 
 
 def judge_deviations(

@@ -21,10 +21,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.device import on_gpu, start
-from benchmarks.gpu.judging import judge_deviations, judge_engine
-from benchmarks.gpu.results import FAILED, INFO, OK, SKIPPED, Row
-from benchmarks.gpu.session import Session
 from benchmarks.layout_cases import DENSE, MLA, MOE, PACKED, Case, read
 from benchmarks.layout_runs import VOCABULARY, measure_and_keep, reference
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -33,6 +29,10 @@ from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.rl.batch import MiniBatch, pad_sequences
 from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import Request, SamplingSettings
+from tools.gpu.device import on_gpu, start
+from tools.gpu.judging import judge_deviations, judge_engine
+from tools.gpu.results import FAILED, INFO, OK, SKIPPED, Row
+from tools.gpu.session import Session
 
 _K = "mtp.num_layers=2"
 MODELS = {
@@ -69,7 +69,7 @@ class CPUSide:
         self.names, self.session, self.folder = names, session, session.folder
 
     def __enter__(self) -> CPUSide:
-        command = [sys.executable, "-m", "benchmarks.gpu.correct", "--out", str(self.folder)]
+        command = [sys.executable, "-m", "tools.gpu.correct", "--out", str(self.folder)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
         self._process = subprocess.Popen([*command, *self.names], env=environment)
         return self

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.results import FAILED, Row, SectionResult, read_rows
+from tools.gpu.results import FAILED, Row, SectionResult, read_rows
 
 
 @dataclass(frozen=True)

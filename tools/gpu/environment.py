@@ -11,14 +11,14 @@ from importlib import metadata, util
 
 import torch
 
-from benchmarks.gpu.device import on_gpu, start
-from benchmarks.gpu.results import INFO, OK, Row
-from benchmarks.gpu.session import Session
 from benchmarks.layout_cases import DENSE, read
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.capabilities import uses_transformer_engine
 from megatron_occ.mcore.fusions import fusions, fusions_text
 from megatron_occ.mcore.versions import installed_version
+from tools.gpu.device import on_gpu, start
+from tools.gpu.results import INFO, OK, Row
+from tools.gpu.session import Session
 
 _PACKAGES = ("transformer_engine", "apex", "flash_attn", "triton", "transformers")
 

@@ -15,12 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.device import copy_bandwidth, on_gpu, start
-from benchmarks.gpu.judging import judge_aim
-from benchmarks.gpu.operations import cycle_bytes
-from benchmarks.gpu.results import FAILED, INFO, OK, Row
-from benchmarks.gpu.scales import ROLLOUTS, TOY_ROLLOUTS, RolloutScale
-from benchmarks.gpu.session import Session
 from benchmarks.peer_generate import PeerSampling
 from benchmarks.peer_weights import export_peer
 from benchmarks.rollout import rate_of_engine, rate_of_peer
@@ -30,6 +24,12 @@ from megatron_occ.mcore.estimate.ranks import count_by_part
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rollout import SamplingSettings
+from tools.gpu.device import copy_bandwidth, on_gpu, start
+from tools.gpu.judging import judge_aim
+from tools.gpu.operations import cycle_bytes
+from tools.gpu.results import FAILED, INFO, OK, Row
+from tools.gpu.scales import ROLLOUTS, TOY_ROLLOUTS, RolloutScale
+from tools.gpu.session import Session
 
 IDS, FOLLOWS = 64, 0.75
 # batches whose numbers have an aim: of `generate` and the floor, and of drafts

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.bounds import LIMITS, REHEARSAL_LIMIT, SECTIONS
-from benchmarks.gpu.results import SectionResult, table, write_results
-from benchmarks.gpu.runner import run_section
-from benchmarks.gpu.session import rows_file
+from tools.gpu.bounds import LIMITS, REHEARSAL_LIMIT, SECTIONS
+from tools.gpu.results import SectionResult, table, write_results
+from tools.gpu.runner import run_section
+from tools.gpu.session import rows_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # one command for many machines: nothing is asked of the network, and text comes at once
@@ -78,7 +78,7 @@ def run_all(chosen: Chosen, out: Path, *, rehearse: bool) -> list[SectionResult]
     for section, parts in chosen.items():
         shutil.rmtree(out / section, ignore_errors=True)
         limit = REHEARSAL_LIMIT if rehearse else LIMITS[section]
-        command = [sys.executable, "-m", "benchmarks.gpu.section", section, "--out", str(out)]
+        command = [sys.executable, "-m", "tools.gpu.section", section, "--out", str(out)]
         # it ends by itself with the rows that it has, before it is cut
         command += ["--limit", str(0.9 * limit), *["--rehearse"] * rehearse]
         command += [f"--part={part}" for part in parts]

@@ -19,14 +19,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.device import on_gpu
-from benchmarks.gpu.judging import judge_gap, judge_metrics, judge_resume, judge_rewards
-from benchmarks.gpu.results import FAILED, INFO, SKIPPED, Row
-from benchmarks.gpu.session import Session
 from megatron_occ.config import load_config
 from megatron_occ.mcore.capabilities import uses_transformer_engine
 from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from tools.compare_runs import compare
+from tools.gpu.device import on_gpu
+from tools.gpu.judging import judge_gap, judge_metrics, judge_resume, judge_rewards
+from tools.gpu.results import FAILED, INFO, SKIPPED, Row
+from tools.gpu.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "conf" / "rl" / "tiny.yaml"
@@ -107,7 +107,7 @@ def run_command(
         subprocess.TimeoutExpired: the section's time is over.
     """
     folder, log = session.folder / name, session.folder / f"{name}.log"
-    command = [sys.executable, "-m", "benchmarks.gpu.cli", str(session.folder / f"{name}.json")]
+    command = [sys.executable, "-m", "tools.gpu.cli", str(session.folder / f"{name}.json")]
     command += ["rl", "--config", str(CONFIG), f"run_dir={folder}", *settings]
     command += ["--resume"] * resume
     # a TF32 override or debugging of another section is not handed on

@@ -1,4 +1,4 @@
-"""The dry run's estimate for one rank as json: ``python -m benchmarks.gpu.estimate ASKED``."""
+"""The dry run's estimate for one rank as json: ``python -m tools.gpu.estimate ASKED``."""
 
 from __future__ import annotations
 

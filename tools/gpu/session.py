@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.gpu.results import FAILED, SKIPPED, Row, line, write_rows
+from tools.gpu.results import FAILED, SKIPPED, Row, line, write_rows
 
 Measure = Callable[[], Iterable[Row]]
 

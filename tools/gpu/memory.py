@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu.judging import judge_aim, judge_live
-from benchmarks.gpu.results import INFO, SKIPPED, Row
-from benchmarks.gpu.runs import BASE, CONFIG, base_settings
-from benchmarks.gpu.session import Session
+from tools.gpu.judging import judge_aim, judge_live
+from tools.gpu.results import INFO, SKIPPED, Row
+from tools.gpu.runs import BASE, CONFIG, base_settings
+from tools.gpu.session import Session
 
 GIB = 2**30
 Estimate = dict[str, dict[str, int]]
@@ -26,7 +26,7 @@ Estimate = dict[str, dict[str, int]]
 
 def measure(session: Session) -> None:
     """Rows of the section."""
-    from benchmarks.gpu.device import on_gpu
+    from tools.gpu.device import on_gpu
 
     models = {
         part: numbers
@@ -45,7 +45,7 @@ def estimated(files: list[str], overrides: list[str], vocabulary: int | None) ->
     """The dry run's bytes by use, ``resident``, ``training`` and ``generation``."""
     asked = json.dumps({"files": files, "overrides": overrides, "vocabulary": vocabulary})
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.estimate", asked],
+        [sys.executable, "-m", "tools.gpu.estimate", asked],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         text=True,

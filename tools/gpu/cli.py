@@ -1,6 +1,6 @@
 """The product's command line, and the memory that the command took.
 
-python -m benchmarks.gpu.cli MEMORY.json rl --config FILE key=value ...
+python -m tools.gpu.cli MEMORY.json rl --config FILE key=value ...
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.results import write_json
 from megatron_occ.cli import main as command_line
+from tools.gpu.results import write_json
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     try:
         command_line(arguments)
     finally:
-        from benchmarks.gpu.device import peak_bytes
+        from tools.gpu.device import peak_bytes
 
         write_json(Path(file), {"peak": peak_bytes()})
 
