@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import Leaf, Section, leaves, sections, spell, unknown_key
 from megatron_occ.config.presets import PRESETS, REGIME_KEYS
-from megatron_occ.config.validate_switches import RL_SWITCHES, SWITCHES
+from megatron_occ.config.switches import SWITCHES
+from megatron_occ.config.switches_rl import RL_SWITCHES
 
 _WIDTH = 100
 _COLUMN = 44

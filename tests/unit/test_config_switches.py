@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_occ.config import PRESETS, ConfigError, load_config, save_config, validate
-from megatron_occ.config.validate_switches import RL_ALONE_SWITCHES, RL_SWITCHES, SWITCHES
+from megatron_occ.config.switches import SWITCHES
+from megatron_occ.config.switches_rl import RL_ALONE_SWITCHES, RL_SWITCHES
 
 TINY = Path(__file__).parents[2] / "conf" / "rl" / "tiny.yaml"
 
@@ -119,6 +120,7 @@ SWITCHED_OFF = [
         "data.corpus=c",
         "data.corpus=null",
     ),
+    ("rl.init_from=c", "model.init_device=cuda", "rl.init_from=c", "rl.init_from=null"),
     ("mtp.preset=none rl.init_from=c", "mtp.head.clip_grad=2", "mtp.head.signal=none", "=1.0"),
     ("", "rl.dynamic_sampling.max_rounds=8", "rl.dynamic_sampling.enabled=false", "enabled=true"),
     ("rl.algorithm=grpo", "rl.dynamic_sampling.max_rounds=8", "enabled=false", "max_rounds=4"),
