@@ -33,13 +33,13 @@ class SignalLoss:
         policy: settings of the policy loss.
         regime: of the signal.
         depth: counted from 0.
-        max_response_length: of the released formula.
+        max_response_length: of the released formula and the aggregation ``constant``.
     """
 
     def __init__(
         self, policy: PolicySettings, regime: Regime, depth: int, max_response_length: int
     ) -> None:
-        self._joint, self._depth = JointLoss(policy, regime), depth
+        self._joint, self._depth = JointLoss(policy, regime, max_response_length), depth
         self._max_length = max_response_length
 
     def __call__(
@@ -60,9 +60,9 @@ class SignalLoss:
         return loss, LossReport(metrics, calibration_sums(*aligned))
 
 
-def policy_gradient(policy: PolicySettings) -> JointLoss:
+def policy_gradient(policy: PolicySettings, max_response_length: int) -> JointLoss:
     """RL's loss alone."""
-    return JointLoss(policy, Regime(trunk="none", head="none"))
+    return JointLoss(policy, Regime(trunk="none", head="none"), max_response_length)
 
 
 def binned(squares: Tensor, mask: Tensor) -> dict[str, Tensor]:

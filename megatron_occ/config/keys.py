@@ -248,6 +248,10 @@ def _choices(leaf: Leaf) -> tuple[str, ...]:
     return leaf.limits.get("choices", ())
 
 
+# keys of earlier versions; null, as in saved configurations, asked for nothing
+REPLACED = {"rl.loss.importance_cap": "rl.correction.weights=token and rl.correction.high"}
+
+
 def suggest(key: str) -> list[str]:
     """At most three existing keys that an unknown one may stand for, best first.
 
@@ -269,6 +273,8 @@ def suggest(key: str) -> list[str]:
 
 def unknown_key(key: str) -> str:
     """The message for an unknown key, with a suggestion or the keys of its section."""
+    if key in REPLACED:
+        return f"{key} is no key any more: give {REPLACED[key]}"
     found = suggest(key)
     if found:
         return f"unknown key {key}. Did you mean {' or '.join(found)}?"

@@ -155,5 +155,5 @@ class OverlongConfig:
     )
     penalty: float = option(1.0, "penalty at the limit", minimum=0, maximum=limits.FACTOR)
     leave_out: bool = option(
-        False, "responses that were cut off at the limit train nothing (they count in baselines)"
+        False, "responses cut off at the limit do not train the policy (they count in baselines)"
     )

@@ -11,7 +11,15 @@ from typing import Any, ClassVar
 import yaml
 
 from megatron_occ.config.errors import ConfigError
-from megatron_occ.config.keys import join, leaves, open_parent, sections, spell, unknown_key
+from megatron_occ.config.keys import (
+    REPLACED,
+    join,
+    leaves,
+    open_parent,
+    sections,
+    spell,
+    unknown_key,
+)
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -194,7 +202,7 @@ def _flatten(data: dict, origin: str, lines: dict[str, int]) -> list[Given]:
                 f"{where}: {key} = {spell(value)}: {key} is a section; give its keys, "
                 "or leave it out"
             )
-        else:
+        elif key not in REPLACED or value is not None:
             problems.append(f"{where}: {unknown_key(key)}")
     if problems:
         raise ConfigError(problems)

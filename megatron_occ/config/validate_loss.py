@@ -17,6 +17,7 @@ def loss_problems(config: Config) -> Iterator[str]:
     """
     if config.rl.train_trunk:
         yield from _kind(config)
+        yield from _values(config)
         yield from _baseline(config)
         yield from _correction(config)
 
@@ -33,8 +34,23 @@ def _kind(config: Config) -> Iterator[str]:
     if trunk.weighting == "ppo" and "policy" in (trunk.signal, config.mtp.head.signal):
         yield (
             f"rl.loss.kind={loss.kind}: mtp.trunk.weighting=ppo is the clipped loss of an MTP "
-            "head, whose clip range this loss does not have. Give mtp.trunk.weighting=truncated "
+            "head, and this loss does not clip. Give mtp.trunk.weighting=truncated "
             "(the form of CISPO) or unit, or rl.loss.kind=clipped"
+        )
+
+
+def _values(config: Config) -> Iterator[str]:
+    loss = config.rl.loss
+    if loss.kl_importance and loss.kl_kind == "k2":
+        yield (
+            "rl.loss.kl_importance=true: rl.loss.kl_kind=k2 has the gradient of the divergence "
+            "without the ratio, and loses it with it. Give rl.loss.kl_kind=k3, or "
+            "rl.loss.kl_importance=false"
+        )
+    if loss.kind == "dppo" and loss.divergence == "tv" and loss.divergence_limit >= 1:
+        yield (
+            f"rl.loss.divergence_limit={loss.divergence_limit}: a total variation is never above "
+            "1. Give rl.loss.divergence_limit=0.15, or rl.loss.divergence=kl"
         )
 
 

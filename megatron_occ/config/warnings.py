@@ -44,6 +44,12 @@ def rl_warnings(config: Config) -> list[str]:
             "range, so that responses of negative advantage have no gradient there and those of "
             "positive advantage all of it. Give mtp.trunk.weighting=truncated for both"
         )
+    loss = config.rl.loss
+    if loss.kind == "cispo" and loss.clip_low < 1:
+        found.append(
+            f"rl.loss.clip_low={loss.clip_low}: CISPO as published has no lower bound of the "
+            "weight, rl.loss.clip_low=1, and a wide upper one; rl.algorithm=cispo sets both"
+        )
     if config.rl.rollout.engine == "sglang" and config.model.mtp_reads == "before":
         found.append(
             "model.mtp_reads=before: SGLang hands MTP layers the trunk's state after its final "

@@ -96,7 +96,7 @@ def step_advantages(advantages: Tensor, sums: Tensor, eps: float = 1e-6) -> Tens
     variance = max(squares - count * mean**2, 0.0) / max(count - 1, 1.0)
     # what is left of equal numbers is rounding
     rounding = SPREAD_ULPS * torch.finfo(advantages.dtype).eps
-    if variance <= (rounding * mean) ** 2 * count:
+    if variance <= (rounding * mean) ** 2:
         return torch.zeros_like(advantages)
     return ((advantages.double() - mean) / (variance**0.5 + eps)).to(advantages.dtype)
 

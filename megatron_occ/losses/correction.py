@@ -8,6 +8,7 @@ been sampled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +97,11 @@ def correct(
     old, sampled = old_logprobs.detach(), rollout_logprobs.detach()
     log_ratio = neutralised(old, given) - neutralised(sampled, given)
     keep = given & ~_rejected(log_ratio, given, settings)
-    raw = _ratio(log_ratio, given, settings.weights)
-    weights = torch.where(keep, _bounded(raw, settings), 1.0)
-    sums = _sums(given, keep, weights, _outside(raw, settings.low, settings.high))
+    # what is rejected has no part in the product of its sequence
+    raw = _at_level(torch.where(keep, log_ratio, 0.0), keep, settings.weights)
+    outside = _outside(raw, settings.low, settings.high)
+    weights = torch.where(keep, _bounded(raw, outside, settings), 1.0)
+    sums = _sums(given, keep, weights, outside)
     return Corrected(weights if settings.weights != "none" else None, keep, sums)
 
 
@@ -124,46 +127,46 @@ def correction_metrics(sums: Tensor, settings: CorrectionSettings) -> dict[str, 
     return found
 
 
-def _ratio(log_ratio: Tensor, keep: Tensor, level: str) -> Tensor:
-    """[b, s] ratio of each token, or of its sequence; `log_ratio` is 0 where masked."""
+def _at_level(log_ratio: Tensor, keep: Tensor, level: str) -> Tensor:
+    """[b, s] log-ratio of each token, or of its sequence; `log_ratio` is 0 where not kept."""
     if level == "none":
-        return torch.ones_like(log_ratio)
+        return torch.zeros_like(log_ratio)
     if level == "token":
-        found = log_ratio
-    else:
-        found = log_ratio.sum(dim=1, keepdim=True)
-        if level == "geometric":
-            found = found / keep.sum(dim=1, keepdim=True).clamp(min=1)
-        found = found.expand_as(log_ratio)
-    return found.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return log_ratio
+    found = log_ratio.sum(dim=1, keepdim=True)
+    if level == "geometric":
+        found = found / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    return found.expand_as(log_ratio)
 
 
 def _rejected(log_ratio: Tensor, keep: Tensor, settings: CorrectionSettings) -> Tensor:
     """[b, s] bool, of whole sequences where a sequence is judged."""
-    judged = _ratio(log_ratio, keep, settings.reject)
+    judged = _at_level(log_ratio, keep, settings.reject)
     low, high = _outside(judged, settings.reject_low, settings.reject_high)
     rejected = low | high
     if settings.veto is not None:
-        vetoed = keep & (_ratio(log_ratio, keep, "token") < settings.veto)
+        vetoed = keep & (log_ratio < math.log(settings.veto))
         rejected = rejected | vetoed.any(dim=1, keepdim=True)
     return rejected
 
 
-def _outside(ratio: Tensor, low: float | None, high: float | None) -> tuple[Tensor, Tensor]:
-    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+def _outside(log_ratio: Tensor, low: float | None, high: float | None) -> tuple[Tensor, Tensor]:
+    """Where a ratio lies below and above a range; in logarithms, so that none overflows."""
+    nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
     return (
-        nowhere if low is None else ratio < low,
-        nowhere if high is None else ratio > high,
+        nowhere if low is None else log_ratio < math.log(low),
+        nowhere if high is None else log_ratio > math.log(high),
     )
 
 
-def _bounded(ratio: Tensor, settings: CorrectionSettings) -> Tensor:
-    if settings.low is None and settings.high is None:
-        return ratio
-    if settings.outside == "truncate":
-        return ratio.clamp(settings.low, settings.high)
-    low, high = _outside(ratio, settings.low, settings.high)
-    return torch.where(low | high, 0.0, ratio)
+def _bounded(
+    log_ratio: Tensor, outside: tuple[Tensor, Tensor], settings: CorrectionSettings
+) -> Tensor:
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    for where, bound in zip(outside, (settings.low, settings.high), strict=True):
+        if bound is not None:
+            ratio = torch.where(where, bound if settings.outside == "truncate" else 0.0, ratio)
+    return ratio
 
 
 def _sums(given: Tensor, keep: Tensor, weights: Tensor, outside: tuple[Tensor, Tensor]) -> Tensor:

@@ -42,8 +42,9 @@ def kl_penalty(
     Both hold for tokens of the policy itself, not for those of an older one, as in all mini-batches
     of a step but the first. With `old_logprobs` the estimate is multiplied by
     `exp(logprobs - old_logprobs)`, gradient included (DeepSeek-V3.2, arXiv 2512.02556, eq. 7): the
-    value is unbiased whatever policy sampled, and since the ratio carries the gradient of the
-    sampling too, k1 and k3 have that of KL(policy || reference).
+    value is that of the present policy where these are of the policy that sampled, and since the
+    ratio carries the gradient of the sampling too, k1 and k3 have that of KL(policy || reference)
+    (k2, which has it without the ratio, loses it). A clamped token has no gradient here either.
 
     The slope of k3 is 1 - exp(-d): -1e26 at d = -60, and below -88 the estimate overflows. A clamp
     bounds it by cutting the gradient to 0 where it acts, so that a token that is far from the
@@ -75,21 +76,25 @@ def kl_penalty(
     require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if old_logprobs is not None:
         require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
-    difference = _difference(logprobs, ref_logprobs.detach(), mask)
+    raw = difference = _difference(logprobs, ref_logprobs.detach(), mask)
     if input_clamp is not None:
-        difference = difference.clamp(-input_clamp, input_clamp)
+        difference = raw.clamp(-input_clamp, input_clamp)
     if kind == "k1":
         estimate = difference
     elif kind == "k2":
         estimate = 0.5 * difference.square()
     else:
         estimate = torch.expm1(-difference) + difference
+    found = estimate
     if output_clamp is not None:
-        estimate = estimate.clamp(-output_clamp, output_clamp)
+        found = estimate.clamp(-output_clamp, output_clamp)
     if old_logprobs is None:
-        return estimate
+        return found
     log_ratio = _difference(logprobs, old_logprobs.detach(), mask)
-    return estimate * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    # the ratio's own gradient would drive a clamped token on, away from the reference
+    is_clamped = (difference != raw) | (found != estimate)
+    return found * torch.where(is_clamped, ratio.detach(), ratio)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from megatron_occ.rl.interfaces import Collectives
 class Corrections:
     """Corrects the parts of a mini-batch and tells what was done to all of them.
 
-    What is rejected is left out for every head: no depth has a rejected token as its target. A
+    What is rejected is left out for every head: no depth has a rejected token as its target, but
+    where the head trains on the states of rollouts, which are those of all responses. A
     depth's weight of a token is the main head's of the same token, or its sequence's.
 
     Args:

@@ -34,7 +34,7 @@ class Measuring:
     def __init__(self, config: Config, actor: Actor, window: int) -> None:
         self._config, self._actor = config, actor
         policy, length = policy_settings(config), config.rl.rollout.max_response_length
-        self._main = policy_gradient(policy)
+        self._main = policy_gradient(policy, length)
         self.signals = [
             {"name": name, "depth": depth}
             for name in SIGNALS

@@ -269,5 +269,6 @@ class RolloutSource:
 
 def _without(batch: RolloutBatch, left_out: list[bool]) -> RolloutBatch:
     """The same rows, some of which train nothing."""
-    keep = ~torch.tensor(left_out, device=batch.response_mask.device).view(-1, 1)
+    device = batch.response_mask.device
+    keep = ~torch.tensor(left_out, dtype=torch.bool, device=device).view(-1, 1)
     return replace(batch, response_mask=batch.response_mask * keep)

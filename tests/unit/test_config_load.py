@@ -282,3 +282,14 @@ def test_the_demo_is_what_it_is_documented_to_be():
     assert (demo.rl.loss.clip_low, demo.rl.loss.clip_high) == (0.2, 0.28)
     assert demo.mtp.preset == "occ_exact" and demo.rl.optimizer.lr == 7e-5
     assert demo.data.task.params == {"digits_a": 3, "digits_b": 2}
+
+
+def test_a_key_of_an_earlier_version_is_named_with_its_successor(tmp_path):
+    """A saved configuration has every key: null asked for nothing."""
+    path = tmp_path / "config.yaml"
+    path.write_text("rl: {loss: {importance_cap: null}}\n", encoding="utf-8")
+    assert load_config([path]) == load_config([])
+    path.write_text("rl: {loss: {importance_cap: 2.0}}\n", encoding="utf-8")
+    message = refusal([path])
+    assert message.startswith(f"{path}:1: rl.loss.importance_cap is no key any more")
+    assert "rl.correction.weights=token and rl.correction.high" in message

@@ -141,6 +141,16 @@ REFUSED = [
         "another aggregation",
     ),
     (
+        "rl.loss.kl_coefficient=0.1 rl.loss.kl_importance=true rl.loss.kl_kind=k2",
+        "rl.loss.kl_importance=true: rl.loss.kl_kind=k2",
+        "rl.loss.kl_kind=k3",
+    ),
+    (
+        "rl.algorithm=dppo rl.loss.divergence_limit=1",
+        "rl.loss.divergence_limit=1",
+        "rl.loss.divergence=kl",
+    ),
+    (
         "rl.advantage.baseline=none",
         "rl.advantage.baseline=none: the standard deviation",
         "rl.advantage.normalize_over=step",

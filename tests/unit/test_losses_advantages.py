@@ -162,3 +162,8 @@ def test_a_step_of_equal_advantages_gives_exactly_zero(value: float) -> None:
     assert not step_advantages(equal, advantage_sums(equal)).any()
     none = equal[:0]
     assert step_advantages(none, advantage_sums(none)).tolist() == []
+
+
+def test_a_small_spread_over_many_responses_is_one() -> None:
+    rewards = torch.tensor([1000.0 + 0.01 * (i % 2) for i in range(4096)])
+    assert step_advantages(rewards, advantage_sums(rewards)).abs().min() > 0.5

@@ -111,6 +111,24 @@ def test_one_sequence_by_hand():
     assert kept(veto=0.2) == [True] * 3
 
 
+def test_what_is_rejected_has_no_part_in_the_product_of_its_sequence():
+    old = torch.tensor([[0.5, 0.0, -9.0]])
+    settings = CorrectionSettings("sequence", reject="token", reject_low=0.1)
+    found = correct(old, torch.zeros(1, 3), torch.ones(1, 3), settings)
+    assert found.keep.tolist() == [[True, True, False]]
+    assert found.weights.tolist() == [pytest.approx([math.exp(0.5), math.exp(0.5), 1.0])]
+
+
+def test_bounds_far_beyond_what_a_number_holds_act():
+    old, mask = torch.tensor([[-80.0, -80.0], [0.0, 0.0]]), torch.ones(2, 2)
+    for settings in (
+        CorrectionSettings(reject="sequence", reject_low=1e-60),
+        CorrectionSettings(veto=1e-30),
+    ):
+        found = correct(old, torch.zeros(2, 2), mask, settings)
+        assert found.keep.tolist() == [[False, False], [True, True]]
+
+
 def test_metrics_add_up_over_parts():
     old, sampled, mask = case()
     settings = SETTINGS[-1]

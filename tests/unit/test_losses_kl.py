@@ -85,6 +85,18 @@ def test_with_importance_tokens_of_an_older_policy_give_the_present_one_s_diverg
     assert abs(plain.item() - divergence.item()) > 0.01
 
 
+@pytest.mark.parametrize("d", [-2.7, -5.0, -10.0, -30.0, 12.0])
+def test_a_clamped_token_has_no_gradient_with_importance_either(d: float) -> None:
+    """On policy the gradient of r k3 is r d; where a clamp acts it is 0."""
+    logprobs = torch.tensor([[d]], requires_grad=True)
+    old, reference = logprobs.detach(), torch.zeros(1, 1)
+    kl_penalty(logprobs, reference, old_logprobs=old, **DEFAULT_CLAMPS).sum().backward()
+    assert logprobs.grad.item() == 0.0
+    small = torch.tensor([[-1.5]], requires_grad=True)
+    kl_penalty(small, reference, old_logprobs=small.detach(), **DEFAULT_CLAMPS).sum().backward()
+    assert small.grad.item() == pytest.approx(-1.5)
+
+
 def test_k3_keeps_small_differences_in_float32() -> None:
     difference = 1e-3
     value = kl_penalty(torch.tensor([[difference]]), torch.zeros(1, 1), "k3").item()
