@@ -186,6 +186,9 @@ def _quiet(megatron: TransformerConfig) -> TransformerConfig:
     quiet.init_model_with_meta_device = True
     # its layers would be filled on the host otherwise, from what lies on the meta device
     quiet.use_cpu_initialization = not uses_transformer_engine()
+    # TransformerEngine would keep the FP8 weights of the very first pass: what tells a module that
+    # a step begins goes through the trained model's modules alone
+    quiet.disable_parameter_transpose_cache = True
     # these hold the trained model, and some modules copy their configuration deeply
     quiet.no_sync_func = quiet.finalize_model_grads_func = None
     return quiet
@@ -195,15 +198,16 @@ def _draw_experts_apart(chunks: list[OCCGPTModel], config: Config) -> None:
     """Draw experts again from a seed of this rank's own.
 
     Data-parallel ranks draw the same weights, and expert-parallel ranks are such ranks: each would
-    start with the same experts.
+    start with the same experts. So would the parts of an expert that is split over ranks, which
+    are drawn one by one here.
     """
     rank = parallel_state.get_expert_model_parallel_rank()
-    if rank == 0:
+    part = parallel_state.get_expert_tensor_parallel_rank()
+    if rank == 0 and part == 0:
         return
     state = torch.get_rng_state()
-    torch.manual_seed(
-        config.seed + 1024 + 100 * rank + parallel_state.get_pipeline_model_parallel_rank()
-    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(config.seed + 1024 + 100 * rank + stage + 100_003 * part)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if ".experts." in name and parameter.dim() > 1:

@@ -49,12 +49,13 @@ def initialize(config: Config) -> Layout:
             context_group_of_hosts()
     random.seed(config.seed)
     # stages draw their own weights, or the layers of all but the first would start alike
-    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(config.seed + 100 * stage)
     if not on_cpu:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        model_parallel_cuda_manual_seed(seed)
+        # Megatron adds 100 for each expert rank: another stride, or stages would meet them
+        model_parallel_cuda_manual_seed(config.seed + 100_003 * stage)
     return Layout.of_this_rank(torch.device("cpu" if on_cpu else "cuda"))
 
 

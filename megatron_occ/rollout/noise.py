@@ -56,7 +56,8 @@ def _mix_on_host(values: np.ndarray) -> None:
     values ^= values >> np.uint64(_LAST_SHIFT)
 
 
-@functools.lru_cache(maxsize=8)
+# kept for good: captured CUDA graphs read it where it lies
+@functools.cache
 def _steps(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, count + 1, device=device) * _STEP
 

@@ -46,10 +46,10 @@ AIMS = {
 }
 # seconds that a section may take, the most valuable first
 LIMITS = {
-    "environment": 30,
-    "correct": 75,
+    "environment": 20,
+    "correct": 95,
     "runs": 90,
-    "training": 110,
+    "training": 100,
     "rollouts": 95,
     "memory": 20,
 }

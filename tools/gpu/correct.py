@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ import torch
 from benchmarks.layout_cases import DENSE, MLA, MOE, PACKED, Case, read
 from benchmarks.layout_runs import VOCABULARY, measure_and_keep, reference
 from megatron_occ.mcore.actor import MegatronGPTActor
-from megatron_occ.mcore.capabilities import uses_transformer_engine
+from megatron_occ.mcore.capabilities import captures_cycles, uses_transformer_engine
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
+from megatron_occ.mcore.inference.graphs import Capture, CUDACapture
 from megatron_occ.rl.batch import MiniBatch, pad_sequences
 from megatron_occ.rl.update import PolicyUpdater
 from megatron_occ.rollout import Request, SamplingSettings
@@ -110,14 +111,22 @@ def _compare(name: str, cpu: CPUSide) -> Iterator[Row]:
         "weights": found.parameter,
     }
     yield judge_deviations(name, deviations, found.missing)
-    for drafts in (0, 2):
-        gap, tokens = engine_gap(actor, Speculation(drafts))
-        yield judge_engine(f"{name}: {drafts} drafts", gap, tokens)
+    captures = captures_cycles(actor.config, actor.layout.device)
+    for drafts, capture in ((0, None), (2, None), *(((2, CUDACapture),) if captures else ())):
+        gap, tokens = engine_gap(actor, Speculation(drafts), capture)
+        how = "" if capture is None else " as graphs"
+        yield judge_engine(f"{name}: {drafts} drafts{how}", gap, tokens)
 
 
-def engine_gap(actor: MegatronGPTActor, speculation: Speculation) -> tuple[float, int]:
+def engine_gap(
+    actor: MegatronGPTActor,
+    speculation: Speculation,
+    capture: Callable[[], Capture] | None = None,
+) -> tuple[float, int]:
     """Largest difference of the engine's log-probs to training's, and tokens that were compared."""
-    engine = MegatronEngine(actor.inference_chunks, actor.layout, slots=4, speculation=speculation)
+    engine = MegatronEngine(
+        actor.inference_chunks, actor.layout, slots=4, speculation=speculation, capture=capture
+    )
     generator = torch.Generator().manual_seed(3)
     prompts = [
         torch.randint(0, VOCABULARY, (3 + row % 4,), generator=generator).tolist()

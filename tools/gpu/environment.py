@@ -25,8 +25,6 @@ _PACKAGES = ("transformer_engine", "apex", "flash_attn", "triton", "transformers
 
 def measure(session: Session) -> None:
     """Rows of the section."""
-    # TransformerEngine says which attention it takes where it is asked to
-    os.environ |= {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"}
     for part, rows in (
         ("device", _device),
         ("versions", _versions),

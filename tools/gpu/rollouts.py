@@ -22,6 +22,7 @@ from megatron_occ.config import load_config
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.estimate.ranks import count_by_part
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
+from megatron_occ.mcore.inference.graphs import CUDACapture
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rollout import SamplingSettings
 from tools.gpu.device import copy_bandwidth, on_gpu, start
@@ -162,6 +163,7 @@ class Rates:
             self.actor.layout,
             slots=batch,
             speculation=Speculation(drafts),
+            capture=CUDACapture if on_gpu() else None,
         )
         prompts, acceptance = self._prompts(batch), {}
         rate_of_engine(engine, prompts, SamplingSettings(1.0, 8), 0)

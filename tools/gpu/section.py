@@ -32,6 +32,9 @@ def main() -> None:
         parts=options.part,
         told=told,
     )
+    if options.section == "environment":
+        # TransformerEngine reads them when it is imported: it says which attention it takes
+        os.environ |= {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"}
     importlib.import_module(f"tools.gpu.{options.section}").measure(session)
     told.flush()
     sys.stderr.flush()

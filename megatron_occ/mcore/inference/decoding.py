@@ -85,7 +85,7 @@ class Decoding:
     def _cycle(self, length: int) -> None:
         """Draft, verify, commit."""
         started, counted = time.perf_counter(), DraftStatistics()
-        if self.cycles % LOOK_EVERY == 0:
+        if self.passes.attends_by_spans and self.cycles % LOOK_EVERY == 0:
             self._bring_long_rows_forward()
         self.cycles += 1
         # a rank without sequences keeps those company that share its experts

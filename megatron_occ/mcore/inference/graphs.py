@@ -7,6 +7,7 @@ a call: the next one has other caches, and weights may have moved.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -36,10 +37,17 @@ class CUDACapture:
 
     def __call__(self, cycle: Cycle) -> tuple[Callable[[], None], Verified]:
         """See :class:`Capture`."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # other threads, as of verifiers, may go on with what they do
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            found = cycle()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                found = cycle()
+        except BaseException:
+            # torch leaves a failed capture on its own stream, with the allocator still in its pool
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(before.device_index, self.pool)
+            raise
         return graph.replay, found
 
 

@@ -50,6 +50,8 @@ class Passes:
         self.placer = Placer(trunk, attention, slots.length, slots.device)
         self.cache = trunk.new_cache(slots.rows, slots.length)
         self.state = drafter.new_state(slots.rows, slots.length) if drafter else None
+        # long rows come first then, to be looked at on their own
+        self.attends_by_spans = attention.needs_host
         is_static = trunk.is_static and not attention.needs_host
         self.graphs = Graphs(capture, slots.rows) if capture and is_static else None
 

@@ -93,7 +93,11 @@ class TokenSampler:
             found = self._verify(hidden, drafts, draft_logprobs, keys, LIKELIEST)
         else:
             found = joined([parts(rows, LIKELIEST) for rows in self._chunks(*hidden.shape[:2])])
-        return Verified(found.tokens, found.logprobs, found.accepted, again)
+        # it holds the drafts' distributions, for as long as a captured cycle lives
+        may_look_again = self.sampling.top_p < 1 and not self.greedy
+        return Verified(
+            found.tokens, found.logprobs, found.accepted, again if may_look_again else None
+        )
 
     def _verify(
         self,
