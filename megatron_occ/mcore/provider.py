@@ -198,12 +198,12 @@ def _draw_experts_apart(chunks: list[OCCGPTModel], config: Config) -> None:
     """Draw experts again from a seed of this rank's own.
 
     Data-parallel ranks draw the same weights, and expert-parallel ranks are such ranks: each would
-    start with the same experts. So would the parts of an expert that is split over ranks, which
-    are drawn one by one here.
+    start with the same experts. So would the parts of an expert that is split over ranks, where
+    each is drawn by itself: here, and by TransformerEngine, whose experts know no whole.
     """
     rank = parallel_state.get_expert_model_parallel_rank()
     part = parallel_state.get_expert_tensor_parallel_rank()
-    if rank == 0 and part == 0:
+    if rank == 0 and (part == 0 or not uses_transformer_engine()):
         return
     state = torch.get_rng_state()
     stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.mcore import capabilities
+from megatron_occ.mcore import capabilities, provider
 from megatron_occ.mcore.capabilities import check_machine
 from megatron_occ.mcore.head_request import HeadRequest
+from megatron_occ.mcore.transformer_config import transformer_config
 from megatron_occ.rl.batch import head_targets
 from tests.mcore.conftest import VOCABULARY, build_model, positions, random_ids, small_config
 
@@ -114,3 +115,32 @@ def test_qk_norm_bias_and_untied_output_change_the_parameters(layout):
         f"{layer}.linear_qkv.bias",
         "output_layer.weight",
     } <= names
+
+
+def test_experts_of_other_ranks_and_their_parts_are_drawn_apart(layout, monkeypatch):
+    config = small_config()
+    config.model.moe.num_experts = 4
+
+    def drawn(rank, part):
+        torch.manual_seed(0)
+        model = build_model(config, VOCABULARY, torch.device("cpu"))
+        state = provider.parallel_state
+        monkeypatch.setattr(state, "get_expert_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(state, "get_expert_tensor_parallel_rank", lambda: part)
+        torch.manual_seed(1)
+        provider._draw_experts_apart([model], config)
+        monkeypatch.undo()
+        named = model.named_parameters()
+        return torch.cat([p.detach().flatten() for name, p in named if ".experts." in name])
+
+    places = [(0, 0), (1, 0), (1, 1), (2, 0)]
+    found = [drawn(*place) for place in places]
+    assert torch.equal(drawn(1, 1), found[2])
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one != other).float().mean() > 0.99
+
+
+def test_a_second_module_on_the_weights_casts_them_to_fp8_at_every_pass():
+    quiet = provider._quiet(transformer_config(small_config()))
+    assert quiet.disable_parameter_transpose_cache
