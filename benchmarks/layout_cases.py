@@ -38,6 +38,21 @@ SOFT_CE = (
     "mtp.head.signal=soft_ce",
     CURRENT,
 )
+_BOUNDED = ("mtp.trunk.signal=policy", "mtp.trunk.weighting=truncated", "mtp.head.signal=ce")
+CISPO = (
+    *_BOUNDED,
+    "rl.algorithm=cispo",
+    "rl.correction.reject=token",
+    "rl.correction.reject_low=0.3",
+    "rl.correction.reject_high=3",
+)
+SAPO = (
+    *_BOUNDED,
+    "rl.algorithm=sapo",
+    "rl.correction.weights=sequence",
+    "rl.correction.low=0.5",
+    "rl.correction.high=2",
+)
 MOE = (
     *DENSE,
     "model.moe.num_experts=4",
@@ -147,6 +162,8 @@ CASES = (
     _case("CP2", 2, DENSE + _depths(2), CP2),
     _case("CP2, packed, K=3", 2, DENSE + UNTIED + _depths(3), CP2, PACKED),
     _case("CP2, packed, soft CE head", 2, SOFT_CE + _depths(2), CP2, PACKED),
+    _case("CP2, packed, CISPO, tokens rejected", 2, CISPO + _depths(2), CP2, PACKED),
+    _case("DP2, packed, SAPO, weights of sequences", 2, SAPO + _depths(2), PACKED),
     _case("CP2, full recompute", 2, DENSE + _depths(2), CP2, "recompute=full"),
     _case("DP2", 2, DENSE + _depths(2)),
     _case(

@@ -17,6 +17,8 @@ NAMES = (
     "PP2 x VPP2, a chunk without layers",
     "PP2, no MTP training, overlapped reduction",
     "CP2, packed, soft CE head",
+    "CP2, packed, CISPO, tokens rejected",
+    "DP2, packed, SAPO, weights of sequences",
     "DP2, overlapped reduction, packed",
     "DP2, distributed optimizer",
     "DP2, head alone, distributed optimizer",
