@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -169,8 +169,12 @@ class Outlet:
         """Wait until all lines are answered and the process has ended."""
         while self._process is not None and (left := self._deadline - time.monotonic()) > 0:
             pipes = self._process.stdin, self._process.stdout
-            wanted = [pipes[0]] if self._pending else []
-            select.select([pipes[1]], wanted, [], left)
+            # not select(): a run of many ranks has more than its 1,024 open files
+            with selectors.DefaultSelector() as waiting:
+                waiting.register(pipes[1], selectors.EVENT_READ)
+                if self._pending:
+                    waiting.register(pipes[0], selectors.EVENT_WRITE)
+                waiting.select(left)
             self._push()
             self._pull()
 

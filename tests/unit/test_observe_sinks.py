@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import time
 
 import pytest
@@ -323,3 +324,21 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path):
     history = client.get_metric_history(run.info.run_id, "rl/pass_at_1")
     assert sorted((point.step, point.value) for point in history) == [(1, 0.25), (2, 0.5)]
     assert len(run.data.params) == 150
+
+
+def test_a_run_with_more_open_files_than_select_takes_ends_well(tmp_path):
+    """As one of many ranks has, whose connections are files too."""
+    low, high = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if high < 1500:
+        pytest.skip("this machine allows no process 1,500 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, 1500), high))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        sink = outlet(tmp_path, "Recording")
+        sink.put("rl", 1, 0.0, {"x": 1.0})
+        assert ended(sink) == ""
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, high))
+    assert calls(tmp_path)
