@@ -40,7 +40,6 @@ class SignalLoss:
         self, policy: PolicySettings, regime: Regime, depth: int, max_response_length: int
     ) -> None:
         self._joint, self._depth = JointLoss(policy, regime, max_response_length), depth
-        self._max_length = max_response_length
 
     def __call__(
         self, outputs: HeadOutputs, targets: JointTargets, counts: Normalizers
@@ -53,7 +52,7 @@ class SignalLoss:
         rows, depths = outputs.logprobs.size(0), outputs.passes[0].size(0)
         # linear in the rows: of equal parts it is the mean
         released = released_coefficient(
-            *aligned, max_response_length=self._max_length, factor=float(depths)
+            *aligned, max_response_length=self._joint.max_response_length, factor=float(depths)
         )
         metrics = binned(weights[self._depth].double().square(), mask)
         metrics["released"] = released[self._depth] * rows / counts.sequences[0]

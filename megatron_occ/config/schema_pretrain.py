@@ -42,7 +42,7 @@ class PretrainConfig:
     sequence_length: int = option(48, "tokens per sequence", minimum=2, maximum=limits.TOKENS)
     label_noise: float = option(
         0.0,
-        "share of a generated solution's tokens that are redrawn, so that RL has much to bring out",
+        "share of the tokens of generated solutions that are replaced at random",
         minimum=0,
         below=1,
     )

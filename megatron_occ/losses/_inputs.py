@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# exp(20) is 5e8: far outside of any clip range, and small enough not to overflow when multiplied
+# by advantages and summed in float32.
+MAX_LOG_RATIO = 20.0
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """A log-ratio within +- ``MAX_LOG_RATIO``, beyond which it has no gradient."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
 
 def as_bool_mask(mask: Tensor) -> Tensor:
     """Bool, integer or float mask -> bool mask of the same shape; anything non-zero is kept."""

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_occ.losses._inputs import as_bool_mask, neutralised, require_same_shape
-from megatron_occ.losses.policy import MAX_LOG_RATIO
+from megatron_occ.losses._inputs import as_bool_mask, bounded, neutralised, require_same_shape
 
 WEIGHTS = ("none", "token", "sequence")
 OUTSIDE = ("truncate", "mask")
@@ -162,7 +161,7 @@ def _outside(log_ratio: Tensor, low: float | None, high: float | None) -> tuple[
 def _bounded(
     log_ratio: Tensor, outside: tuple[Tensor, Tensor], settings: CorrectionSettings
 ) -> Tensor:
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = bounded(log_ratio).exp()
     for where, bound in zip(outside, (settings.low, settings.high), strict=True):
         if bound is not None:
             ratio = torch.where(where, bound if settings.outside == "truncate" else 0.0, ratio)

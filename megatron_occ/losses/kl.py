@@ -8,12 +8,11 @@ from torch import Tensor
 from megatron_occ.losses._inputs import (
     as_bool_mask,
     at_least_float32,
+    bounded,
     neutralised,
     require_same_shape,
 )
 
-# as that of the policy loss
-MAX_LOG_RATIO = 20.0
 KINDS = ("k1", "k2", "k3")
 
 
@@ -91,7 +90,7 @@ def kl_penalty(
     if old_logprobs is None:
         return found
     log_ratio = _difference(logprobs, old_logprobs.detach(), mask)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = bounded(log_ratio).exp()
     # the ratio's own gradient would drive a clamped token on, away from the reference
     is_clamped = (difference != raw) | (found != estimate)
     return found * torch.where(is_clamped, ratio.detach(), ratio)

@@ -9,16 +9,13 @@ from torch import Tensor
 
 from megatron_occ.losses._inputs import (
     as_bool_mask,
+    bounded,
     neutralised,
     require_same_shape,
 )
 from megatron_occ.losses.objectives import Clipped, Objective, Terms
 
 AGGREGATIONS = ("token", "sequence", "sum", "constant", "gspo")
-
-# exp(20) is 5e8: far outside of any clip range, and small enough not to overflow when multiplied
-# by advantages and summed in float32.
-MAX_LOG_RATIO = 20.0
 
 
 def policy_loss(
@@ -91,7 +88,7 @@ def policy_loss(
             _row_mean(values, keep) for values in (new, old, advantage, importance, approx_kl)
         )
     units = keep.any(dim=1) if aggregation == "gspo" else keep
-    ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = bounded(new - old).exp()
     found = objective(Terms(ratio, advantage, new, old))
     losses = found.values * importance
     total = (_row_mean(losses, keep) if aggregation == "sequence" else losses * units).sum()
@@ -180,7 +177,7 @@ def _row_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    clamped = bounded(log_ratio)
     return torch.expm1(clamped) - clamped
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_occ.losses._inputs import as_bool_mask, neutralised, require_same_shape
-from megatron_occ.losses.policy import AGGREGATIONS, MAX_LOG_RATIO
+from megatron_occ.losses._inputs import as_bool_mask, bounded, neutralised, require_same_shape
+from megatron_occ.losses.policy import AGGREGATIONS
 
 WEIGHTINGS = ("ppo", "truncated", "unit")
 
@@ -74,5 +74,5 @@ def token_weights(
     if ratio_cap is None:
         return keep.to(neutralised(logprobs, keep))
     log_ratio = neutralised(logprobs.detach(), keep) - neutralised(old_logprobs.detach(), keep)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=ratio_cap)
+    ratio = bounded(log_ratio).exp().clamp(max=ratio_cap)
     return torch.where(keep, ratio, 0.0)

@@ -67,7 +67,7 @@ def activations(config: Config, held: Held, tokens: int, length: int, recompute:
     mtp_layer = kinds[config.model.moe.num_experts is not None]
     copies = config.mtp.num_layers * len(regime_from(config.mtp).passes) * held.has_mtp
     each, once = 0.0, [0.0]
-    for moe, whole in _whole_layers(config, held, recompute).items():
+    for moe, whole in _whole_layers(config, counts, recompute).items():
         each += whole * split + (counts[moe] - whole) * kinds[moe].kept(recompute.modules)
         once.append(kinds[moe].kept() * bool(whole))
         once.append(kinds[moe].largest(recompute.modules) * (counts[moe] > whole))
@@ -81,14 +81,13 @@ def activations(config: Config, held: Held, tokens: int, length: int, recompute:
     return Kept(local * each, local * max(once))
 
 
-def _whole_layers(config: Config, held: Held, recompute: Recompute) -> dict[bool, int]:
-    """Dense and MoE layers of the rank that are computed again as a whole."""
-    counts = {False: held.dense_layers, True: held.moe_layers}
+def _whole_layers(config: Config, counts: dict[bool, int], recompute: Recompute) -> dict[bool, int]:
+    """Of the rank's dense and MoE layers those that are computed again as a whole."""
     if recompute.layers is None:
         return counts
     # the first layers of each chunk: dense ones are the first of the model
     left = min(recompute.layers * config.parallel.virtual_pipeline, sum(counts.values()))
-    dense = min(left, held.dense_layers)
+    dense = min(left, counts[False])
     return {False: dense, True: left - dense}
 
 
