@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.fp8_utils import get_fp8_recipe
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -25,6 +26,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint_folder import damage
+from megatron_occ.mcore.fp8_state import has_scaling_state, load_scaling_state, scaling_state
 from megatron_occ.mcore.versions import check_written_by, installed_version
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class DamagedCheckpointError(ValueError):
 
 # of the optimizer's state; weights of any format can be read
 FORMAT = 2
+# of each rank, like its random state; in meta.json: whether it is there
+_FP8 = "fp8_scaling"
 # beside the files of tensors
 _FILES = (".metadata", "metadata.json")
 # of what two descriptions differ in, how much an error names
@@ -51,15 +55,22 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
     Raises:
         ValueError: the checkpoint is missing, or was written for another model, tokenizer or data.
     """
-    stored = check_meta(path, {"format": FORMAT, **meta}).get("layout")
-    now = describe_layout(actor.config, actor.layout.world_size)
+    found = check_meta(path, {"format": FORMAT, **meta})
+    stored, now = found.get("layout"), describe_layout(actor.config, actor.layout.world_size)
     wanted = sharded_state(actor, loading=True)
+    if not found.get(_FP8):
+        # written with another scaling of FP8, or none
+        wanted.pop(_FP8, None)
     if stored != now:
         logger.info("%s: layout was %s, is %s: leaving out random state", path, stored, now)
-        del wanted["rng"]
+        for name in ("rng", _FP8):
+            wanted.pop(name, None)
     state = _load(wanted, path)
     load_model(actor, state)
     actor.optimizer.load_state_dict(state)
+    if _FP8 in wanted:
+        recipe = get_fp8_recipe(actor.chunks[0].config)
+        load_scaling_state(actor.chunks, state[_FP8], recipe)
     if "rng" in wanted:
         torch.set_rng_state(state["rng"]["cpu"])
         if torch.cuda.is_available():
@@ -73,15 +84,11 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
     Raises:
         ValueError: as :func:`load_checkpoint`; the data may differ.
     """
-    stored = check_weights(path, meta)
+    check_weights(path, meta)
     wrong = damage(path)
     if wrong is not None:
         raise DamagedCheckpointError(f"{path}: {wrong}")
-    wanted = model_state(actor)
-    if "source" in stored:
-        # a converted one: layers leave nothing there but weights
-        wanted = {name: _tensors_of(chunk) for name, chunk in wanted.items()}
-    load_model(actor, _load(wanted, path))
+    load_model(actor, _load(model_state(actor), path))
     actor.optimizer.megatron.reload_model_params()
 
 
@@ -197,12 +204,13 @@ def describe_layout(config: Config, world_size: int) -> dict[str, Any]:
 def model_state(actor: MegatronGPTActor) -> dict[str, Any]:
     """Sharded state of each chunk; its keys number layers through the model, not the chunk.
 
-    A pipeline layout may leave a chunk without any parameter: such a chunk has no entry.
+    A pipeline layout may leave a chunk without any parameter: such a chunk has no entry. What
+    layers have besides tensors is left out: see ``fp8_state.py``.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group}
     return {
-        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        f"model{index}": _tensors_of(chunk.sharded_state_dict(metadata=metadata))
         for index, chunk in enumerate(actor.chunks)
         if any(True for _ in chunk.parameters())
     }
@@ -212,8 +220,8 @@ def load_model(actor: MegatronGPTActor, state: dict[str, Any]) -> None:
     """Take over what was loaded for :func:`model_state`."""
     for index, chunk in enumerate(actor.chunks):
         found = state.get(f"model{index}", {})
-        # Megatron's layers have a state besides their weights; a converted checkpoint has none
-        rest = {k: v for k, v in chunk.state_dict().items() if k.endswith("_extra_state")}
+        # of layers that have a state besides their tensors, None leaves it as it is
+        rest = {k: None for k in chunk.state_dict() if k.endswith("_extra_state")}
         chunk.load_state_dict(rest | found)
     actor.has_weights = True
 
@@ -224,9 +232,12 @@ def sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
+    of_ranks = {"rng": random_state}
+    if has_scaling_state(actor.config):
+        of_ranks[_FP8] = scaling_state(actor.chunks)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return {
         **weights,
         **actor.optimizer.sharded_state_dict(weights, loading=loading),
-        "rng": ShardedObject("rng", random_state, (world,), (rank,), replica_id=0),
+        **{k: ShardedObject(k, v, (world,), (rank,), replica_id=0) for k, v in of_ranks.items()},
     }

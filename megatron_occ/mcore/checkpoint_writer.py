@@ -31,6 +31,7 @@ from megatron_occ.mcore.checkpoint_folder import (
 )
 from megatron_occ.mcore.checkpoint_process import in_own_process, what_updates_change
 from megatron_occ.mcore.cpu.forking import not_inherited, regions
+from megatron_occ.mcore.fp8_state import has_scaling_state
 from megatron_occ.mcore.versions import installed_version
 
 # what Megatron says where a writer has ended without a word
@@ -166,6 +167,7 @@ class CheckpointWriter:
             "free": free_settings(config),
             "format": FORMAT,
             "has_checksums": True,
+            "fp8_scaling": has_scaling_state(config),
             "megatron_core": installed_version(),
         }
         (path / CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))

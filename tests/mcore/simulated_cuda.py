@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from megatron_occ.mcore import layout
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.vocabulary import fused
 
 CUDA = torch.device("cuda", 0)
 PROPERTIES = {
@@ -238,6 +239,8 @@ def simulated_cuda() -> Iterator[SimulatedCUDA]:
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=CUDA))
         stack.enter_context(mock.patch.object(Tensor, "cuda", lambda tensor, **_: tensor.to(CUDA)))
         stack.enter_context(mock.patch.object(nn.Module, "to", _to(nn.Module.to)))
+        # there is nothing to compile for
+        stack.enter_context(mock.patch.object(fused, "kernel", lambda function: function))
         on_cuda = functools.partial(Layout.of_this_rank, CUDA)
         there = mock.patch.object(Layout, "of_this_rank", side_effect=lambda _: on_cuda())
         stack.enter_context(there)

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.layout_cases import Case
 from benchmarks.layout_runs import measure, reference
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.checkpoint import read_plain
 from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.mcore.estimate.ranks import estimate
 from megatron_occ.mcore.inference.engine import Speculation
@@ -108,10 +109,14 @@ def test_a_corrupted_resume_fails(tmp_path):
     file = metrics / "metrics.jsonl"
     file.write_text(re.sub('"loss/policy": [^,}]+', '"loss/policy": 1.5', file.read_text()))
     _, checkpoint = list_checkpoints(weights / "checkpoints" / "rl")[-1]
-    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    largest.write_bytes(content)
+    weight = (
+        read_plain(checkpoint)["embedding.word_embeddings.weight"].flatten()[:16].numpy().tobytes()
+    )
+    for file in checkpoint.glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        if weight in content:
+            content[content.index(weight)] ^= 0x10
+            file.write_bytes(content)
     row = functools.partial(resume_row, whole)
     assert row(same, same).status == OK
     assert row(metrics, same).text == "differs from the undisturbed run"

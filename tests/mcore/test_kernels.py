@@ -22,7 +22,7 @@ from megatron_occ.mcore.inference.kernels import (
     Shapes,
     choose_attention,
     flash_attention,
-    torch_varlen,
+    torch_flash,
     trial,
 )
 from tests.mcore.test_generation import make_engine, prompts, requests, respond, settings
@@ -190,31 +190,29 @@ def test_what_flash_attention_is_asked(monkeypatch):
 
 @pytest.mark.parametrize("shapes", [MANY, ONE])
 def test_what_torch_is_asked(monkeypatch, shapes):
-    """Its kernel has no CPU version: what it documents, in its place."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    """Its kernel has no CPU version: what it does, in its place."""
 
     def ragged(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
-        return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None,
-        block_table=None, num_splits=None,
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+        return_debug_mask, *, scale=None, seqused_k=None,
     ):  # fmt: skip
-        assert window_size == (-1, 0)
-        assert enable_gqa or query.size(1) == key.size(1)
+        assert (dropout_p, is_causal, return_debug_mask) == (0.0, True, False)
         found = []
         for row, length in enumerate(seqused_k.tolist()):
-            mine = slice(cu_seq_q[row], cu_seq_q[row + 1])
-            theirs = slice(cu_seq_k[row], cu_seq_k[row + 1])
+            mine = slice(cum_seq_q[row], cum_seq_q[row + 1])
+            theirs = slice(cum_seq_k[row], cum_seq_k[row + 1])
             assert (mine.stop - mine.start, theirs.stop - theirs.start) == (max_q, max_k)
             one = [each.unsqueeze(0) for each in (query[mine], key[theirs], value[theirs])]
             found.append(plain_kernel(*one, torch.tensor([length]), scale)[0])
-        return torch.cat(found)
+        return torch.cat(found), None, None, None, None
 
-    assert (
-        inspect.signature(ragged).parameters.keys()
-        == inspect.signature(varlen.varlen_attn).parameters.keys()
-    )
-    monkeypatch.setattr(varlen, "varlen_attn", ragged)
-    attention = ByRowLengths("varlen", torch_varlen())
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    known = [each.name for each in schema.arguments]
+    asked = list(inspect.signature(ragged).parameters)
+    assert known[: len(asked) - 2] == asked[:-2]
+    assert set(asked) < set(known)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", ragged)
+    attention = ByRowLengths("torch's flash", torch_flash())
     assert trial(attention, shapes, dtype=torch.float32, device=CPU) < 1e-5
 
 

@@ -42,6 +42,17 @@ def test_the_engine_samples_with_the_log_probs_of_training(side, drafts):
     assert gap < 1e-4
 
 
+def test_a_layer_without_a_bias_may_have_an_empty_tensor_in_its_place(side):
+    """As TransformerEngine's have."""
+    layers = [m for chunk in side.actor.inference_chunks() for m in chunk.modules()]
+    attentions = [m for m in layers if hasattr(m, "linear_qkv")]
+    assert len(attentions) == 3
+    for module in attentions:
+        module.linear_qkv._parameters.pop("bias", None)
+        module.linear_qkv.bias = torch.empty(0, device=side.device)
+    assert engine_gap(side.actor, Speculation(2))[0] < 1e-4
+
+
 def test_drafts_do_not_change_what_is_sampled(side):
     requests = [Request([1 + row, 2, 3], row) for row in range(6)]
     found = [

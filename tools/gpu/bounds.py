@@ -9,8 +9,9 @@ from dataclasses import dataclass
 DEVIATION = 1e-4
 # log-probs of the engine against the training forward pass in fp32, in nats
 ENGINE_GAP = 1e-4
-# the same as RL logs it, mean and largest of a token, by precision
-LOGPROB_GAP = {"bf16": (0.03, 1.0), "fp8": (0.15, 4.0)}
+# the same as RL logs it, mean and largest of a token, by precision. The largest of a small model
+# says little: a CPU's bf16 is up to 2 nats off its fp32 in 2,000 responses of one, 0.003 on average
+LOGPROB_GAP = {"bf16": (0.03, 4.0), "fp8": (0.15, 8.0)}
 # rewards of two runs of the same prompts: standard errors of the mean difference, and what is
 # always allowed
 REWARD_ERRORS, REWARD_SLACK = 3.0, 0.05
@@ -46,13 +47,15 @@ AIMS = {
 }
 # seconds that a section may take, the most valuable first
 LIMITS = {
-    "environment": 20,
-    "correct": 95,
-    "runs": 90,
+    "environment": 40,
+    "correct": 130,
+    "runs": 150,
     "training": 100,
     "rollouts": 95,
     "memory": 20,
 }
+# sections that go at once: neither of them is timed
+TOGETHER = ("correct", "runs")
 # of each section of a rehearsal: a busy machine may be slow, and only what hangs is to be cut
 REHEARSAL_LIMIT = 600
 SECTIONS = tuple(LIMITS)

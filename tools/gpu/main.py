@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.gpu.bounds import LIMITS, REHEARSAL_LIMIT, SECTIONS
+from tools.gpu.bounds import LIMITS, REHEARSAL_LIMIT, SECTIONS, TOGETHER
 from tools.gpu.results import SectionResult, table, write_results
 from tools.gpu.runner import run_section
 from tools.gpu.session import rows_file
@@ -75,19 +77,41 @@ def run_all(chosen: Chosen, out: Path, *, rehearse: bool) -> list[SectionResult]
     if rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     results: list[SectionResult] = []
-    for section, parts in chosen.items():
-        shutil.rmtree(out / section, ignore_errors=True)
-        limit = REHEARSAL_LIMIT if rehearse else LIMITS[section]
-        command = [sys.executable, "-m", "tools.gpu.section", section, "--out", str(out)]
-        # it ends by itself with the rows that it has, before it is cut
-        command += ["--limit", str(0.9 * limit), *["--rehearse"] * rehearse]
-        command += [f"--part={part}" for part in parts]
-        log = out / "logs" / f"{section}.log"
-        result = run_section(section, command, limit, log, rows_file(out, section), environment)
-        results.append(result)
+    for group in in_groups(chosen):
+        calls = [
+            functools.partial(_run, section, chosen[section], out, environment, rehearse=rehearse)
+            for section in group
+        ]
+        with ThreadPoolExecutor(len(group)) as pool:
+            results += pool.map(lambda call: call(), calls)
         write_results(out / "results.json", results, {"rehearsal": rehearse})
-        print(f"{section}: {result.seconds:.0f} of {limit} s", flush=True)
+        for result in results[-len(group) :]:
+            print(f"{result.name}: {result.seconds:.0f} s", flush=True)
     return results
+
+
+def in_groups(sections: Iterable[str]) -> list[list[str]]:
+    """Sections in their order, those of ``TOGETHER`` in one group."""
+    groups: list[list[str]] = []
+    for section in sections:
+        if section in TOGETHER and groups and groups[-1][0] in TOGETHER:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    return groups
+
+
+def _run(
+    section: str, parts: list[str], out: Path, environment: dict[str, str], *, rehearse: bool
+) -> SectionResult:
+    shutil.rmtree(out / section, ignore_errors=True)
+    limit = REHEARSAL_LIMIT if rehearse else LIMITS[section]
+    command = [sys.executable, "-m", "tools.gpu.section", section, "--out", str(out)]
+    # it ends by itself with the rows that it has, before it is cut
+    command += ["--limit", str(0.9 * limit), *["--rehearse"] * rehearse]
+    command += [f"--part={part}" for part in parts]
+    log = out / "logs" / f"{section}.log"
+    return run_section(section, command, limit, log, rows_file(out, section), environment)
 
 
 def _python_path() -> str:

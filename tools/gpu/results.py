@@ -23,12 +23,14 @@ class Row:
             aimed for; ``SKIPPED``: not possible here; ``INFO``: nothing to judge.
         text: what was found, in words.
         numbers: the same, to be read by programs.
+        at: seconds after the section's begin.
     """
 
     part: str
     status: str
     text: str
     numbers: dict[str, Any] = field(default_factory=dict)
+    at: float = 0.0
 
 
 @dataclass

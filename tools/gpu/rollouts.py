@@ -25,7 +25,7 @@ from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.inference.graphs import CUDACapture
 from megatron_occ.rl.pretraining import PretrainTrainer
 from megatron_occ.rollout import SamplingSettings
-from tools.gpu.device import copy_bandwidth, on_gpu, start
+from tools.gpu.device import copy_bandwidth, drawn_here, on_gpu, start
 from tools.gpu.judging import judge_aim
 from tools.gpu.operations import cycle_bytes
 from tools.gpu.results import FAILED, INFO, OK, Row
@@ -91,7 +91,7 @@ class Rates:
             "pretrain.optimizer.lr=6e-4",
             "pretrain.optimizer.warmup_steps=5",
         )
-        self.config = load_config([], [*scale.model, *overrides])
+        self.config = load_config([], [*scale.model, *overrides, *drawn_here()])
         self.actor = MegatronGPTActor(
             self.config,
             scale.vocabulary,

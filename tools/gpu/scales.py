@@ -119,7 +119,7 @@ class RolloutScale:
     peer_response: int
 
 
-TRAINING = TrainingScale(_DENSE, _MOE, 32768, 4096, 8192, 4, 3)
+TRAINING = TrainingScale(_DENSE, _MOE, 32768, 4096, 16384, 2, 3)
 TOY_TRAINING = TrainingScale(
     _TOY,
     (*_TOY, "model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=64"),
@@ -130,7 +130,7 @@ TOY_TRAINING = TrainingScale(
     rounds=2,
 )
 # the batches that have an aim come first
-ROLLOUTS = RolloutScale(_ROLLOUT, 32768, 60, (16, 512), (64, 1, 16, 256), 32, 512, 128)
+ROLLOUTS = RolloutScale(_ROLLOUT, 32768, 60, (16, 512), (64, 1, 16, 256), 32, 512, 32)
 TOY_ROLLOUTS = RolloutScale(
     (*_TOY, "model.max_position_embeddings=128"), 96, 10, (4, 32), (4, 1), 8, 24, 24
 )

@@ -7,6 +7,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +42,8 @@ class Session:
         self.folder = folder / section
         self._file, self._told = rows_file(folder, section), told
         self._rows: list[Row] = []
-        self._end = time.monotonic() + limit
+        self._begin = time.monotonic()
+        self._end = self._begin + limit
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -78,6 +80,7 @@ class Session:
 
     def add(self, row: Row) -> None:
         """Keep a row and print it."""
+        row = replace(row, at=round(time.monotonic() - self._begin, 1))
         self._rows.append(row)
         write_rows(self._file, self._rows)
         print(line(self.section, row), file=self._told, flush=True)

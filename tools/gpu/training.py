@@ -21,6 +21,7 @@ from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.update import PolicyUpdater, Update
 from tools.gpu.device import (
+    drawn_here,
     forget_peak,
     matrix_ceiling,
     on_gpu,
@@ -65,7 +66,7 @@ class Side:
 
     def __init__(self, scale: TrainingScale, model: Sequence[str], preset: str) -> None:
         self.scale, self.overrides = scale, scale.overrides(tuple(model))
-        config = load_config([], [*self.overrides, f"mtp.preset={preset}"])
+        config = load_config([], [*self.overrides, *drawn_here(), f"mtp.preset={preset}"])
         self.actor = MegatronGPTActor(
             config,
             scale.vocabulary,

@@ -15,7 +15,7 @@ from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.activations import EVERYTHING, NOTHING, activations, asked
 from megatron_occ.mcore.estimate.generation import generation_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes
-from megatron_occ.mcore.vocabulary.logprobs import CHUNK_LOGITS
+from megatron_occ.mcore.vocabulary.logprobs import FUSED_LOGITS
 from megatron_occ.rl.calibration import regime_from
 
 _FP32 = 4
@@ -190,7 +190,7 @@ def _in_flight(config: Config, stage: int, micro_batches: int) -> float:
 
 
 def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
-    """Hidden states of all heads, and the tile of logits, in fp32 and as it is multiplied."""
+    """Hidden states of all heads; a tile of logits and its gradient, as on a GPU."""
     local = tokens // config.parallel.context
     heads = 1
     if config.mtp.num_layers:
@@ -198,6 +198,5 @@ def _output(config: Config, held: Held, tokens: int) -> dict[str, int]:
         heads += config.mtp.num_layers * passes
     # with their gradients
     states = 2 * heads * local * config.model.hidden_size * element_bytes(config)
-    tile = min(CHUNK_LOGITS, local * held.vocabulary)
-    narrow = 0 if config.precision == "fp32" else tile * 2
-    return {"hidden states of the heads": states, "tile of logits": 2 * tile * _FP32 + narrow}
+    tile = min(FUSED_LOGITS, local * held.vocabulary) * element_bytes(config)
+    return {"hidden states of the heads": states, "tile of logits": 2 * tile}

@@ -40,9 +40,12 @@ def gather_last(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def tensor_of(module: Any, name: str = "weight") -> Tensor | None:
-    """A module's parameter without autograd; None where the module has none."""
+    """A module's parameter without autograd; None where the module has none.
+
+    TransformerEngine's layers without a bias have an empty tensor in its place.
+    """
     found = getattr(module, name, None)
-    return None if found is None else found.detach()
+    return None if found is None or not found.numel() else found.detach()
 
 
 def norm_before(linear: Any, module: Any) -> Tensor | None:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_occ.mcore.vocabulary.tiles import SoftmaxSums, Tiles, VocabShard, add_product, blocks
+from megatron_occ.mcore.vocabulary import fused
+from megatron_occ.mcore.vocabulary.tiles import SoftmaxSums, Tiles, VocabShard, blocks
+
+# elements: 16 MiB in fp32
+ADDED_AT_ONCE = 2**22
 
 
 def local_sums(
@@ -26,7 +30,7 @@ def local_sums(
         targets: [n].
         weight: [size of the shard, h].
         shard: this rank's part of the vocabulary.
-        tiles: two copies of a tile if entropies are wanted.
+        tiles: two copies of a tile if entropies are wanted, unless they are fused.
         wanted: whether entropies and whether top ids are.
     """
     if not (weight.size(0) and hidden.size(0)):
@@ -35,21 +39,25 @@ def local_sums(
     for rows in blocks(hidden.size(0), tiles.rows):
         sums = None
         for columns in blocks(weight.size(0), tiles.columns):
-            logits = tiles.logits(hidden[rows], weight[columns])
+            pair = hidden[rows], weight[columns]
             position = shard.locate(targets[rows], columns)
-            found = _tile_sums(logits, position, shard.start + columns.start, tiles, wanted)
+            found = _tile_sums(pair, position, shard.start + columns.start, tiles, wanted)
             sums = found if sums is None else sums.merge(found)
         parts.append(sums)
     return SoftmaxSums.concatenate(parts)
 
 
 def _tile_sums(
-    logits: Tensor,
+    pair: tuple[Tensor, Tensor],
     position: tuple[Tensor, Tensor],
     first_id: int,
     tiles: Tiles,
     wanted: tuple[bool, bool],
 ) -> SoftmaxSums:
+    if tiles.fused:
+        logits = tiles.products(*pair)
+        return fused.tile_sums(logits, position, first_id, tiles.temperature, wanted)
+    logits = tiles.logits(*pair)
     want_entropy, want_top = wanted
     maximum, top = logits.max(-1) if want_top else (logits.amax(-1), None)
     top_ids = top + first_id if want_top else None
@@ -100,9 +108,19 @@ class HeadGradient:
         self.total = new(self.hidden, dtype=self.hidden.dtype if one_block else self.log_z.dtype)
 
     def of_logits(
-        self, logits: Tensor, rows: slice, position: tuple[Tensor, Tensor], tiles: Tiles
+        self, block: Tensor, rows: slice, position: tuple[Tensor, Tensor], tiles: Tiles
     ) -> Tensor:
-        """Gradient of undivided logits in the precision of matrix products; uses up the tile."""
+        """Gradient of undivided logits [rows, columns], in the precision of matrix products.
+
+        Args:
+            block: [columns, h] of the weight.
+            rows: of the head's tokens.
+            position: of their targets, see ``VocabShard.locate``.
+            tiles: the next one overwrites what is returned.
+        """
+        if tiles.fused:
+            return self._fused(tiles.products(self.hidden[rows], block), rows, position, tiles)
+        logits = tiles.logits(self.hidden[rows], block)
         log_probs = logits.sub_(self.log_z[rows, None])
         scale = self.scale[rows, None]
         if self.slope is None:
@@ -116,6 +134,13 @@ class HeadGradient:
         column, owned = position
         grad.scatter_add_(-1, column[:, None], scale * owned[:, None])
         return tiles.narrowed(grad)
+
+    def _fused(
+        self, logits: Tensor, rows: slice, position: tuple[Tensor, Tensor], tiles: Tiles
+    ) -> Tensor:
+        terms = None if self.slope is None else (self.slope[rows], self.offset[rows])
+        of_rows = self.log_z[rows], self.scale[rows]
+        return fused.logit_gradient(logits, position, tiles.temperature, *of_rows, terms)
 
     def finish(self) -> Tensor | None:
         """Gradient of the hidden states; gives up the sum."""
@@ -147,11 +172,28 @@ def run_backward(
         for i, (head, rows) in enumerate(pieces):
             hidden = head.hidden[rows]
             position = shard.locate(head.targets[rows], columns)
-            grad = head.of_logits(tiles.logits(hidden, block), rows, position, tiles)
+            grad = head.of_logits(block, rows, position, tiles)
             if head.total is not None:
-                add_product(head.total[rows], grad, block, first=columns.start == 0)
+                _add_product(head.total[rows], grad, block, tiles, first=columns.start == 0)
             if need_weight:
-                add_product(total, grad.t(), hidden, first=i == 0)
+                _add_product(total, grad.t(), hidden, tiles, first=i == 0)
         if sums is not None:
             grad_weight[columns] = total
     return grad_weight
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, tiles: Tiles, *, first: bool) -> None:
+    """Add ``left @ right`` to a total that may be of higher precision; the first one sets it."""
+    if total.dtype == left.dtype:
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+        return
+    product = left @ right
+    if first:
+        total.copy_(product)
+        return
+    if tiles.fused:
+        fused.add(total, product)
+        return
+    # on the CPU a sum of two precisions makes a copy of the lower one in the higher
+    for rows in blocks(total.size(0), max(1, ADDED_AT_ONCE // total.size(1))):
+        total[rows] += product[rows]

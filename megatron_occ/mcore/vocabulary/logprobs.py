@@ -10,6 +10,9 @@ the weight's gradient; the gradient of the hidden states in fp32 until it is sum
 token. That is 224 MiB for 4096 tokens of three heads and either 32,000 or 151,936 ids at width
 1024, and 297 MiB for 16,384 tokens (``benchmarks/loss_memory.py``).
 
+On a GPU what is done with a tile is one kernel (``fused.py``), which needs no copy of it in fp32. A
+tile has four times as many logits there: one in bf16, and one of their gradient.
+
 Matrix products run in the parameters' precision; softmax, and sums over tiles, in fp32.
 """
 
@@ -25,8 +28,8 @@ from torch.distributed import ReduceOp
 from megatron_occ.mcore.vocabulary.head_passes import HeadGradient, local_sums, run_backward
 from megatron_occ.mcore.vocabulary.tiles import Tiles, VocabShard, blocks, tile_shape
 
-# logits alive at once, in elements: 64 MiB in fp32
-CHUNK_LOGITS = 2**24
+# logits alive at once, in elements: 64 MiB in fp32; in a fused tile 128 MiB in bf16
+CHUNK_LOGITS, FUSED_LOGITS = 2**24, 2**26
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class TokenStatistics:
     logprobs: Tensor
     entropy: Tensor | None
     top_ids: Tensor | None
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether tiles have kernels of their own: where reading and writing memory takes the time."""
+    return device.type == "cuda"
 
 
 def head_statistics(
@@ -86,8 +94,10 @@ class _HeadStatistics(torch.autograd.Function):
         heads = list(zip(tensors[:count], tensors[count:], wanted, strict=True))
         rows = weight[: shard.size]
         tokens = max(hidden.size(0) for hidden, _, _ in heads)
-        shape = tile_shape(tokens, *rows.shape, CHUNK_LOGITS)
-        tiles = Tiles(weight, shape, temperature, 1 + any(want[0] for want in wanted))
+        fused = is_fused(weight.device)
+        shape = tile_shape(tokens, *rows.shape, FUSED_LOGITS if fused else CHUNK_LOGITS)
+        copies = 1 + any(want[0] for want in wanted)
+        tiles = Tiles(weight, shape, temperature, copies, fused=fused)
         results, log_zs, entropies = [], [], []
         for hidden, targets, want in heads:
             sums = local_sums(hidden, targets, rows, shard, tiles, want).across(shard)
@@ -116,7 +126,8 @@ class _HeadStatistics(torch.autograd.Function):
                 head.allocate(one_block, ctx.shard.size)
         used = [head for head in heads if head is not None]
         copies = 1 + any(head.slope is not None for head in used)
-        tiles = Tiles(weight, ctx.shape, ctx.temperature, copies)
+        fused = is_fused(weight.device)
+        tiles = Tiles(weight, ctx.shape, ctx.temperature, copies, fused=fused)
         grad_weight = run_backward(used, weight, ctx.shard, tiles, need_weight)
         del tiles
         grads = [None if head is None else head.finish() for head in heads]

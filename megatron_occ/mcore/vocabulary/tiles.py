@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-# elements: 16 MiB in fp32
-ADDED_AT_ONCE = 2**22
-
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -58,11 +55,18 @@ def tile_shape(tokens: int, vocabulary: int, width: int, elements: int) -> tuple
 class Tiles:
     """The memory of one tile, used for one tile after the other.
 
-    Fresh memory for each would cost the CPU more than the arithmetic on it.
+    Fresh memory for each would cost the CPU more than the arithmetic on it. On a GPU ``fused.py``
+    reads logits as they are multiplied, and no copy is needed.
     """
 
     def __init__(
-        self, like: Tensor, shape: tuple[int, int], temperature: float, copies: int
+        self,
+        like: Tensor,
+        shape: tuple[int, int],
+        temperature: float,
+        copies: int,
+        *,
+        fused: bool = False,
     ) -> None:
         """Allocate.
 
@@ -71,13 +75,19 @@ class Tiles:
             shape: rows and columns of the largest tile.
             temperature: divides the logits.
             copies: tiles in fp32 (or wider, if ``like`` is).
+            fused: :meth:`products` alone are asked for.
         """
         self.rows, self.columns = shape
-        self._temperature = temperature
+        self.temperature, self.fused = temperature, fused
         wide = torch.promote_types(like.dtype, torch.float32)
         size = self.rows * self.columns
-        self._wide = [like.new_empty(size, dtype=wide) for _ in range(copies)]
-        self._narrow = None if like.dtype == wide else like.new_empty(size)
+        self._wide = [like.new_empty(size, dtype=wide) for _ in range(0 if fused else copies)]
+        self._narrow = like.new_empty(size) if fused or like.dtype != wide else None
+
+    def products(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[rows, h] and [columns, h] to undivided logits in the precision of matrix products."""
+        shape = (hidden.size(0), weight.size(0))
+        return torch.mm(hidden, weight.t(), out=_view(self._narrow, shape))
 
     def logits(self, hidden: Tensor, weight: Tensor, copy: int = 0) -> Tensor:
         """[rows, h] and [columns, h] to logits divided by the temperature, in the given copy."""
@@ -86,8 +96,8 @@ class Tiles:
         if self._narrow is None:
             torch.mm(hidden, weight.t(), out=wide)
         else:
-            wide.copy_(torch.mm(hidden, weight.t(), out=_view(self._narrow, shape)))
-        return wide if self._temperature == 1.0 else wide.div_(self._temperature)
+            wide.copy_(self.products(hidden, weight))
+        return wide if self.temperature == 1.0 else wide.div_(self.temperature)
 
     def memory(self, shape: tuple[int, int], copy: int) -> Tensor:
         """A copy's memory, as a tile of this shape."""
@@ -102,20 +112,6 @@ class Tiles:
 
 def _view(memory: Tensor, shape: tuple[int, int]) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Add ``left @ right`` to a total that may be of higher precision; the first one sets it."""
-    if total.dtype == left.dtype:
-        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
-        return
-    product = left @ right
-    if first:
-        total.copy_(product)
-        return
-    # on the CPU a sum of two precisions makes a copy of the lower one in the higher
-    for rows in blocks(total.size(0), max(1, ADDED_AT_ONCE // total.size(1))):
-        total[rows] += product[rows]
 
 
 @dataclass(frozen=True)
