@@ -22,6 +22,11 @@ class AdvantageConfig:
         "mean is taken off too (REINFORCE++)",
         choices=("group", "step"),
     )
+    without_failures: bool = option(
+        False,
+        "a response whose verifier failed counts in no baseline and trains nothing (false: it "
+        "counts, with a score of 0)",
+    )
 
 
 @dataclass
@@ -142,6 +147,12 @@ class DynamicSamplingConfig:
     enabled: bool = option(False, "replace groups whose rewards have no spread (DAPO)")
     max_rounds: int = option(
         4, "maximum rounds of rollouts per step", minimum=1, maximum=limits.STEPS
+    )
+    spread_of: str = option(
+        "score",
+        "what has to differ in a group: the verifier's scores (DAPO), or rewards, with the penalty "
+        "for length; a group without it that is kept for want of better ones trains nothing",
+        choices=("score", "reward"),
     )
 
 

@@ -96,14 +96,15 @@ RL_SWITCHES = (
     Switch(
         "rl.dynamic_sampling.enabled",
         is_one_of(False),
-        ("rl.dynamic_sampling.max_rounds",),
+        ("rl.dynamic_sampling.max_rounds", "rl.dynamic_sampling.spread_of"),
         "rl.dynamic_sampling.enabled=true",
         zero=1,
     ),
     Switch(
         "rl.overlong.buffer",
         is_one_of(0),
-        ("rl.overlong.penalty",),
+        # without a penalty rewards are scores
+        ("rl.overlong.penalty", "rl.dynamic_sampling.spread_of"),
         "rl.overlong.buffer=1 or more",
         zero=0,
     ),

@@ -21,6 +21,7 @@ def group_advantages(
     baseline: str = "mean",
     normalize: bool = True,
     eps: float = 1e-6,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Advantage of each response against the other responses to the same prompt.
 
@@ -37,6 +38,8 @@ def group_advantages(
         rewards: [n], the responses to one prompt next to each other.
         group_size: responses per prompt; divides n.
         eps: added to the standard deviation, in units of reward.
+        valid: bool [n], responses whose reward says something; the others get 0, and the group is
+            what is left of it. None: all.
 
     Returns:
         [n], in the dtype of `rewards` (float32 if that is not a floating type); computed in
@@ -56,18 +59,21 @@ def group_advantages(
             f"group_size is {group_size}: normalize=True and baseline='leave_one_out' compare a "
             "response with others and need at least 2 responses per prompt"
         )
-    groups = _grouped(rewards, group_size)
+    groups, kept = _grouped(rewards, group_size), _kept(rewards, group_size, valid)
     if baseline == "none":
         if normalize:
             raise ValueError("baseline='none': a group's standard deviation is around its mean")
-        return groups.flatten().to(_output_dtype(rewards))
-    advantages = groups - groups.mean(dim=1, keepdim=True)
-    std = (advantages.square().sum(dim=1, keepdim=True) / max(group_size - 1, 1)).sqrt()
+        return (groups * kept).flatten().to(_output_dtype(rewards))
+    count = kept.sum(dim=1, keepdim=True)
+    others = (count - 1).clamp(min=1)
+    mean = (groups * kept).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    advantages = (groups - mean) * kept
+    std = (advantages.square().sum(dim=1, keepdim=True) / others).sqrt()
     if baseline == "leave_one_out":
-        advantages = advantages * (group_size / (group_size - 1))
+        advantages = advantages * (count / others)
     if normalize:
         advantages = advantages / (std + eps)
-    spread = _spread(groups, rewards.dtype)
+    spread = _spread(groups, kept, rewards.dtype)
     advantages = torch.where(spread.unsqueeze(1), advantages, 0.0)
     return advantages.flatten().to(_output_dtype(rewards))
 
@@ -78,15 +84,18 @@ def advantage_sums(advantages: Tensor) -> Tensor:
     return torch.stack((values.new_tensor(float(len(values))), values.sum(), values.square().sum()))
 
 
-def step_advantages(advantages: Tensor, sums: Tensor, eps: float = 1e-6) -> Tensor:
+def step_advantages(
+    advantages: Tensor, sums: Tensor, eps: float = 1e-6, *, valid: Tensor | None = None
+) -> Tensor:
     """`(A - mean) / (std + eps)` over all responses of a step, REINFORCE++ (arXiv 2501.03262).
 
     With the sample standard deviation (n - 1), as `group_advantages`.
 
     Args:
         advantages: [n] of `group_advantages` without normalisation.
-        sums: of all responses of the step, see `advantage_sums`.
+        sums: of all responses of the step that are valid, see `advantage_sums`.
         eps: added to the standard deviation, in units of reward.
+        valid: bool [n], the others get 0; None: all.
 
     Returns:
         [n] in the dtype of `advantages`; 0 where all of the step are equal.
@@ -98,10 +107,11 @@ def step_advantages(advantages: Tensor, sums: Tensor, eps: float = 1e-6) -> Tens
     rounding = SPREAD_ULPS * torch.finfo(advantages.dtype).eps
     if variance <= (rounding * mean) ** 2:
         return torch.zeros_like(advantages)
-    return ((advantages.double() - mean) / (variance**0.5 + eps)).to(advantages.dtype)
+    found = (advantages.double() - mean) / (variance**0.5 + eps)
+    return (found if valid is None else found * valid).to(advantages.dtype)
 
 
-def group_has_spread(rewards: Tensor, group_size: int) -> Tensor:
+def group_has_spread(rewards: Tensor, group_size: int, *, valid: Tensor | None = None) -> Tensor:
     """Whether the rewards of each group differ, i.e. whether the group gives any gradient.
 
     Used for DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). A difference of at most
@@ -110,6 +120,7 @@ def group_has_spread(rewards: Tensor, group_size: int) -> Tensor:
     Args:
         rewards: [n], the responses to one prompt next to each other.
         group_size: responses per prompt; divides n.
+        valid: bool [n], responses that count; None: all.
 
     Returns:
         bool [n / group_size].
@@ -117,7 +128,8 @@ def group_has_spread(rewards: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: n is not a multiple of `group_size`, or a reward is not finite.
     """
-    return _spread(_grouped(rewards, group_size), rewards.dtype)
+    groups, kept = _grouped(rewards, group_size), _kept(rewards, group_size, valid)
+    return _spread(groups, kept, rewards.dtype)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, penalty: float) -> Tensor:
@@ -170,12 +182,20 @@ def _grouped(rewards: Tensor, group_size: int) -> Tensor:
     return values.reshape(-1, group_size)
 
 
-def _spread(groups: Tensor, dtype: torch.dtype) -> Tensor:
+def _kept(rewards: Tensor, group_size: int, valid: Tensor | None) -> Tensor:
+    """Bool [n / group_size, group_size]."""
+    given = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
+    return given.reshape(-1, group_size)
+
+
+def _spread(groups: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
     # Largest minus smallest, not the standard deviation: it is exactly 0 for equal rewards, while
     # the mean of equal rewards can differ from them by a rounding.
     rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-    magnitude = groups.abs().amax(dim=1)
-    return groups.amax(dim=1) - groups.amin(dim=1) > SPREAD_ULPS * rounding * magnitude
+    magnitude = (groups.abs() * kept).amax(dim=1)
+    largest = groups.masked_fill(~kept, -math.inf).amax(dim=1)
+    smallest = groups.masked_fill(~kept, math.inf).amin(dim=1)
+    return largest - smallest > SPREAD_ULPS * rounding * magnitude
 
 
 def _output_dtype(values: Tensor) -> torch.dtype:

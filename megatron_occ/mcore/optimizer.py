@@ -88,7 +88,11 @@ class JointOptimizer:
         self.updates = 0
 
     def step(self, mix: Callable[[], None] | None = None) -> StepReport:
-        """Clip, update, and advance the schedule. Non-finite gradients skip the update.
+        """Clip, update, and advance the schedule.
+
+        Non-finite gradients skip the update. Trunk or head stay as they are where their whole
+        gradient is 0: nothing was learned about them, so that neither decay nor the moments of
+        earlier updates may move them.
 
         Args:
             mix: called before norms are taken; it may change the gradients.
@@ -105,6 +109,7 @@ class JointOptimizer:
         if not skipped:
             self._clip(False, norms[False], self.trunk_clip)
             self._clip(True, norms[True], self.head_clip)
+            self._hold({head for head, norm in norms.items() if norm == 0})
             self.megatron.step_with_ready_grads()
             self.updates += 1
         # `prepare_grads` made each p.grad an alias of the gradient buffer: left in place, the next
@@ -118,6 +123,12 @@ class JointOptimizer:
         """Count the updates anew, as where moments are put back."""
         self.updates = updates
         set_updates(self.megatron, updates)
+
+    def _hold(self, parts: set[bool]) -> None:
+        """Without a rate Adam counts and forgets, and moves nothing; the schedule sets it anew."""
+        for group in self.megatron.param_groups:
+            if bool(group.get(_HEAD_GROUP)) in parts:
+                group["lr"] = 0.0
 
     def _norm(self, head: bool) -> float:
         squares = (_norm(part, head) ** 2 for part in self.megatron.chained_optimizers)

@@ -109,8 +109,10 @@ class RolloutSource:
                 f"dynamic sampling: {counted(short, 'group')} without spread kept after "
                 f"{counted(rounds, 'round')}"
             )
-        order = sorted(range(len(useful)), key=lambda group: not useful[group])
-        return self._assemble(drawn, order[:wanted], len(useful) - wanted, events)
+        # those of use first
+        order = sorted(range(len(useful)), key=lambda group: not useful[group])[:wanted]
+        chosen = [(group, useful[group]) for group in order]
+        return self._assemble(drawn, chosen, len(useful) - wanted, events)
 
     @property
     def _is_dynamic(self) -> bool:
@@ -138,7 +140,10 @@ class RolloutSource:
         if not self._is_dynamic:
             return [True] * self.config.prompts_per_step
         layout = self.actor.layout
-        spread = group_has_spread(torch.tensor(samples.scores), self.config.samples_per_prompt)
+        by_score = self.config.dynamic_sampling.spread_of == "score"
+        values = torch.tensor(samples.scores) if by_score else self._rewards(samples)
+        size, valid = self.config.samples_per_prompt, self._valid(samples)
+        spread = group_has_spread(values, size, valid=valid)
         by_rank = layout.gather_data_parallel(spread.long().to(layout.device))
         # rank r of R drew prompts r, r + R, ...
         return by_rank.view(layout.data_parallel_size, -1).t().flatten().bool().tolist()
@@ -154,16 +159,28 @@ class RolloutSource:
         return float(layout.all_reduce_data_parallel(largest, maximum=True))
 
     def _assemble(
-        self, drawn: Samples, groups: list[int], dropped: int, events: list[str]
+        self, drawn: Samples, chosen: list[tuple[int, bool]], dropped: int, events: list[str]
     ) -> Rollouts:
-        """Batch from the chosen groups of all ranks; metrics over all responses that were drawn."""
+        """Batch from groups of all ranks; metrics over all responses that were drawn.
+
+        Args:
+            drawn: of this rank.
+            chosen: groups, and whether they are of use.
+            dropped: groups that are not chosen.
+            events: warnings.
+        """
         layout, size = self.actor.layout, self.config.samples_per_prompt
+        ranks = layout.data_parallel_size
         # group g was drawn by rank g % R, as its group g // R
-        own = [g for g in groups if g % layout.data_parallel_size == layout.data_parallel_rank]
-        firsts = [g // layout.data_parallel_size * size for g in own]
-        rows = [first + copy for first in firsts for copy in range(size)]
+        own = [
+            (g // ranks, of_use) for g, of_use in chosen if g % ranks == layout.data_parallel_rank
+        ]
+        rows = [group * size + copy for group, _ in own for copy in range(size)]
         samples, rewards = drawn.take(rows), self._rewards(drawn)
-        advantages = self._advantages(rewards[rows])
+        valid = self._valid(samples)
+        # without a difference in scores, the penalty for length alone would be what is learned
+        learns = torch.tensor([of_use for _, of_use in own for _ in range(size)], dtype=torch.bool)
+        advantages = self._advantages(rewards[rows], valid) * learns
         batch = pad_sequences(
             samples.prompts,
             samples.tokens,
@@ -175,16 +192,24 @@ class RolloutSource:
         )
         if self.config.overlong.leave_out:
             batch = _without(batch, [reason == LENGTH for reason in samples.finish_reasons])
+        if valid is not None:
+            batch = _without(batch, samples.failed)
         return Rollouts(
             batch,
-            [g % layout.data_parallel_size for g in groups for _ in range(size)],
+            [g % ranks for g, _ in chosen for _ in range(size)],
             self._metrics(drawn, rewards, dropped),
             self._readable(samples, rewards[rows], advantages),
             events,
             HeadRows.of(drawn, size, layout) if self.keep_states else None,
         )
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
+    def _valid(self, samples: Samples) -> Tensor | None:
+        """[n], responses that count in baselines; None: all."""
+        if not self.config.advantage.without_failures:
+            return None
+        return ~torch.tensor(samples.failed, dtype=torch.bool)
+
+    def _advantages(self, rewards: Tensor, valid: Tensor | None) -> Tensor:
         """[n], 0 where the policy does not learn; called by all ranks."""
         if not self.config.train_trunk:
             return torch.zeros_like(rewards)
@@ -195,12 +220,14 @@ class RolloutSource:
             self.config.samples_per_prompt,
             baseline=settings.baseline,
             normalize=settings.normalize and not over_step,
+            valid=valid,
         )
         if not over_step:
             return found
         layout = self.actor.layout
-        sums = layout.all_reduce_data_parallel(advantage_sums(found).to(layout.device))
-        return step_advantages(found, sums)
+        counted_ones = found if valid is None else found[valid]
+        sums = layout.all_reduce_data_parallel(advantage_sums(counted_ones).to(layout.device))
+        return step_advantages(found, sums, valid=valid)
 
     def _width(self, samples: Samples) -> int:
         """Tokens of the longest sequence on any rank."""

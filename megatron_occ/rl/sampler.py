@@ -21,10 +21,10 @@ from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, Sampli
 class Samples:
     """Responses of whole groups, one entry a response, and what holds for all of them.
 
-    ``problems`` says why a response could not be scored; "" where it could, and on ranks that did
-    not ask the verifiers. ``drafts`` is how drafts fared, ``failures`` those of verifiers on all
-    ranks. ``states`` has an entry a response too where the engine was asked for states, none
-    elsewhere.
+    ``failed``: a response could not be scored, and has the score 0. ``problems`` says why; "" where
+    it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
+    ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
+    engine was asked for states, none elsewhere.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -34,6 +34,7 @@ class Samples:
     finish_reasons: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    failed: list[bool] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     failures: Failures = field(default_factory=Failures)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
@@ -116,7 +117,7 @@ class Sampler:
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
             answers = [self.without_stop(text) for text in texts]
-            scores, problems, failures = self._score(records, answers)
+            scores, failed, problems, failures = self._score(records, answers)
         failures.check()
         return Samples(
             list(records),
@@ -126,6 +127,7 @@ class Sampler:
             generation.finish_reasons,
             texts,
             scores,
+            failed,
             problems,
             failures,
             generation.drafts,
@@ -134,27 +136,29 @@ class Sampler:
 
     def _score(
         self, records: list[PromptRecord], texts: list[str]
-    ) -> tuple[list[float], list[str], Failures]:
+    ) -> tuple[list[float], list[bool], list[str], Failures]:
         """Scores of this data-parallel share's responses, the same on all ranks of the share.
 
         One of them asks the verifiers: under time limits two processes may get two answers, and
         would then train on different advantages.
 
         Returns:
-            Scores, why responses could not be scored (see :class:`Samples`), and failures on all
-            ranks.
+            Scores, which responses could not be scored and why (see :class:`Samples`), and
+            failures on all ranks.
         """
         layout = self.actor.layout
-        scores = torch.zeros(len(texts), dtype=torch.float64, device=layout.device)
+        # of each response its score, and whether there was a problem
+        found = torch.zeros(2, len(texts), dtype=torch.float64, device=layout.device)
         problems, failures = [""] * len(texts), Failures()
         if layout.is_model_parallel_main:
             items = [(r.task_name, text, r.answer) for r, text in zip(records, texts, strict=True)]
             results = self.verifiers.score(items)
-            scores += torch.tensor([result.score for result in results]).to(scores)
             problems = [result.detail for result in results]
+            pairs = [(result.score, result.status != "ok") for result in results]
+            found += torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t().to(found)
             failures = Failures.of([record.task_name for record in records], results)
-        scores = layout.broadcast_model_parallel(scores)
-        return scores.tolist(), problems, failures.over_ranks(layout)
+        scores, failed = layout.broadcast_model_parallel(found)
+        return scores.tolist(), failed.bool().tolist(), problems, failures.over_ranks(layout)
 
     def without_stop(self, text: str) -> str:
         """What verifiers read: a response up to the text that ended it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,28 @@ def test_a_frozen_head_gets_no_update_and_no_weight_decay(layout, trunk):
     updater.run_update(mini_batch(updater))
     for name, parameter in actor.chunks[0].mtp.named_parameters():
         assert torch.equal(parameter, head[name]), name
+
+
+@pytest.mark.parametrize("preset", ["none", "detach"])
+def test_a_step_without_advantages_leaves_the_trunk_as_it_is(layout, preset):
+    """Neither weight decay nor the moments of the first update move it; the third one is usual."""
+    config = rl_config(preset, 4)
+    config.rl.optimizer.weight_decay = 0.5
+    actor, updater = actor_and_updater(layout, config)
+    mini = mini_batch(updater)
+    nothing = replace(mini, rows=replace(mini.rows, advantages=0.0 * mini.rows.advantages))
+    seen = []
+    for given in (mini, nothing, mini):
+        metrics = updater.run_update(given).metrics
+        weights = {n: p.clone() for n, p in actor.chunks[0].named_parameters()}
+        seen.append((metrics["grad_norm/trunk"], weights))
+    (first, before), (norm, held), (last, after) = seen
+    assert min(first, last) > 0 == norm
+    for name, weight in held.items():
+        is_still = not name.startswith("mtp.") or preset == "none"
+        assert torch.equal(weight, before[name]) is is_still, name
+        if not name.startswith("mtp."):
+            assert not torch.equal(weight, after[name]), name
 
 
 def test_non_finite_gradients_skip_the_update(layout):

@@ -167,3 +167,34 @@ def test_a_step_of_equal_advantages_gives_exactly_zero(value: float) -> None:
 def test_a_small_spread_over_many_responses_is_one() -> None:
     rewards = torch.tensor([1000.0 + 0.01 * (i % 2) for i in range(4096)])
     assert step_advantages(rewards, advantage_sums(rewards)).abs().min() > 0.5
+
+
+SOME = torch.tensor([1.0, 9.0, 0.0, 0.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 3.0])
+SOME_VALID = torch.tensor([True, False, True, True, True, True] + [False] * 5 + [True])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_a_group_is_what_is_left_of_it(baseline: str, normalize: bool) -> None:
+    """Groups of 4 of which three, two equal ones and one are valid."""
+    settings = {"baseline": baseline, "normalize": normalize}
+    found = group_advantages(SOME, 4, valid=SOME_VALID, **settings)
+    three = group_advantages(torch.tensor([1.0, 0.0, 0.0]), 3, **settings)
+    expected = torch.tensor([three[0], 0.0, three[1], three[2]] + [0.0] * 8)
+    torch.testing.assert_close(found, expected)
+    assert group_has_spread(SOME, 4, valid=SOME_VALID).tolist() == [True, False, False]
+    everyone = torch.ones_like(SOME_VALID)
+    for given in (None, everyone):
+        assert torch.equal(
+            group_advantages(SOME, 4, valid=given, **settings),
+            group_advantages(SOME, 4, **settings),
+        )
+
+
+def test_what_is_not_valid_is_in_no_mean_of_the_step() -> None:
+    raw = group_advantages(SOME, 4, baseline="none", normalize=False, valid=SOME_VALID)
+    found = step_advantages(raw, advantage_sums(raw[SOME_VALID]), valid=SOME_VALID)
+    left = [1.0, 0.0, 0.0, 2.0, 2.0, 3.0]
+    mean, deviation = statistics.mean(left), statistics.stdev(left) + 1e-6
+    assert found[SOME_VALID].tolist() == pytest.approx([(r - mean) / deviation for r in left])
+    assert not found[~SOME_VALID].any()

@@ -226,6 +226,37 @@ def test_dynamic_sampling_fills_up_after_the_last_round_and_says_so():
     assert "3 groups without spread kept after 3 rounds" in event
 
 
+PENALTY = ("rl.overlong.buffer=4", "rl.overlong.penalty=0.8", "rl.advantage.normalize=false")
+
+
+def wrong_and_long(names):
+    """No right answer; those to ``names`` differ in their length."""
+    return in_turn(lambda prompt: ["b.", "bbbbb."] if prompt in names else ["b."])
+
+
+def test_groups_that_are_kept_for_want_of_better_ones_do_not_train_on_the_penalty():
+    actor = ScriptedActor(wrong_and_long(prompt_names(0, 12)))
+    rollouts = make_source(rl_config(*DYNAMIC, *PENALTY), actor).generate(Timers())
+    assert "4 groups without spread kept after 3 rounds" in rollouts.events[0]
+    assert not rollouts.batch.advantages.any()
+
+
+def test_a_difference_in_the_penalty_is_one_where_rewards_are_asked_for():
+    names = prompt_names(0, 12)
+    actor = ScriptedActor(wrong_and_long([names[i] for i in (0, 2, 5, 7)]))
+    config = rl_config(*DYNAMIC, *PENALTY, "rl.dynamic_sampling.spread_of=reward")
+    rollouts = make_source(config, actor).generate(Timers())
+    assert rollouts.events == []
+    assert len(actor.calls) == 2
+    assert rollouts.batch.advantages.tolist() == pytest.approx([0.4, -0.4] * 8)
+
+
+def test_without_dynamic_sampling_the_penalty_trains():
+    actor = ScriptedActor(wrong_and_long(prompt_names(0, 4)))
+    batch = make_source(rl_config(*PENALTY), actor).generate(Timers()).batch
+    assert batch.advantages.tolist() == pytest.approx([0.4, -0.4] * 8)
+
+
 def test_without_dynamic_sampling_groups_without_spread_stay():
     actor = ScriptedActor(lambda prompt, seed: "a.")
     source = make_source(rl_config(), actor)

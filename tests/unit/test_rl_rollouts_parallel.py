@@ -93,12 +93,20 @@ def test_ranks_of_one_share_take_the_scores_of_their_main_rank():
         is_model_parallel_main = False
 
         def broadcast_model_parallel(self, values):
-            return values.copy_(torch.arange(len(values)) % 2)
+            if values.dim() != 2:
+                return values
+            scores, failed = values
+            scores.copy_(torch.arange(len(scores)) % 2)
+            failed.copy_(torch.arange(len(scores)) % 4 == 2)
+            return values
 
     def forbidden(*_):
         raise AssertionError("only one rank asks the verifiers")
 
-    source = make_source(rl_config(), FakeActor(layout=SecondOfTwo()), score=forbidden)
+    config = rl_config("rl.advantage.without_failures=true", "rl.advantage.normalize=false")
+    source = make_source(config, FakeActor(layout=SecondOfTwo()), score=forbidden)
     rollouts = source.generate(Timers())
     assert rollouts.metrics["reward/mean"] == 0.5
-    assert rollouts.batch.advantages.abs().min() > 0
+    # scores 0, 1 and 1 of groups of four, whose third response failed
+    expected = pytest.approx([-2 / 3, 1 / 3, 0.0, 1 / 3] * 4)
+    assert rollouts.batch.advantages.tolist() == expected

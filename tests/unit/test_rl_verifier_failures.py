@@ -140,3 +140,33 @@ def test_dynamic_sampling_does_not_draw_again_for_a_broken_verifier():
     with pytest.raises(ValueError, match="all 16 failed"):
         source.generate(Timers())
     assert len(actor.calls) == 1
+
+
+def broken_for_bb(response, answer):
+    return error("e") if "bb" in response else float("a" in response)
+
+
+@pytest.mark.parametrize(
+    ("setting", "advantages", "tokens"),
+    [
+        # scores 1, 0, 0, 0 around 1/4
+        ("false", [0.75, -0.25, -0.25, -0.25], [2, 2, 3, 2]),
+        # 1, 0, 0 around 1/3, and the third response says nothing
+        ("true", [2 / 3, -1 / 3, 0.0, -1 / 3], [2, 2, 0, 2]),
+    ],
+)
+def test_a_response_without_a_score_is_left_out_by_choice(setting, advantages, tokens):
+    actor = ScriptedActor(in_turn(lambda prompt: ["a.", "b.", "bb.", "b."]))
+    config = rl_config("rl.advantage.normalize=false", f"rl.advantage.without_failures={setting}")
+    batch = make_source(config, actor, broken_for_bb).generate(Timers()).batch
+    assert batch.advantages.tolist() == pytest.approx(advantages * 4)
+    assert batch.response_mask.sum(1).tolist() == tokens * 4
+
+
+def test_a_group_of_failures_and_equal_scores_has_no_spread():
+    """Else a failure's 0 beside right answers would be a difference."""
+    actor = ScriptedActor(in_turn(lambda prompt: ["a.", "abb."]))
+    config = rl_config(*DYNAMIC, "rl.advantage.without_failures=true")
+    rollouts = make_source(config, actor, broken_for_bb).generate(Timers())
+    assert "4 groups without spread kept" in rollouts.events[-1]
+    assert not rollouts.batch.advantages.any()
