@@ -23,6 +23,10 @@ SHIPPED = {
     "rl/tiny.yaml": ("rl", 4),
     "rl/dapo_mimo_7b.yaml": ("rl", 128),
     "rl/gspo_mimo_7b.yaml": ("rl", 128),
+    **{
+        f"rl/{name}_mimo_7b.yaml": ("rl", 128)
+        for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp", "cispo", "sapo", "dppo")
+    },
     "rl/dapo_glm45_air.yaml": ("rl", 128),
     "rl/dapo_glm45_air_512.yaml": ("rl", 512),
 }

@@ -106,3 +106,50 @@ def test_half_the_penalty_for_half_the_rewards_gives_the_same_advantages():
     expected = group_advantages(theirs, 8)
     torch.testing.assert_close(group_advantages(ours, 8), expected, rtol=1e-5, atol=0)
     assert expected.unique().numel() > 4
+
+
+# what a loss's own paper says of it
+LOSSES = {
+    "grpo": {"rl.loss.aggregation": "sequence", "rl.loss.clip_low": 0.2, "rl.loss.clip_high": 0.2},
+    "dr_grpo": {"rl.loss.aggregation": "constant", "rl.advantage.normalize": False},
+    "rloo": {
+        "rl.loss.aggregation": "sum",
+        "rl.advantage.baseline": "leave_one_out",
+        "rl.advantage.normalize": False,
+        "rl.mini_batches": 1,
+    },
+    "reinforce_pp": {
+        "rl.loss.aggregation": "token",
+        "rl.advantage.baseline": "none",
+        "rl.advantage.normalize_over": "step",
+    },
+    "cispo": {"rl.loss.kind": "cispo", "rl.loss.clip_low": 1.0, "rl.loss.clip_high": 4.0},
+    "sapo": {"rl.loss.kind": "sapo", "rl.loss.tau_positive": 1.0, "rl.loss.tau_negative": 1.05},
+    "dppo": {
+        "rl.loss.kind": "dppo",
+        "rl.loss.divergence": "tv",
+        "rl.loss.divergence_limit": 0.15,
+        "rl.old_logprobs": "rollout",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_recipe_is_the_loss_of_its_paper_in_the_run_of_this_one(name):
+    config = load_config([CONF / f"{name}_mimo_7b.yaml"])
+    for preset in ("none", "detach", "ce"):
+        given = load_config([CONF / f"{name}_mimo_7b.yaml"], [f"mtp.preset={preset}"])
+        validate(given, command="rl", world_size=128)
+    values, usual = flat_values(config), flat_values(load_config([CONF / "dapo_mimo_7b.yaml"]))
+    assert {key: values[key] for key in LOSSES[name]} == LOSSES[name]
+    # model, sizes, optimizer: all that is no part of the loss
+    loss = ("rl.loss", "rl.advantage", "rl.algorithm", "rl.old_logprobs", "mtp", "run_dir")
+    differ = {key for key in values if values[key] != usual[key] and not key.startswith(loss)}
+    assert differ == ({"rl.mini_batches"} if name == "rloo" else set())
+
+
+@pytest.mark.parametrize("name", ["cispo", "sapo", "dppo"])
+def test_the_regime_that_a_recipe_names_is_accepted(name):
+    regime = ["mtp.preset=occ_decoupled", "mtp.trunk.weighting=truncated"]
+    config = load_config([CONF / f"{name}_mimo_7b.yaml"], regime)
+    validate(config, command="rl", world_size=128)
