@@ -75,6 +75,13 @@ class PolicyLossConfig:
     kl_coefficient: float = option(
         0.0, "weight of the KL penalty to the reference policy", minimum=0, maximum=limits.FACTOR
     )
+    kl_reference_every: int | None = option(
+        None,
+        "RL steps after which the reference policy becomes the present one (null: it stays the "
+        "policy that RL began with)",
+        minimum=1,
+        maximum=limits.STEPS,
+    )
     kl_kind: str = option(
         "k3",
         "estimator of KL(policy || reference): on policy k2 has that KL's gradient and a biased "

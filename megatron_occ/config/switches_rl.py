@@ -112,6 +112,7 @@ RL_SWITCHES = (
         "rl.loss.kl_coefficient",
         is_one_of(0),
         (
+            "rl.loss.kl_reference_every",
             "rl.loss.kl_kind",
             "rl.loss.kl_importance",
             "rl.loss.kl_input_clamp",

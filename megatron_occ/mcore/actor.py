@@ -6,8 +6,8 @@ Method names follow NeMo-Aligner's actors (``infer``, ``get_inference_log_probs`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from megatron_occ.mcore.provider import (
     build_inference_chunk,
     wrap_data_parallel,
 )
+from megatron_occ.mcore.reference import ReferencePolicy
 from megatron_occ.mcore.snapshot import restored
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
@@ -129,7 +130,7 @@ class MegatronGPTActor:
         # this dispatcher of Megatron's gathers all tokens of these ranks, equally many of each
         gathers = token_dispatcher(config) == "allgather"
         self._gathers_tokens = gathers and expert_sharing_group() is not None
-        self._reference: list[Tensor] | None = None
+        self.reference = ReferencePolicy(self.chunks)
         self._inference: list[InferenceChunk] | None = None
 
     @property
@@ -178,7 +179,7 @@ class MegatronGPTActor:
 
     def keep_reference(self) -> None:
         """Remember the current weights as the reference policy."""
-        self._reference = [parameter.detach().clone() for parameter in self._parameters()]
+        self.reference.keep()
 
     def get_init_policy_logprobs(
         self,
@@ -189,7 +190,7 @@ class MegatronGPTActor:
         temperature: float,
     ) -> Tensor:
         """As :meth:`get_inference_log_probs`, under the reference policy."""
-        with self._reference_weights():
+        with self.reference.in_place():
             return self.get_inference_log_probs(
                 ids, parts=parts, lengths=lengths, temperature=temperature
             )
@@ -345,22 +346,6 @@ class MegatronGPTActor:
             value = torch.stack([each[name] for each in maxima if name in each]).amax(0).double()
             found[name] = self.layout.all_reduce_data_parallel(value, maximum=True)
         return found
-
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        for chunk in self.chunks:
-            yield from chunk.parameters()
-
-    @contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        assert self._reference is not None, "keep_reference() was not called"
-        live = [parameter.data for parameter in self._parameters()]
-        try:
-            for parameter, kept in zip(self._parameters(), self._reference, strict=True):
-                parameter.data = kept
-            yield
-        finally:
-            for parameter, current in zip(self._parameters(), live, strict=True):
-                parameter.data = current
 
 
 def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:

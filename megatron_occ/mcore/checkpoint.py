@@ -40,6 +40,7 @@ class DamagedCheckpointError(ValueError):
 FORMAT = 2
 # of each rank, like its random state; in meta.json: whether it is there
 _FP8 = "fp8_scaling"
+_REFERENCE = "reference"
 # beside the files of tensors
 _FILES = (".metadata", "metadata.json")
 # of what two descriptions differ in, how much an error names
@@ -71,6 +72,8 @@ def load_checkpoint(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -
     if _FP8 in wanted:
         recipe = get_fp8_recipe(actor.chunks[0].config)
         load_scaling_state(actor.chunks, state[_FP8], recipe)
+    if _REFERENCE in wanted:
+        actor.reference.load(state[_REFERENCE])
     if "rng" in wanted:
         torch.set_rng_state(state["rng"]["cpu"])
         if torch.cuda.is_available():
@@ -235,9 +238,13 @@ def sharded_state(actor: MegatronGPTActor, *, loading: bool) -> dict[str, Any]:
     of_ranks = {"rng": random_state}
     if has_scaling_state(actor.config):
         of_ranks[_FP8] = scaling_state(actor.chunks)
+    # one that stays what RL began with is read from there again
+    moves = actor.reference.is_kept and actor.config.rl.loss.kl_reference_every is not None
+    reference = {_REFERENCE: actor.reference.sharded_state(weights)} if moves else {}
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return {
         **weights,
+        **reference,
         **actor.optimizer.sharded_state_dict(weights, loading=loading),
         **{k: ShardedObject(k, v, (world,), (rank,), replica_id=0) for k, v in of_ranks.items()},
     }

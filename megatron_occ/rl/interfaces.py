@@ -149,6 +149,10 @@ class Actor(Protocol):
         """As :meth:`get_inference_log_probs`, under the reference policy."""
         ...
 
+    def keep_reference(self) -> None:
+        """The present weights are the reference policy from now on."""
+        ...
+
     def micro_batch(
         self,
         ids: Tensor,

@@ -129,6 +129,9 @@ class GRPOTrainer:
 
     def run_step(self) -> dict[str, float]:
         """One rollout step with its updates; returns metrics."""
+        every = self.config.rl.loss.kl_reference_every
+        if every is not None and self.step > 0 and self.step % every == 0:
+            self.updater.actor.keep_reference()
         rollouts = self._rollouts()
         self._warn(self.step + 1, rollouts.events)
         self.rollout_log.write(self.step + 1, rollouts.samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -137,6 +138,9 @@ class FakeActor:
 
     def get_inference_log_probs(self, ids, *, parts, lengths, temperature):
         return self._log_probs(self.model, ids, parts, lengths, temperature)
+
+    def keep_reference(self):
+        self.reference = copy.deepcopy(self.model)
 
     def get_init_policy_logprobs(self, ids, *, parts, lengths, temperature):
         return self._log_probs(self.reference, ids, parts, lengths, temperature)

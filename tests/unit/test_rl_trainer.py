@@ -120,6 +120,24 @@ def test_the_reference_policy_is_asked_only_if_it_is_used():
     assert "loss/kl" not in trainer.run_step()
 
 
+def test_the_reference_policy_is_renewed_every_so_many_steps():
+    config = ("rl.loss.kl_coefficient=0.1", "rl.loss.kl_reference_every=2", "rl.steps=6")
+    trainer, actor = four_updates(*config)
+    actor.keep_reference()
+
+    def present(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    expected = present(actor.model)
+    for trainer.step in range(5):
+        if trainer.step in (2, 4):
+            expected = present(actor.model)
+        trainer.run_step()
+        found = present(actor.reference)
+        assert all(value.equal(expected[name]) for name, value in found.items())
+        assert not all(value.equal(expected[name]) for name, value in weights(actor).items())
+
+
 def test_training_raises_the_reward():
     """The sign of everything: advantages, ratio, loss, update."""
     config = rl_config("mtp.preset=occ_decoupled", "rl.samples_per_prompt=8", "rl.steps=20")
