@@ -42,6 +42,7 @@ _BOUNDED = ("mtp.trunk.signal=policy", "mtp.trunk.weighting=truncated", "mtp.hea
 CISPO = (
     *_BOUNDED,
     "rl.algorithm=cispo",
+    "rl.loss.top_entropy=0.5",
     "rl.correction.reject=token",
     "rl.correction.reject_low=0.3",
     "rl.correction.reject_high=3",
@@ -49,6 +50,7 @@ CISPO = (
 SAPO = (
     *_BOUNDED,
     "rl.algorithm=sapo",
+    "rl.loss.top_entropy=0.5",
     "rl.correction.weights=sequence",
     "rl.correction.low=0.5",
     "rl.correction.high=2",

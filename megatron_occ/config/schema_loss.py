@@ -69,6 +69,13 @@ class PolicyLossConfig:
         above=0,
         maximum=limits.FACTOR,
     )
+    top_entropy: float = option(
+        1.0,
+        "share of a mini-batch's response tokens, those of the highest entropy at the start of the "
+        "step, that policy losses learn from, 0.2 say (1: all)",
+        above=0,
+        maximum=1,
+    )
     entropy_coefficient: float = option(
         0.0, "weight of the entropy bonus", minimum=0, maximum=limits.FACTOR
     )

@@ -47,6 +47,17 @@ def _values(config: Config) -> Iterator[str]:
             "without the ratio, and loses it with it. Give rl.loss.kl_kind=k3, or "
             "rl.loss.kl_importance=false"
         )
+    if loss.top_entropy < 1 and loss.aggregation == "gspo":
+        yield (
+            f"rl.loss.top_entropy={loss.top_entropy}: chooses tokens, and rl.loss.aggregation=gspo "
+            "has one ratio a sequence. Give rl.loss.top_entropy=1, or another aggregation"
+        )
+    if loss.top_entropy < 1 and config.rl.old_logprobs == "rollout":
+        yield (
+            f"rl.loss.top_entropy={loss.top_entropy}: entropies come from the pass that computes "
+            "old log-probs, and rl.old_logprobs=rollout makes none. Give rl.old_logprobs=training, "
+            "or rl.loss.top_entropy=1"
+        )
     if loss.kind == "dppo" and loss.divergence == "tv" and loss.divergence_limit >= 1:
         yield (
             f"rl.loss.divergence_limit={loss.divergence_limit}: a total variation is never above "

@@ -31,6 +31,7 @@ from megatron_occ.losses.gradients import (
 from megatron_occ.losses.kl import kl_penalty, masked_sum
 from megatron_occ.losses.objectives import Cispo, Clipped, Dppo, Sapo
 from megatron_occ.losses.policy import clipped_policy_loss, policy_loss, response_counts
+from megatron_occ.losses.selection import entropy_threshold, entropy_weights
 from megatron_occ.losses.weighted import weighted_policy_loss
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "clipped_policy_loss",
     "coefficient_from_sums",
     "correct",
+    "entropy_threshold",
+    "entropy_weights",
     "gradient_products",
     "group_advantages",
     "group_has_spread",

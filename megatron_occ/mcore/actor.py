@@ -151,6 +151,7 @@ class MegatronGPTActor:
         parts: Sequence[Sequence[int]],
         lengths: Sequence[int] | None,
         temperature: float,
+        entropies: bool = False,
     ) -> Tensor:
         """Log-probs under the current weights by the training forward pass.
 
@@ -159,23 +160,26 @@ class MegatronGPTActor:
             parts: row indices of each micro-batch, a partition of the rows.
             lengths: tokens of each row: micro-batches are packed; None: padded.
             temperature: divides the logits.
+            entropies: as well.
 
         Returns:
             [n, s] in the source frame: position t is about token t + 1; the last is about none.
+            With ``entropies`` [2, n, s], the second of them in nats.
         """
         batches = []
         for rows in parts:
             part = ids[list(rows)]
             spans = None if lengths is None else [lengths[row] for row in rows]
-            request = HeadRequest(head_targets(part, 0), (), temperature)
+            request = HeadRequest(head_targets(part, 0), (), temperature, entropies)
             batches.append(Sequences(part, spans, request, None))
         found = run_mini_batch(
-            self.wrapped, self._placed(batches), _keep_logprobs, forward_only=True
+            self.wrapped, self._placed(batches), _keep_statistics, forward_only=True
         )
-        result = torch.zeros(ids.shape, device=ids.device)
-        for rows, logprobs in zip(parts if found else (), found, strict=True):
-            result[list(rows)] = logprobs
-        return self.layout.broadcast_last_stage(result)
+        result = torch.zeros(1 + entropies, *ids.shape, device=ids.device)
+        for rows, statistics in zip(parts if found else (), found, strict=True):
+            result[:, list(rows)] = statistics
+        result = self.layout.broadcast_last_stage(result)
+        return result if entropies else result[0]
 
     def keep_reference(self) -> None:
         """Remember the current weights as the reference policy."""
@@ -355,5 +359,6 @@ def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:
             parameter.requires_grad_(False)
 
 
-def _keep_logprobs(outputs: HeadOutputs, _payload: Any) -> tuple[Tensor, Tensor]:
-    return outputs.logprobs.sum(), outputs.logprobs.detach()
+def _keep_statistics(outputs: HeadOutputs, _payload: Any) -> tuple[Tensor, Tensor]:
+    asked = [each for each in (outputs.logprobs, outputs.entropy) if each is not None]
+    return outputs.logprobs.sum(), torch.stack(asked).detach()

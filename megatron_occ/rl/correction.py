@@ -45,7 +45,7 @@ class Corrections:
         return replace(
             rows,
             response_mask=shift_to_tokens(found.keep.to(rows.response_mask), 0),
-            importance_weights=found.weights,
+            importance_weights=_product(rows.importance_weights, found.weights),
         )
 
     def metrics(self, layout: Collectives) -> dict[str, Tensor]:
@@ -55,6 +55,12 @@ class Corrections:
         total = layout.all_reduce_data_parallel(_total(self._sums, layout.device))
         found = correction_metrics(total, self._settings)
         return {f"correction/{name}": value for name, value in found.items()}
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one * other
 
 
 def _total(sums: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -127,6 +127,7 @@ class Actor(Protocol):
         parts: Sequence[Sequence[int]],
         lengths: Sequence[int] | None,
         temperature: float,
+        entropies: bool = False,
     ) -> Tensor:
         """Log-probs [n, s], source frame, under the current weights.
 
@@ -135,6 +136,7 @@ class Actor(Protocol):
             parts: rows of each micro-batch, each row once.
             lengths: n of them, or None.
             temperature: divides the logits.
+            entropies: as well: [2, n, s], the second of them in nats.
         """
         ...
 

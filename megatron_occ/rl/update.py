@@ -32,6 +32,7 @@ from megatron_occ.rl.head_rows import HeadBatch, HeadRows
 from megatron_occ.rl.interfaces import Actor, LossFunction, StepReportLike
 from megatron_occ.rl.prepared import PreparedBatch, count_targets
 from megatron_occ.rl.reports import SKIPPED, on_host, update_metrics
+from megatron_occ.rl.selection import with_top_entropy
 
 _GAP_MEAN, _GAP_MAX = "logprob_gap/mean", "logprob_gap/max"
 
@@ -92,21 +93,26 @@ class PolicyUpdater:
             "lengths": [n for mini in mini_batches for n in mini.lengths or ()] if packed else None,
             "temperature": rl.rollout.temperature,
         }
+        entropies, share = None, rl.loss.top_entropy
         if self.reuses_rollout:
             old = torch.cat([_sampled(mini) for mini in mini_batches])
+        elif share < 1:
+            old, entropies = self.actor.get_inference_log_probs(ids, **arguments, entropies=True)
         else:
             old = self.actor.get_inference_log_probs(ids, **arguments)
         reference = None
         if rl.loss.kl_coefficient > 0:
             reference = self.actor.get_init_policy_logprobs(ids, **arguments)
-        spans = consecutive(len(mini.rows) for mini in mini_batches)
-        return [
-            mini.with_logprobs(
-                old[span.start : span.stop],
-                None if reference is None else reference[span.start : span.stop],
-            )
-            for mini, span in zip(mini_batches, spans, strict=True)
-        ]
+        scored = []
+        for mini, span in zip(
+            mini_batches, consecutive(len(mini.rows) for mini in mini_batches), strict=True
+        ):
+            rows = slice(span.start, span.stop)
+            mini = mini.with_logprobs(old[rows], None if reference is None else reference[rows])
+            if entropies is not None:
+                mini = with_top_entropy(mini, entropies[rows], share, self.actor.layout)
+            scored.append(mini)
+        return scored
 
     def logprob_gap(self, mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
         """Difference between the log-probs of the rollout and of the training forward pass."""

@@ -201,6 +201,17 @@ def test_the_head_is_clipped_on_its_own(layout):
             assert torch.equal(large[0][name], gradient), name
 
 
+def test_entropies_of_the_old_policy_are_those_of_the_first_update(layout):
+    actor, updater = actor_and_updater(layout, rl_config("detach", 4))
+    mini = mini_batch(updater)
+    ids, mask = mini.rows.ids, mini.rows.response_mask[:, 1:]
+    arguments = {"parts": [range(len(ids))], "lengths": None, "temperature": 1.0}
+    logprobs, entropies = actor.get_inference_log_probs(ids, **arguments, entropies=True)
+    assert torch.equal(logprobs, actor.get_inference_log_probs(ids, **arguments))
+    expected = float((entropies[:, :-1] * mask).sum() / mask.sum())
+    assert updater.run_update(mini).metrics["entropy"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_reference_policy_stays_while_the_policy_moves(layout):
     config = rl_config("ce", 4, "rl.loss.kl_coefficient=0.5")
     actor, updater = actor_and_updater(layout, config)

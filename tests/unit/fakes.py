@@ -136,8 +136,12 @@ class FakeActor:
         chain = torch.stack(tokens, dim=1)
         return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 
-    def get_inference_log_probs(self, ids, *, parts, lengths, temperature):
-        return self._log_probs(self.model, ids, parts, lengths, temperature)
+    def get_inference_log_probs(self, ids, *, parts, lengths, temperature, entropies=False):
+        found = self._log_probs(self.model, ids, parts, lengths, temperature)
+        if not entropies:
+            return found
+        log_probs = _main(self.model, ids, temperature)[1].detach()
+        return torch.stack((found, -(log_probs.exp() * log_probs).sum(-1)))
 
     def keep_reference(self):
         self.reference = copy.deepcopy(self.model)

@@ -64,6 +64,7 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.correction.weights=token",
     "rl.correction.reject=token",
     "rl.correction.veto=0.1",
+    "rl.loss.top_entropy=0.2",
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.1",
     "rl.loss.kl_kind=k2",

@@ -176,6 +176,16 @@ REFUSED = [
         "rl.correction.veto=0.1: compares",
         "rl.old_logprobs=training",
     ),
+    (
+        "rl.loss.top_entropy=0.2 rl.old_logprobs=rollout",
+        "rl.loss.top_entropy=0.2: entropies come",
+        "rl.old_logprobs=training",
+    ),
+    (
+        "rl.algorithm=gspo rl.loss.top_entropy=0.2",
+        "rl.loss.top_entropy=0.2: chooses tokens",
+        "another aggregation",
+    ),
     # optimizers: 2 steps of 2 updates in RL, 60 in pretraining
     ("rl.optimizer.min_lr=1e-5", "rl.optimizer.min_lr=1e-05", "rl.optimizer.schedule=cosine"),
     (

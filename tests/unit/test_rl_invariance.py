@@ -44,6 +44,12 @@ VARIANTS = {
         "rl.correction.reject_low=0.7",
         "rl.correction.reject_high=1.45",
     ),
+    "top_entropy": (
+        "mtp.preset=policy",
+        "rl.loss.top_entropy=0.4",
+        "rl.correction.weights=token",
+        "rl.correction.high=1.1",
+    ),
     "sequences_rejected": (
         "mtp.preset=policy",
         "rl.algorithm=grpo",
