@@ -80,6 +80,13 @@ class AlertsConfig:
         above=0,
         below=1,
     )
+    correction: float | None = option(
+        0.1,
+        "share of response tokens that rl.correction rejects, or whose weight is beyond its range, "
+        "above which it is told (null: off)",
+        above=0,
+        below=1,
+    )
     straggler: float | None = option(
         0.25,
         "share of an RL step by which the same rank is behind the median rank in a phase, three "

@@ -30,6 +30,13 @@ CALM_STEPS = 10
 # as `time/<phase>` names them
 STRAGGLER_PHASES = ("rollout", "reward", "logprobs", "train")
 
+# shares of response tokens, and what became of them
+_CORRECTED = {
+    "rejected/tokens": "are rejected",
+    "weight/high": "have a weight above the range",
+    "weight/low": "have a weight below the range",
+}
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -205,6 +212,13 @@ def rules_of(config: AlertsConfig) -> list[Rule]:
             "(alerts.verifier_failures={limit:g})"
         )
         found.append(Above("verifier", "verifier/failed", config.verifier_failures, text))
+    if config.correction is not None:
+        for metric, what in _CORRECTED.items():
+            text = (
+                f"rollout and training are apart: {{now:.1%}} of response tokens {what} "
+                "(alerts.correction={limit:g})"
+            )
+            found.append(Above(metric, f"correction/{metric}", config.correction, text))
     if config.length_burst is not None:
         text = (
             "responses grow at once: {now:.4g} tokens on average, of {start:.4g} in the steps "

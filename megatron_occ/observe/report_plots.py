@@ -47,6 +47,7 @@ def rl_cards(run: RunData) -> list[str]:
         ],
         "Gradient norms": _gradient_panels(run, "rl"),
         "Policy update": _update_panels(run),
+        "Correction for the rollout's policy": _correction_panels(run),
         "Response length": _length_panels(run),
         "Rollout": _rollout_panels(run),
     }
@@ -171,6 +172,20 @@ def _update_panels(run: RunData) -> list[Panel]:
     return [
         Panel(some_series(run, clipped), percent=True, include_zero=True),
         Panel(some_series(run, gap), include_zero=True),
+    ]
+
+
+def _correction_panels(run: RunData) -> list[Panel]:
+    left_out = [
+        ("correction/rejected/tokens", "tokens rejected", 2),
+        ("correction/rejected/sequences", "sequences rejected", 4),
+        ("correction/weight/high", "weights above the range", 6),
+        ("correction/weight/low", "weights below it", 7),
+    ]
+    effective = [("correction/weight/effective", "effective share of tokens", MAIN_COLOR)]
+    return [
+        Panel(some_series(run, left_out), percent=True, include_zero=True),
+        Panel(some_series(run, effective), percent=True, include_zero=True),
     ]
 
 

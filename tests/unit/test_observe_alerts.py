@@ -13,7 +13,7 @@ from megatron_occ.observe.alerts import Alerts, straggler_metrics
 from megatron_occ.rl.stragglers import times_over_ranks
 from tests.unit.fake_layouts import FakeLayout, run_ranks
 
-LIMITS = "entropy logprob_gap acceptance length_burst verifier_failures straggler"
+LIMITS = "entropy logprob_gap acceptance length_burst verifier_failures straggler correction"
 OFF = dict.fromkeys(LIMITS.split())
 
 
@@ -39,6 +39,22 @@ def test_entropy_is_told_when_the_last_five_steps_are_below_a_share_of_the_first
     assert told(alerts(entropy=0.5), course("entropy", values)) == [18]
     assert told(alerts(entropy=0.1), course("entropy", values)) == [20]
     assert told(alerts(entropy=0.5), course("entropy", values[:17])) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "what"),
+    [
+        ("rejected/tokens", "are rejected"),
+        ("weight/high", "have a weight above the range"),
+        ("weight/low", "have a weight below the range"),
+    ],
+)
+def test_a_large_share_of_corrected_tokens_is_told(metric, what):
+    values = [0.05, 0.2, 0.3]
+    assert told(alerts(correction=0.1), course(f"correction/{metric}", values)) == [2]
+    assert told(alerts(), course(f"correction/{metric}", values)) == []
+    (text,) = alerts(correction=0.1).check({f"correction/{metric}": 0.25})
+    assert text.endswith(f"25.0% of response tokens {what} (alerts.correction=0.1)")
 
 
 def test_nothing_is_told_before_there_are_enough_steps():

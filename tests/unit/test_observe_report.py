@@ -178,6 +178,16 @@ def test_rl_only_without_config_and_rollouts(tmp_path):
     assert "not finished: the log ends at RL step 2" in words
 
 
+def test_a_correction_is_drawn_where_there_is_one(tmp_path):
+    shares = {"correction/rejected/tokens": 0.2, "correction/weight/effective": 0.9}
+    put(tmp_path / "with", "metrics.jsonl", rl_lines([1, 2, 3], **shares))
+    put(tmp_path / "without", "metrics.jsonl", rl_lines([1, 2, 3]))
+    pages = [write_report(tmp_path / name).read_text() for name in ("with", "without")]
+    for text in ("Correction for the rollout", "tokens rejected", "effective share of tokens"):
+        assert [text in page for page in pages] == [True, False]
+    assert "weights above the range" not in pages[0]
+
+
 def test_a_stopped_run_with_a_broken_last_line_and_nan(tmp_path, caplog):
     lines = rl_lines([1, 2, 3], **{"lambda/mtp_1": "nan", "entropy": "inf", "grad_norm/trunk": 1.0})
     put(tmp_path, "metrics.jsonl", lines)
