@@ -90,6 +90,8 @@ class FakeServer:
         self.speculative, self.takes = speculative, takes
         self.trunk = self.head = 0
         self.faults: list[str] = []  # one for each sampled request, the first first
+        self.faults_of_new: list[str] = []  # likewise, but for those that were seen before
+        self.seen: set[str] = set()
         self.calls: list[tuple[str, dict]] = []
         self.drafts = self.accepted = 0
         self.version, self.biased, self.seeded = "default", biased, seeded
@@ -166,10 +168,13 @@ class FakeServer:
             self.drafts, self.accepted = self.drafts + passes, self.accepted + accepted
         return tokens, logprobs, [max(table) for table in tables], reason, passes, accepted
 
-    def fault(self, handler) -> tuple[str, tuple | None]:
+    def fault(self, handler, body) -> tuple[str, tuple | None]:
         """Name of the fault of this request, and the reply if it takes the reply's place."""
+        key = json.dumps(body, sort_keys=True)
         with self.lock:
-            name = self.faults.pop(0) if self.faults else ""
+            waiting = self.faults if key in self.seen else self.faults_of_new or self.faults
+            self.seen.add(key)
+            name = waiting.pop(0) if waiting else ""
         if name == "drop":
             handler.connection.close()
             return name, (0, None)
@@ -263,7 +268,7 @@ class FakeVllm(FakeServer):
                 if token == 0:
                     listed[-1] = {"0": {"logprob": value}}
             return 200, {"choices": [{"prompt_logprobs": listed}]}
-        fault, reply = self.fault(handler)
+        fault, reply = self.fault(handler, body)
         if reply:
             return reply
         arguments = (body["seed"], body["max_tokens"], body["stop_token_ids"], body["temperature"])
@@ -338,7 +343,7 @@ class FakeSglang(FakeServer):
                 [v, t, None] for v, t in zip(values, prompt, strict=True)
             ]
             return 200, {"output_ids": [2], "meta_info": meta}
-        fault, reply = self.fault(handler)
+        fault, reply = self.fault(handler, body)
         if reply:
             return reply
         tokens, logprobs, tops, reason, passes, accepted = self.respond(

@@ -114,7 +114,7 @@ def test_settings_reach_the_server(tmp_path, kind):
 @pytest.mark.parametrize("fault", ["drop", "500", "truncate", "text", "short", "missing"])
 def test_only_the_affected_requests_are_sent_again(tmp_path, kind, fault):
     with fleet(tmp_path, kind) as (engine, (server,), _):
-        server.faults = ["", fault, "", "", fault]
+        server.faults_of_new = ["", fault, "", "", fault]
         check(engine.generate(REQUESTS, SAMPLING))
         seeds = [str(body) for body in server.sampled()]
     assert len(seeds) == len(REQUESTS) + 2
