@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from typing import TypeVar
@@ -22,6 +23,8 @@ _ENVIRONMENT = {
     # cuBLAS reads this one when its first handle is made
     "NVIDIA_TF32_OVERRIDE": "0",
 }
+# Megatron says it once for each weight that is drawn on the host, as model.init_device=cpu asks for
+_EXPECTED = "CPU RNG state changed within GPU RNG context"
 _stores: list[torch.distributed.Store] = []
 
 
@@ -54,6 +57,8 @@ def initialize(config: Config) -> Layout:
     if not on_cpu:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        if config.model.init_device == "cpu":
+            logging.getLogger(model_parallel_cuda_manual_seed.__module__).addFilter(_is_unexpected)
         # Megatron adds 100 for each expert rank: another stride, or stages would meet them
         model_parallel_cuda_manual_seed(config.seed + 100_003 * stage)
     return Layout.of_this_rank(torch.device("cpu" if on_cpu else "cuda"))
@@ -134,3 +139,7 @@ def shutdown() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     _stores.clear()
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return _EXPECTED not in record.getMessage()

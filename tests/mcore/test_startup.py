@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import socket
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.layout import PATIENCE
-from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.mcore.startup import _is_unexpected, initialize, shutdown
 
 GROUPS = {
     "all": lambda: torch.distributed.group.WORLD,
@@ -67,3 +70,15 @@ def test_stages_of_a_pipeline_draw_weights_of_their_own(monkeypatch):
         shutdown()
     assert seeds[0] == Config().seed
     assert len(set(seeds)) == 3
+
+
+def test_what_megatron_says_of_weights_drawn_on_the_host_is_not_logged(caplog):
+    """In its words, which a new version may change; and nothing else is kept back."""
+    expected = "CPU RNG state changed within GPU RNG context"
+    assert expected in inspect.getsource(megatron_random)
+    log = logging.getLogger("a logger of this test")
+    log.addFilter(_is_unexpected)
+    with caplog.at_level("WARNING"):
+        log.warning(expected)
+        log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
