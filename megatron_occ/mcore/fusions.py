@@ -7,12 +7,8 @@ that neither ours nor TransformerEngine's have).
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
@@ -21,6 +17,7 @@ from torch import nn
 
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.capabilities import uses_transformer_engine
+from megatron_occ.mcore.compiling import compiles
 
 SWIGLU, ROTARY = "swiglu", "rotary"
 WEIGHT_GRADIENTS, PERMUTATION, ROUTER = "weight gradients", "expert permutation", "router"
@@ -93,13 +90,6 @@ def fuse_weight_gradients(chunks: Sequence[nn.Module], config: Config) -> None:
 def fusions_text(config: Config) -> str:
     """The fusions in use, in words."""
     return ", ".join(name for name, on in fusions(config).items() if on) or "none"
-
-
-def compiles() -> bool:
-    """Whether torch can compile a kernel here: Triton needs a C compiler and Python's headers."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return bool(compiler) and headers.is_file() and find_spec("triton") is not None
 
 
 def _has(kernel: str) -> bool:

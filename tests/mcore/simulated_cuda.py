@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from megatron_occ.mcore import layout
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.layout import Layout
-from megatron_occ.mcore.vocabulary import fused
+from megatron_occ.mcore.vocabulary import fused, logprobs
 
 CUDA = torch.device("cuda", 0)
 PROPERTIES = {
@@ -241,6 +241,7 @@ def simulated_cuda() -> Iterator[SimulatedCUDA]:
         stack.enter_context(mock.patch.object(nn.Module, "to", _to(nn.Module.to)))
         # there is nothing to compile for
         stack.enter_context(mock.patch.object(fused, "kernel", lambda function: function))
+        stack.enter_context(mock.patch.object(logprobs, "compiles", return_value=True))
         on_cuda = functools.partial(Layout.of_this_rank, CUDA)
         there = mock.patch.object(Layout, "of_this_rank", side_effect=lambda _: on_cuda())
         stack.enter_context(there)

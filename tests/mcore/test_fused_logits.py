@@ -76,6 +76,8 @@ def test_sums_over_tiles_are_in_fp32(tiles):
         assert fine < 1.3 * coarse
 
 
-def test_the_kind_follows_the_device():
-    assert logprobs.is_fused(torch.device("cuda"))
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_kind_follows_the_device_and_what_can_be_compiled_for_it(monkeypatch, compiles):
+    monkeypatch.setattr(logprobs, "compiles", lambda: compiles)
+    assert logprobs.is_fused(torch.device("cuda")) is compiles
     assert not logprobs.is_fused(torch.device("cpu"))

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import nn
 
 from megatron_occ.config import load_config
-from megatron_occ.mcore import capabilities, fusions
+from megatron_occ.mcore import capabilities, compiling, fusions
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.provider import wrap_data_parallel
 from megatron_occ.rl.batch import head_targets
@@ -96,13 +96,13 @@ def test_torch_compiles_with_a_compiler_triton_and_the_headers_of_python(
     monkeypatch, tmp_path, headers
 ):
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(fusions, "find_spec", lambda name: name == "triton")
-    monkeypatch.setattr(fusions.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     if headers:
         (tmp_path / "Python.h").touch()
-    assert fusions.compiles() is headers
-    monkeypatch.setattr(fusions, "find_spec", lambda name: None)
-    assert not fusions.compiles()
+    assert compiling.compiles() is headers
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    assert not compiling.compiles()
 
 
 class _Linear(nn.Module):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from megatron_occ.mcore.compiling import compiles
 from megatron_occ.mcore.vocabulary.head_passes import HeadGradient, local_sums, run_backward
 from megatron_occ.mcore.vocabulary.tiles import Tiles, VocabShard, blocks, tile_shape
 
@@ -61,7 +62,7 @@ class TokenStatistics:
 
 def is_fused(device: torch.device) -> bool:
     """Whether tiles have kernels of their own: where reading and writing memory takes the time."""
-    return device.type == "cuda"
+    return device.type == "cuda" and compiles()
 
 
 def head_statistics(
