@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sysconfig
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+@functools.cache
 def compiles() -> bool:
     """Whether torch can compile a kernel here: Triton needs a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

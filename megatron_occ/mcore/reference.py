@@ -71,12 +71,14 @@ class ReferencePolicy:
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Take over what was loaded for :meth:`sharded_state`."""
-        self.keep()
-        kept = iter(self._kept or ())
-        for index, chunk in enumerate(self._chunks):
-            found = state.get(f"model{index}", {})
-            for (name, _), copy_there in zip(chunk.named_parameters(), kept, strict=False):
-                copy_there.copy_(found[name])
+        assert self._kept is not None, "keep() was not called"
+        places = (
+            (f"model{index}", name)
+            for index, chunk in enumerate(self._chunks)
+            for name, _ in chunk.named_parameters()
+        )
+        for (chunk, name), kept in zip(places, self._kept, strict=True):
+            kept.copy_(state[chunk][name])
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for chunk in self._chunks:

@@ -225,8 +225,8 @@ class RolloutSource:
         if not over_step:
             return found
         layout = self.actor.layout
-        counted_ones = found if valid is None else found[valid]
-        sums = layout.all_reduce_data_parallel(advantage_sums(counted_ones).to(layout.device))
+        own = advantage_sums(found if valid is None else found[valid])
+        sums = layout.all_reduce_data_parallel(own.to(layout.device))
         return step_advantages(found, sums, valid=valid)
 
     def _width(self, samples: Samples) -> int:

@@ -103,16 +103,20 @@ class PolicyUpdater:
         reference = None
         if rl.loss.kl_coefficient > 0:
             reference = self.actor.get_init_policy_logprobs(ids, **arguments)
-        scored = []
-        for mini, span in zip(
-            mini_batches, consecutive(len(mini.rows) for mini in mini_batches), strict=True
-        ):
-            rows = slice(span.start, span.stop)
-            mini = mini.with_logprobs(old[rows], None if reference is None else reference[rows])
-            if entropies is not None:
-                mini = with_top_entropy(mini, entropies[rows], share, self.actor.layout)
-            scored.append(mini)
-        return scored
+        spans = consecutive(len(mini.rows) for mini in mini_batches)
+        scored = [
+            mini.with_logprobs(
+                old[span.start : span.stop],
+                None if reference is None else reference[span.start : span.stop],
+            )
+            for mini, span in zip(mini_batches, spans, strict=True)
+        ]
+        if entropies is None:
+            return scored
+        return [
+            with_top_entropy(mini, entropies[span.start : span.stop], share, self.actor.layout)
+            for mini, span in zip(scored, spans, strict=True)
+        ]
 
     def logprob_gap(self, mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
         """Difference between the log-probs of the rollout and of the training forward pass."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_occ.mcore.vocabulary import logprobs
+from megatron_occ.mcore.vocabulary import fused, logprobs
 from megatron_occ.mcore.vocabulary.logprobs import (
     HeadTokens,
     TokenStatistics,
@@ -74,22 +74,31 @@ def run_dense(leaves, targets, scales, detached=()):
     return [x.grad for x in (weight, *hidden)]
 
 
+@pytest.fixture(params=[False, True], ids=["operations", "kernels"])
+def cut(request, monkeypatch):
+    """Sets the size of tiles, worked on as a CPU does or as a GPU, but uncompiled."""
+    monkeypatch.setattr(fused, "kernel", lambda function: function)
+    monkeypatch.setattr(logprobs, "is_fused", lambda device: request.param)
+    name = "FUSED_LOGITS" if request.param else "CHUNK_LOGITS"
+    return lambda size: monkeypatch.setattr(logprobs, name, size)
+
+
 @pytest.mark.parametrize("chunk", [2**8, 2**10, 2**24])
 @pytest.mark.parametrize("detached", [(), (1, 2)])
-def test_fp32_gradients_of_several_heads_equal_dense_ones(monkeypatch, chunk, detached):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
+def test_fp32_gradients_of_several_heads_equal_dense_ones(cut, chunk, detached):
+    cut(chunk)
     problem = several_heads(70, 203, 16, torch.float32)
     pairs = zip(run_heads(*problem, detached), run_dense(*problem, detached), strict=True)
     for found, expected in pairs:
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_bf16_gradients_over_many_tiles_are_those_of_one_tile(monkeypatch):
+def test_bf16_gradients_over_many_tiles_are_those_of_one_tile(cut):
     """Sums over tiles are in fp32: cutting the same problem finely costs little precision."""
     problem = several_heads(300, 600, 16, torch.bfloat16)
     exact = run_dense(*problem)
     whole_error = errors(run_heads(*problem), exact)
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2**8)
+    cut(2**8)
     for fine, coarse in zip(errors(run_heads(*problem), exact), whole_error, strict=True):
         assert coarse < 0.01
         assert fine < 1.3 * coarse
