@@ -39,8 +39,11 @@ SOFT_CE = (
     CURRENT,
 )
 _BOUNDED = ("mtp.trunk.signal=policy", "mtp.trunk.weighting=truncated", "mtp.head.signal=ce")
+# softmax over what a token was drawn from: at most so many ids
+MASKED = ("rl.loss.sampling_mask=true", "rl.rollout.top_k=6")
 CISPO = (
     *_BOUNDED,
+    *MASKED,
     "rl.algorithm=cispo",
     "rl.loss.top_entropy=0.5",
     "rl.correction.reject=token",
@@ -49,6 +52,7 @@ CISPO = (
 )
 SAPO = (
     *_BOUNDED,
+    *MASKED,
     "rl.algorithm=sapo",
     "rl.loss.top_entropy=0.5",
     "rl.correction.weights=sequence",
@@ -122,6 +126,8 @@ CASES = (
     _case("TP2", 2, DENSE + _depths(2), TP2),
     _case("TP2, untied, K=3", 2, DENSE + UNTIED + _depths(3), TP2),
     _case("TP2 + SP, packed", 2, DENSE + _depths(2), TP2, SEQUENCE, PACKED),
+    _case("TP2 + SP, sampling masks", 2, DENSE + MASKED + _depths(2), TP2, SEQUENCE, PACKED),
+    _case("PP2, sampling masks", 2, DENSE + MASKED + _depths(2), PP2),
     _case(
         "TP2 + SP, full recompute", 2, DENSE + UNTIED + _depths(1), TP2, SEQUENCE, "recompute=full"
     ),

@@ -136,8 +136,20 @@ def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> 
         rollout_logprobs=sampled * mask,
         advantages=advantages,
         old_logprobs=sampled,
+        sampling_masks=_masks(ids, config) if config.rl.loss.sampling_mask else None,
     ).map(lambda values: values[mine].to(layout.device))
     return distribute(batch, owners, config.rl, actor, parts=parts)
+
+
+def _masks(ids: Tensor, config: Config) -> Tensor:
+    """Of 0 (all) to ``rl.rollout.top_k`` ids, the token's own one among them."""
+    generator = torch.Generator().manual_seed(2)
+    most = config.rl.rollout.top_k
+    others = torch.rand(*ids.shape, VOCABULARY, generator=generator)
+    others.scatter_(2, ids.unsqueeze(2), 2.0)
+    kept = 1 + others.topk(most, dim=2).indices
+    counts = torch.randint(0, most + 1, (*ids.shape, 1), generator=generator)
+    return kept.masked_fill(torch.arange(most) >= counts, 0).int()
 
 
 def _largest(found: list[dict], expected: list[dict], prefixes: tuple[str, ...]) -> float:

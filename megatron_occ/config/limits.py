@@ -16,6 +16,7 @@ RANK_EXPERTS = 30_000  # of all layers of a rank; the whole of Kimi K2 has some 
 VOCABULARY = 10_000_000  # Gemma 3: 262,144
 TOKENS = 100_000_000  # of a sequence or packed micro-batch; Llama 4 Scout: 10 million
 SEQUENCES = 1_000_000  # of a batch, a rollout step or a set
+MASK_IDS = 1_024  # that a token was drawn from, 4 bytes each for every token of a rollout
 DRAFT = 1_000  # tokens of a draft: tens
 STEPS = 1_000_000_000  # updates, and counts of things that happen once in a while
 RANKS = 262_144  # the largest clusters: some 200,000 GPUs

@@ -76,6 +76,11 @@ class PolicyLossConfig:
         above=0,
         maximum=1,
     )
+    sampling_mask: bool = option(
+        False,
+        "log-probs and entropies of the policy are those of the tokens that rl.rollout.top_p and "
+        "top_k left when a token was drawn (false: of the whole vocabulary)",
+    )
     entropy_coefficient: float = option(
         0.0, "weight of the entropy bonus", minimum=0, maximum=limits.FACTOR
     )

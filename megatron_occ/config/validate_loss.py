@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_occ.config import limits
 from megatron_occ.config.keys import spell
 from megatron_occ.config.schema import Config
 from megatron_occ.config.schema_loss import CorrectionConfig
@@ -18,6 +19,7 @@ def loss_problems(config: Config) -> Iterator[str]:
     if config.rl.train_trunk:
         yield from _kind(config)
         yield from _values(config)
+        yield from _sampling_mask(config)
         yield from _baseline(config)
         yield from _correction(config)
 
@@ -62,6 +64,28 @@ def _values(config: Config) -> Iterator[str]:
         yield (
             f"rl.loss.divergence_limit={loss.divergence_limit}: a total variation is never above "
             "1. Give rl.loss.divergence_limit=0.15, or rl.loss.divergence=kl"
+        )
+
+
+def _sampling_mask(config: Config) -> Iterator[str]:
+    rollout, key = config.rl.rollout, "rl.loss.sampling_mask=true"
+    if not config.rl.loss.sampling_mask:
+        return
+    if rollout.engine != "megatron":
+        yield (
+            f"{key}: rl.rollout.engine={rollout.engine} does not return what a token was drawn "
+            "from. Give rl.rollout.engine=megatron, or rl.loss.sampling_mask=false"
+        )
+    if rollout.top_k is None and rollout.top_p == 1:
+        yield (
+            f"{key}: rl.rollout.top_p=1.0 and rl.rollout.top_k=null leave all tokens. Give "
+            "rl.rollout.top_p=0.9, say, or rl.loss.sampling_mask=false"
+        )
+    elif rollout.top_k is None or rollout.top_k > limits.MASK_IDS:
+        yield (
+            f"{key}: keeps the ids that a token was drawn from, as many as "
+            f"rl.rollout.top_k={spell(rollout.top_k)} allows. Give rl.rollout.top_k=64, say, "
+            f"{limits.MASK_IDS:,} at most, or rl.loss.sampling_mask=false"
         )
 
 

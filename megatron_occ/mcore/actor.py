@@ -152,6 +152,7 @@ class MegatronGPTActor:
         lengths: Sequence[int] | None,
         temperature: float,
         entropies: bool = False,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """Log-probs under the current weights by the training forward pass.
 
@@ -161,6 +162,7 @@ class MegatronGPTActor:
             lengths: tokens of each row: micro-batches are packed; None: padded.
             temperature: divides the logits.
             entropies: as well.
+            masks: [n, s, m] ids that the softmax is over, see ``HeadRequest``; None: all.
 
         Returns:
             [n, s] in the source frame: position t is about token t + 1; the last is about none.
@@ -170,7 +172,9 @@ class MegatronGPTActor:
         for rows in parts:
             part = ids[list(rows)]
             spans = None if lengths is None else [lengths[row] for row in rows]
-            request = HeadRequest(head_targets(part, 0), (), temperature, entropies)
+            kept = None if masks is None else masks[list(rows)]
+            targets = head_targets(part, 0)
+            request = HeadRequest(targets, (), temperature, entropies, masks=kept)
             batches.append(Sequences(part, spans, request, None))
         found = run_mini_batch(
             self.wrapped, self._placed(batches), _keep_statistics, forward_only=True
@@ -192,11 +196,12 @@ class MegatronGPTActor:
         parts: Sequence[Sequence[int]],
         lengths: Sequence[int] | None,
         temperature: float,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`get_inference_log_probs`, under the reference policy."""
         with self.reference.in_place():
             return self.get_inference_log_probs(
-                ids, parts=parts, lengths=lengths, temperature=temperature
+                ids, parts=parts, lengths=lengths, temperature=temperature, masks=masks
             )
 
     def get_loss_and_metrics(
@@ -264,6 +269,7 @@ class MegatronGPTActor:
         leaks: bool = False,
         states: Tensor | None = None,
         main_head: bool = True,
+        masks: Tensor | None = None,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
@@ -271,7 +277,8 @@ class MegatronGPTActor:
             ids: [b, s] right-padded token ids.
             payload: for the loss function.
             lengths: tokens of each row: packed; None: padded.
-            passes, temperature, entropy, distance, leaks, states, main_head: see ``HeadRequest``.
+            passes, temperature, entropy, distance, leaks, states, main_head, masks: see
+                ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
         request = HeadRequest(
@@ -284,6 +291,7 @@ class MegatronGPTActor:
             states=states,
             frozen_trunk=not self._train_trunk,
             main_head=main_head,
+            masks=masks,
         )
         return Sequences(ids, lengths, request, payload)
 

@@ -34,6 +34,8 @@ class HeadRequest:
             trunk is not run, and no gradient reaches it. On one pipeline stage alone.
         frozen_trunk: no loss acts on what comes before the MTP block: it is run without a graph.
         main_head: False leaves out the main head, of which the loss has no part, and agreement.
+        masks: [b, s, m] int32, source frame: 1 + the ids that the main head's softmax is over, then
+            0; 0 alone: all. None: all, everywhere. MTP heads are over all ids always.
     """
 
     targets: Tensor
@@ -46,15 +48,26 @@ class HeadRequest:
     states: Tensor | None = None
     frozen_trunk: bool = False
     main_head: bool = True
+    masks: Tensor | None = None
 
 
 def head_tokens(
-    flat: list[Tensor], targets: Tensor, request: HeadRequest
+    flat: list[Tensor], targets: Tensor, request: HeadRequest, placement: Placement
 ) -> tuple[list[HeadTokens], list[bool]]:
-    """What the heads with states ``flat`` are asked, and which train the output layer."""
+    """What the heads with states ``flat`` are asked, and which train the output layer.
+
+    Args:
+        flat: [n, h] of each head.
+        targets: [1+K, n] of this rank.
+        request: of the pass.
+        placement: of the tokens.
+    """
     depths, found, trains = targets.size(0) - 1, [], []
     if request.main_head:
-        found.append(HeadTokens(flat[0], targets[0], request.entropy, top_ids=depths > 0))
+        masks = None
+        if request.masks is not None:
+            masks = placement.take(request.masks.permute(2, 0, 1)).t()
+        found.append(HeadTokens(flat[0], targets[0], request.entropy, depths > 0, masks))
         trains.append(True)
     for index, state in enumerate(flat[len(found) :]):
         # every pass predicts the same: the last one is compared with the main head

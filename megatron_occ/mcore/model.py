@@ -236,7 +236,7 @@ class OCCGPTModel(GPTModel):
         shard, weight = self._vocab_shard(), self.output_weight()
         depths = targets.size(0) - 1
         flat = [self._flatten(state) for state in states[0 if request.main_head else 1 :]]
-        asked, trains = head_tokens(flat, targets, request)
+        asked, trains = head_tokens(flat, targets, request, placement)
         heads = token_statistics(asked, trains, weight, shard, request.temperature)
         main = heads.pop(0) if request.main_head else None
         values = [] if main is None else [main.logprobs]

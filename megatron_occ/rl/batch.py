@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_occ.losses import align_mtp_targets, shift_to_source
 from megatron_occ.losses.heads import JointTargets
@@ -26,6 +27,8 @@ class RolloutBatch:
             about token t + 1; filled in by the trainer.
         ref_logprobs: [n, s] of the reference policy, source frame, or None.
         importance_weights: [n, s] of the tokens, source frame, or None, see ``rl.correction``.
+        sampling_masks: [n, s, m] int32, token-aligned: 1 + the ids that a token was drawn from,
+            then 0; 0 alone: from all. None: every token was.
     """
 
     ids: Tensor
@@ -35,6 +38,7 @@ class RolloutBatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
+    sampling_masks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.size(0)
@@ -45,7 +49,7 @@ class RolloutBatch:
 
     def trimmed(self, length: int) -> RolloutBatch:
         """The first ``length`` tokens of every sequence."""
-        return self.map(lambda values: values[:, :length] if values.dim() == 2 else values)
+        return self.map(lambda values: values[:, :length] if values.dim() > 1 else values)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RolloutBatch:
         """``change`` applied to every tensor that is there."""
@@ -148,6 +152,26 @@ def pad_sequences(
         mask[row, span] = 1.0
         sampled[row, span] = torch.tensor(logprobs[row])
     return RolloutBatch(ids.to(device), mask.to(device), sampled.to(device), advantages.to(device))
+
+
+def pad_masks(prompts: list[list[int]], masks: list[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Sampling masks [t, m] of the response tokens of n rows, see :class:`RolloutBatch`.
+
+    Args:
+        prompts: token ids of the rows' prompts.
+        masks: of their responses.
+        shape: s, at least the tokens of the longest row, and the largest m.
+    """
+    padded = torch.zeros(len(prompts), *shape, dtype=torch.int32)
+    for row, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
+        padded[row, len(prompt) : len(prompt) + mask.size(0), : mask.size(1)] = mask
+    return padded
+
+
+def masks_at_source(batch: RolloutBatch) -> Tensor | None:
+    """The sampling masks [n, s, m] in the source frame: position t is about token t + 1."""
+    masks = batch.sampling_masks
+    return None if masks is None else F.pad(masks[:, 1:], (0, 0, 0, 1))
 
 
 def head_targets(ids: Tensor, depths: int) -> Tensor:

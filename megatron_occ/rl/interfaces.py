@@ -128,6 +128,7 @@ class Actor(Protocol):
         lengths: Sequence[int] | None,
         temperature: float,
         entropies: bool = False,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """Log-probs [n, s], source frame, under the current weights.
 
@@ -137,6 +138,7 @@ class Actor(Protocol):
             lengths: n of them, or None.
             temperature: divides the logits.
             entropies: as well: [2, n, s], the second of them in nats.
+            masks: [n, s, m] ids that the softmax is over, source frame, see ``RolloutBatch``.
         """
         ...
 
@@ -147,6 +149,7 @@ class Actor(Protocol):
         parts: Sequence[Sequence[int]],
         lengths: Sequence[int] | None,
         temperature: float,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`get_inference_log_probs`, under the reference policy."""
         ...
@@ -168,6 +171,7 @@ class Actor(Protocol):
         leaks: bool = False,
         states: Tensor | None = None,
         main_head: bool = True,
+        masks: Tensor | None = None,
     ) -> Any: ...
 
     def get_loss_and_metrics(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_occ.rl.batch import MiniBatch, RolloutBatch, consecutive
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, consecutive, masks_at_source
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.stopping import Ranks
 
@@ -96,7 +96,11 @@ class SkippedUpdates:
         """For each sequence what of it is not finite, by another forward pass too."""
         rows = mine.rows
         present = self.actor.get_inference_log_probs(
-            rows.ids, parts=consecutive(mine.sizes), lengths=mine.lengths, temperature=1.0
+            rows.ids,
+            parts=consecutive(mine.sizes),
+            lengths=mine.lengths,
+            temperature=1.0,
+            masks=masks_at_source(rows),
         )
         # source frame: position t is about token t + 1
         ahead = torch.nn.functional.pad(rows.response_mask[:, 1:], (0, 1)) > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
-from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets
+from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets, masks_at_source
 from megatron_occ.rl.correction import Corrections
 from megatron_occ.rl.interfaces import Actor
 
@@ -20,11 +20,15 @@ CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, L
 
 @dataclass(frozen=True)
 class Constants:
-    """Token ids [b, s] of a micro-batch, constants of the loss, and lengths where it is packed."""
+    """A micro-batch: token ids [b, s], constants of the loss, lengths where it is packed.
+
+    ``masks``: see ``Actor.micro_batch``.
+    """
 
     ids: Tensor
     targets: JointTargets
     lengths: list[int] | None
+    masks: Tensor | None
 
 
 class _Masked(Protocol):
@@ -55,7 +59,12 @@ class PreparedBatch:
         self._actor, self._temperature = actor, config.rl.rollout.temperature
         corrected = Corrections(config.rl.correction)
         self.parts = [
-            Constants(rows.ids, joint_targets(corrected(rows), actor.num_depths), lengths)
+            Constants(
+                rows.ids,
+                joint_targets(corrected(rows), actor.num_depths),
+                lengths,
+                masks_at_source(rows),
+            )
             for rows, lengths in mini_batch.micro_batches()
         ]
         self.normalizers = count_targets(actor, self.parts)
@@ -76,6 +85,7 @@ class PreparedBatch:
                 part.targets,
                 lengths=part.lengths,
                 temperature=self._temperature,
+                masks=part.masks,
                 **wanted,
             )
             for part in self.parts[span.start : span.stop]

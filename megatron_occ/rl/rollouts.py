@@ -21,7 +21,7 @@ from megatron_occ.losses import (
     step_advantages,
 )
 from megatron_occ.observe.progress import Timers
-from megatron_occ.rl.batch import RolloutBatch, pad_sequences
+from megatron_occ.rl.batch import RolloutBatch, pad_masks, pad_sequences
 from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
@@ -133,6 +133,7 @@ class RolloutSource:
             temperature=self.config.rollout.temperature,
             timers=timers,
             keep_states=self.keep_states,
+            keep_masks=self.config.loss.sampling_mask,
         )
 
     def _useful_groups(self, samples: Samples) -> list[bool]:
@@ -190,6 +191,11 @@ class RolloutSource:
             self._width(samples),
             layout.device,
         )
+        if self.config.loss.sampling_mask:
+            kept = int(self._maximum(max((mask.size(1) for mask in samples.masks), default=0)))
+            shape = (batch.ids.size(1), max(1, kept))
+            masks = pad_masks(samples.prompts, samples.masks, shape)
+            batch = replace(batch, sampling_masks=masks.to(layout.device))
         if self.config.overlong.leave_out:
             batch = _without(batch, [reason == LENGTH for reason in samples.finish_reasons])
         if valid is not None:

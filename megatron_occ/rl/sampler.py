@@ -24,7 +24,7 @@ class Samples:
     ``failed``: a response could not be scored, and has the score 0. ``problems`` says why; "" where
     it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
     ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
-    engine was asked for states, none elsewhere.
+    engine was asked for states, none elsewhere; ``masks`` one where it keeps them.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -39,6 +39,7 @@ class Samples:
     failures: Failures = field(default_factory=Failures)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
     states: list[torch.Tensor] = field(default_factory=list)
+    masks: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -46,8 +47,8 @@ class Samples:
     def take(self, rows: list[int]) -> Samples:
         """The given responses, without states and what holds for all."""
         others = ("failures", "drafts", "states")
-        names = [f.name for f in fields(self) if f.name not in others]
-        return Samples(*([getattr(self, name)[row] for row in rows] for name in names))
+        names = [f.name for f in fields(self) if f.name not in others and getattr(self, f.name)]
+        return Samples(**{name: [getattr(self, name)[row] for row in rows] for name in names})
 
     def extend(self, other: Samples) -> None:
         """Append the responses of ``other``."""
@@ -94,6 +95,7 @@ class Sampler:
         temperature: float,
         timers: Timers,
         keep_states: bool = False,
+        keep_masks: bool = False,
     ) -> Samples:
         """One response to each record.
 
@@ -103,13 +105,19 @@ class Sampler:
             temperature: of sampling.
             timers: of the parts.
             keep_states: with the trunk's hidden states, see ``SamplingSettings``.
+            keep_masks: with the ids that tokens were drawn from, likewise.
 
         Raises:
             ValueError: a prompt does not fit, or every verifier failed.
         """
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
-            sampling = replace(self.sampling, temperature=temperature, keep_states=keep_states)
+            sampling = replace(
+                self.sampling,
+                temperature=temperature,
+                keep_states=keep_states,
+                keep_masks=keep_masks,
+            )
             self.engine.update_weights(self.actor.version)
             generation = self.engine.generate(
                 [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
@@ -132,6 +140,7 @@ class Sampler:
             failures,
             generation.drafts,
             generation.states,
+            generation.masks,
         )
 
     def _score(

@@ -25,7 +25,7 @@ from megatron_occ.losses.heads import (
 from megatron_occ.losses.joint import JointLoss, calibration_report
 from megatron_occ.losses.objectives import Cispo, Clipped, Dppo, Objective, Sapo
 from megatron_occ.losses.regime import PolicySettings
-from megatron_occ.rl.batch import MiniBatch, consecutive
+from megatron_occ.rl.batch import MiniBatch, consecutive, masks_at_source
 from megatron_occ.rl.calibration import CoefficientTracker, to_device
 from megatron_occ.rl.exact import ExactTracker
 from megatron_occ.rl.head_rows import HeadBatch, HeadRows
@@ -92,6 +92,7 @@ class PolicyUpdater:
             "parts": consecutive(size for mini in mini_batches for size in mini.sizes),
             "lengths": [n for mini in mini_batches for n in mini.lengths or ()] if packed else None,
             "temperature": rl.rollout.temperature,
+            "masks": _masks(mini_batches),
         }
         entropies, share = None, rl.loss.top_entropy
         if self.reuses_rollout:
@@ -273,6 +274,12 @@ class PolicyUpdater:
             distance=regime.distance,
             leaks=regime.leaks,
         )
+
+
+def _masks(mini_batches: Sequence[MiniBatch]) -> torch.Tensor | None:
+    """Those of all rows, [n, s, m], source frame, where the softmax is cut."""
+    masks = [masks_at_source(mini.rows) for mini in mini_batches]
+    return None if masks[0] is None else torch.cat(masks)
 
 
 def _sampled(mini_batch: MiniBatch) -> torch.Tensor:

@@ -29,9 +29,11 @@ class SamplingSettings:
         top_p: probability mass that stays, 1: all.
         top_k: number of tokens that stay, None: all.
         keep_states: return the trunk's hidden states too; the embedded engine alone can.
+        keep_masks: return the ids that each token was drawn from, ``top_k`` of them at most, and
+            log-probs under these alone; the embedded engine alone can.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range, or ``keep_masks`` without ``top_k``.
     """
 
     temperature: float
@@ -41,6 +43,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int | None = None
     keep_states: bool = False
+    keep_masks: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -51,6 +54,8 @@ class SamplingSettings:
             raise ValueError(f"top_p={self.top_p}: give a number above 0, 1 at most (1: all)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: give at least 1, or None (all)")
+        if self.keep_masks and self.top_k is None:
+            raise ValueError("keep_masks=True: give top_k, which bounds the ids that are kept")
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,13 @@ class Generation:
         tokens: n lists of response ids; see ``SamplingSettings`` for what ends one.
         logprobs: n lists, log-prob of each token under softmax(logits / temperature), before any
             cut by top-k or top-p: what the training forward pass computes. With temperature 0
-            under softmax(logits).
+            under softmax(logits), with ``keep_masks`` after the cuts.
         finish_reasons: n of ``stop``, ``length`` and ``abort``.
         drafts: of all n together.
         states: with ``keep_states`` n tensors on the CPU, [tokens - 1, h] of prompt and response:
             hidden states of the trunk that MTP layers read, at all tokens but the last; or empty.
+        masks: with ``keep_masks`` n int32 tensors on the CPU, [tokens, m]: 1 + the ids that a token
+            was drawn from, the likeliest first, then 0. 0 alone: from all. Or empty.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -132,6 +139,7 @@ class Generation:
     finish_reasons: list[str] = field(default_factory=list)
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
     states: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):
@@ -180,11 +188,13 @@ class RolloutEngine(Protocol):
 def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
     """One generation of ``count`` requests from those of ranks that took every n-th of them."""
     merged = Generation([[]] * count, [[]] * count, [ABORT] * count)
-    if any(share.states for share in shares):
-        merged.states = [torch.empty(0)] * count
+    kept = [name for name in ("states", "masks") if any(getattr(s, name) for s in shares)]
+    for name in kept:
+        setattr(merged, name, [torch.empty(0)] * count)
     for first, share in enumerate(shares):
-        if share.states:
-            merged.states[first :: len(shares)] = share.states
+        for name in kept:
+            if found := getattr(share, name):
+                getattr(merged, name)[first :: len(shares)] = found
         merged.tokens[first :: len(shares)] = share.tokens
         merged.logprobs[first :: len(shares)] = share.logprobs
         merged.finish_reasons[first :: len(shares)] = share.finish_reasons

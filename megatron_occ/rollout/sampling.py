@@ -42,6 +42,25 @@ class Kept:
         empty = self.log_probs.new_full(size, -torch.inf)
         return empty.scatter_(-1, self.ids, self.log_probs)
 
+    def of(self, tokens: Tensor) -> Tensor:
+        """[n] log-probs of tokens [n]; -inf for one that was cut."""
+        if self.ids is None:
+            return self.log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        others = self.ids != tokens.unsqueeze(-1)
+        return self.log_probs.masked_fill(others, -torch.inf).amax(-1)
+
+    def mask(self, at_most: int) -> Tensor:
+        """[..., m] int32, 1 + the ids that are left, the likeliest first, then 0; 0 alone: all.
+
+        Args:
+            at_most: ids that are left, or more; m is the vocabulary where that is less.
+        """
+        if self.ids is None:
+            size = (*self.log_probs.shape[:-1], min(at_most, self.log_probs.size(-1)))
+            return self.log_probs.new_zeros(size, dtype=torch.int32)
+        left = (self.ids + 1).masked_fill(self.log_probs == -torch.inf, 0)
+        return left[..., :at_most].int()
+
     def race(self, keys: Tensor) -> Tensor:
         """[n] ids, see :func:`sample_by_race`."""
         return sample_by_race(self.log_probs, keys, self.ids)

@@ -69,6 +69,28 @@ def test_cuts_and_stop_strings(run, pretrained):
     assert any(text.endswith("+") for text in texts(stopped))
 
 
+def test_with_its_masks_a_policy_under_cuts_is_the_one_that_sampled(run, pretrained):
+    """The ratio of the first mini-batch is 1: log-probs are of the tokens that could be drawn."""
+    cuts = ("rl.rollout.top_p=0.9", "rl.rollout.top_k=12", "rl.old_logprobs=rollout")
+    start = (f"rl.init_from={pretrained(1)}", "rl.steps=1", "rl.mini_batches=1")
+    arguments = (*QUICK, *start, "mtp.preset=detach")
+    kl = "rl.loss.kl_coefficient=0.1"
+    kept = run("rl", "kept", *arguments, *cuts, kl, "rl.loss.sampling_mask=true")
+    (line,) = metrics(kept, "rl")
+    assert line["logprob_gap/max"] < 1e-4
+    assert line["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    # the reference is the same policy, under the same cuts
+    assert line["loss/kl"] == pytest.approx(0, abs=1e-9)
+    free = run("rl", "not_kept", *arguments, "rl.rollout.top_p=0.9", "rl.rollout.top_k=12")
+    whole = metrics(free, "rl")[0]
+    assert texts(kept) == texts(free)
+    assert line["entropy"] < 0.9 * whole["entropy"]
+    scored = run("rl", "scored", *arguments, "rl.loss.sampling_mask=true", *cuts[:2], kl)
+    (trained,) = metrics(scored, "rl")
+    assert trained["logprob_gap/max"] < 1e-4
+    assert trained["loss/policy"] == pytest.approx(line["loss/policy"], abs=1e-6)
+
+
 def test_greedy_validation_gives_the_same_figure_every_time(run, pretrained):
     arguments = (*QUICK, f"rl.init_from={pretrained(1)}", "rl.steps=1")
     greedy = ("rl.validation.temperature=0", "rl.validation.samples=3")

@@ -32,6 +32,7 @@ from megatron_occ.mcore.checkpoint import load_model, model_state
 from megatron_occ.mcore.inference import sampler
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation, speculation_from
 from megatron_occ.mcore.startup import initialize, shutdown
+from megatron_occ.rl.batch import pad_masks
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from tests.mcore.distributed import run_ranks
 from tests.mcore.test_speculation import scale_final_norm
@@ -39,6 +40,7 @@ from tests.mcore.test_speculation import scale_final_norm
 LENGTHS = (5, 1, 9, 3, 5, 7, 2)
 TEMPERATURE = 0.8
 SAMPLING = SamplingSettings(TEMPERATURE, 8, stop_ids=(0, 1, 2))
+CUT = replace(SAMPLING, top_p=0.8, top_k=9, keep_masks=True)
 ONE_DEPTH, TWO_DEPTHS = ("mtp.num_layers=1",), ("mtp.num_layers=2",)
 FIXED = "rl.rollout.speculative.mode=fixed"
 REJECTION = ("rl.rollout.speculative.acceptance=rejection", FIXED)
@@ -106,11 +108,16 @@ COUNTS = (len(LENGTHS), 1)
 
 @dataclass
 class Responses:
-    """What was generated for which prompts; log-probs by training forwards, padded and packed."""
+    """What was generated for which prompts; log-probs by training forwards, padded and packed.
+
+    ``cut``: under cuts whose masks are kept, and ``cut_training`` log-probs with these and without.
+    """
 
     numbers: list[int]
     found: Generation
     training: list[list[list[float]]]
+    cut: Generation
+    cut_training: list[list[list[float]]]
 
 
 def prompts() -> list[list[int]]:
@@ -134,7 +141,10 @@ def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculatio
     requests = [Request(prompts()[number], 100 + number) for number in numbers]
     found = engine.generate(requests, SAMPLING)
     training = [training_logprobs(actor, chosen, found, packed) for packed in (False, True)]
-    return Responses(numbers, found, training)
+    cut = engine.generate(requests, CUT)
+    free = replace(cut, masks=[])
+    both = [training_logprobs(actor, chosen, each, True) for each in (cut, free)]
+    return Responses(numbers, found, training, cut, both)
 
 
 def training_logprobs(actor, chosen, found: Generation, packed: bool) -> list[list[float]]:
@@ -146,8 +156,17 @@ def training_logprobs(actor, chosen, found: Generation, packed: bool) -> list[li
     lengths = [len(p) + len(tokens) for p, tokens in zip(chosen, found.tokens, strict=True)]
     lengths += [1] * (8 - len(lengths))
     parts = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    masks = None
+    if found.masks:
+        empty = [torch.zeros(1, 1, dtype=torch.int32)] * (8 - len(chosen))
+        padded = pad_masks([*chosen, *[[0]] * len(empty)], [*found.masks, *empty], (width, 9))
+        masks = torch.nn.functional.pad(padded[:, 1:], (0, 0, 0, 1))
     logprobs = actor.get_inference_log_probs(
-        ids, parts=parts, lengths=lengths if packed else None, temperature=TEMPERATURE
+        ids,
+        parts=parts,
+        lengths=lengths if packed else None,
+        temperature=TEMPERATURE,
+        masks=masks,
     )
     spans = zip(logprobs, chosen, found.tokens, strict=False)
     return [
@@ -233,6 +252,36 @@ def test_logprobs_are_those_of_the_training_forward(split, name):
         for responses in ranks:
             for training in responses.training:
                 assert_same_logprobs(responses.found.logprobs, training)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_come_with_what_they_were_drawn_from(alone, split, name):
+    expected = alone[0][{**CASES, **THREE_RANKS}[name][0]].cut
+    for ranks in split[name]:
+        for responses in ranks:
+            cut = responses.cut
+            assert_same_logprobs(cut.logprobs, responses.cut_training[0])
+            for place, number in enumerate(responses.numbers):
+                assert cut.tokens[place] == expected.tokens[number]
+                assert torch.equal(cut.masks[place], expected.masks[number])
+
+
+def test_masks_hold_the_tokens_that_were_drawn_and_differ(alone):
+    for responses in alone[0].values():
+        with_masks, without = responses.cut_training
+        assert_same_logprobs(responses.cut.logprobs, with_masks)
+        # pi / mu is the mass that the cuts left
+        pairs = zip(without, with_masks, strict=True)
+        gaps = [torch.tensor(a) - torch.tensor(b) for a, b in pairs]
+        ratios = torch.cat(gaps).exp()
+        assert ratios.max() < 1 + 1e-5
+        assert ratios.mean() < 0.95
+        sizes = set()
+        for tokens, mask in zip(responses.cut.tokens, responses.cut.masks, strict=True):
+            assert ((mask - 1) == torch.tensor(tokens).unsqueeze(1)).any(1).all()
+            sizes |= set((mask > 0).sum(1).tolist())
+        assert len(sizes) > 2
+        assert max(sizes) <= CUT.top_k
 
 
 def aborted_on_each_rank() -> list[list[list[str]]]:

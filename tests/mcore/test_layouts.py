@@ -12,6 +12,7 @@ from benchmarks.layout_invariance import COLUMNS, LIMIT, compare
 
 NAMES = (
     "TP2 + SP, packed",
+    "TP2 + SP, sampling masks",
     "PP2, untied, packed, K=2",
     "PP2 x VPP2, tied",
     "PP2 x VPP2, a chunk without layers",

@@ -166,8 +166,8 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, chunk):
     sizes, original = [], Tiles.logits
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
 
-    def recorded(*arguments):
-        logits = original(*arguments)
+    def recorded(*arguments, **copy):
+        logits = original(*arguments, **copy)
         sizes.append(logits.numel())
         return logits
 

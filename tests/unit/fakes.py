@@ -136,7 +136,9 @@ class FakeActor:
         chain = torch.stack(tokens, dim=1)
         return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 
-    def get_inference_log_probs(self, ids, *, parts, lengths, temperature, entropies=False):
+    def get_inference_log_probs(
+        self, ids, *, parts, lengths, temperature, entropies=False, masks=None
+    ):
         found = self._log_probs(self.model, ids, parts, lengths, temperature)
         if not entropies:
             return found
@@ -146,7 +148,7 @@ class FakeActor:
     def keep_reference(self):
         self.reference = copy.deepcopy(self.model)
 
-    def get_init_policy_logprobs(self, ids, *, parts, lengths, temperature):
+    def get_init_policy_logprobs(self, ids, *, parts, lengths, temperature, masks=None):
         return self._log_probs(self.reference, ids, parts, lengths, temperature)
 
     @torch.no_grad()
@@ -176,6 +178,7 @@ class FakeActor:
         leaks=False,
         states=None,
         main_head=True,
+        masks=None,
     ):
         assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))

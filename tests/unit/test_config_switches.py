@@ -65,6 +65,7 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.correction.reject=token",
     "rl.correction.veto=0.1",
     "rl.loss.top_entropy=0.2",
+    "rl.loss.sampling_mask=true",
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.1",
     "rl.loss.kl_kind=k2",

@@ -186,6 +186,29 @@ REFUSED = [
         "rl.loss.top_entropy=0.2: chooses tokens",
         "another aggregation",
     ),
+    (
+        "rl.loss.sampling_mask=true",
+        "rl.loss.sampling_mask=true: rl.rollout.top_p=1.0 and rl.rollout.top_k=null leave all",
+        "rl.rollout.top_p=0.9",
+    ),
+    (
+        "rl.loss.sampling_mask=true rl.rollout.top_p=0.9",
+        "rl.loss.sampling_mask=true: keeps the ids that a token was drawn from, as many as "
+        "rl.rollout.top_k=null allows",
+        "rl.rollout.top_k=64, say, 1,024 at most",
+    ),
+    (
+        "rl.loss.sampling_mask=true rl.rollout.top_k=1025",
+        "rl.loss.sampling_mask=true: keeps the ids that a token was drawn from, as many as "
+        "rl.rollout.top_k=1025 allows",
+        "rl.rollout.top_k=64, say, 1,024 at most",
+    ),
+    (
+        "rl.loss.sampling_mask=true rl.rollout.top_k=9 rl.rollout.engine=vllm "
+        "rl.rollout.server.urls=[http://a:1] rl.rollout.batch_size=512",
+        "rl.loss.sampling_mask=true: rl.rollout.engine=vllm does not return",
+        "rl.rollout.engine=megatron",
+    ),
     # optimizers: 2 steps of 2 updates in RL, 60 in pretraining
     ("rl.optimizer.min_lr=1e-5", "rl.optimizer.min_lr=1e-05", "rl.optimizer.schedule=cosine"),
     (

@@ -14,6 +14,8 @@ from megatron_occ.rl.batch import (
     head_masks,
     head_targets,
     joint_targets,
+    masks_at_source,
+    pad_masks,
     pad_sequences,
 )
 from megatron_occ.rl.correction import Corrections
@@ -191,3 +193,17 @@ def test_reference_logprobs_are_handed_on():
 def test_targets_before_the_old_logprobs_are_an_error():
     with pytest.raises(AssertionError, match="old log-probs"):
         joint_targets(small_batch(), 1)
+
+
+def test_sampling_masks_stand_with_their_tokens_and_follow_the_rows():
+    drawn = [torch.tensor([[3], [9]]).int(), torch.tensor([[4, 2, 0]]).int()]
+    masks = pad_masks([[1], [1, 2]], drawn, (4, 3))
+    assert masks.tolist() == [
+        [[0, 0, 0], [3, 0, 0], [9, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 0, 0], [4, 2, 0], [0, 0, 0]],
+    ]
+    batch = replace(numbered_batch(2, 4), sampling_masks=masks)
+    # position t is about token t + 1
+    assert masks_at_source(batch)[0].tolist() == [[3, 0, 0], [9, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert torch.equal(batch.rows(1, 2).trimmed(3).sampling_masks, masks[1:, :3])
+    assert masks_at_source(numbered_batch()) is None

@@ -155,3 +155,28 @@ def test_a_stop_string_far_back_is_still_seen_when_its_last_token_comes():
     ends = text.ends
     assert ends([5] * 500 + [0, 1, 9, 2])
     assert not ends([5] * 500 + [0, 1, 9])
+
+
+@pytest.mark.parametrize("cuts", [{"top_k": 5}, {"top_k": 9, "top_p": 0.6}, {"top_k": 40}])
+@pytest.mark.parametrize("at_most", [None, 12])
+def test_masks_name_what_is_left_and_log_probs_are_of_that(cuts, at_most):
+    log_probs, settings = LOGITS.log_softmax(-1), SamplingSettings(1.0, 1, keep_masks=True, **cuts)
+    kept, dense = cut(log_probs, settings, at_most=at_most), cut_log_probs(log_probs, settings)
+    masks = kept.mask(settings.top_k)
+    assert masks.dtype == torch.int32
+    assert masks.shape == (50, min(settings.top_k, 31))
+    for row, mask in enumerate(masks.tolist()):
+        left = [i - 1 for i in mask if i]
+        if not left:
+            # all of them
+            left = dense[row].argsort(descending=True).tolist()
+        assert left == dense[row].argsort(descending=True, stable=True)[: len(left)].tolist()
+        assert set(left) == set(torch.isfinite(dense[row]).nonzero().flatten().tolist())
+    for token in (int(dense[0].argmax()), int(dense[0].argmin())):
+        tokens = torch.full((50,), token)
+        assert torch.equal(kept.of(tokens), dense[:, token])
+
+
+def test_masks_need_a_bound():
+    with pytest.raises(ValueError, match="keep_masks=True: give top_k"):
+        SamplingSettings(1.0, 1, top_p=0.5, keep_masks=True)

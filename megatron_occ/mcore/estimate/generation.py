@@ -24,6 +24,7 @@ def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, 
     each = _cached_elements(config)
     layers = held.dense_layers + held.moe_layers
     use = {"KV cache": int(tokens * each * layers * width)}
+    use |= mask_memory(config, held.vocabulary, rows)
     if not held.has_output:
         return use
     drafts, depths = 0, config.mtp.num_layers
@@ -35,6 +36,14 @@ def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, 
     logits = rows * (drafts + 1) * held.vocabulary * config.parallel.tensor
     use["logits"] = min(CHUNK_LOGITS, logits) * _LOGIT_BYTES
     return use
+
+
+def mask_memory(config: Config, vocabulary: int, rows: int) -> dict[str, int]:
+    """The ids that tokens of rows were drawn from, 32 bits each, where they are kept."""
+    if not (config.rl.train_trunk and config.rl.loss.sampling_mask):
+        return {}
+    most = min(config.rl.rollout.top_k, vocabulary * config.parallel.tensor)
+    return {"sampling masks": 4 * rows * config.model.max_position_embeddings * most}
 
 
 def _cached_elements(config: Config) -> float:

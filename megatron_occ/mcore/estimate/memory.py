@@ -13,7 +13,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, most_micro_batches, round_up, sequence_multiple
 from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.activations import EVERYTHING, NOTHING, activations, asked
-from megatron_occ.mcore.estimate.generation import generation_memory
+from megatron_occ.mcore.estimate.generation import generation_memory, mask_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes
 from megatron_occ.mcore.vocabulary.logprobs import FUSED_LOGITS
 from megatron_occ.rl.calibration import regime_from
@@ -72,6 +72,9 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
+        if command != "pretrain":
+            sequences = derive(config, world_size).rank_step_sequences
+            training |= mask_memory(config, held.vocabulary, sequences)
         if config.parallel.grad_reduce_dtype == "bf16":
             # when the optimizer needs them, activations are gone
             wide = _updated(config, held, _trained(held, head_alone)) * _FP32

@@ -61,6 +61,8 @@ class Decoding:
         )
         if sampling.keep_states and passes.state is not None:
             self.generation.states = [torch.empty(0)] * len(requests)
+        if sampling.keep_masks:
+            self.generation.masks = [torch.empty(0)] * len(requests)
 
     def run(self, aborted: threading.Event) -> Generation:
         """Answer all requests; after ``aborted`` is set, with what is there."""
@@ -165,6 +167,9 @@ class Decoding:
         if self.generation.states:
             for row, states in zip(reasons, self.passes.states(list(reasons)), strict=True):
                 self.generation.states[self.owners[row]] = states
+        if self.generation.masks:
+            for row, mask in zip(reasons, self.slots.masks_of(list(reasons)), strict=True):
+                self.generation.masks[self.owners[row]] = mask
         found = self.slots.responses(list(reasons))
         for (row, reason), (tokens, logprobs) in zip(reasons.items(), found, strict=True):
             owner = self.owners[row]

@@ -134,9 +134,10 @@ class MegatronEngine:
         if count == 0:
             return Generation()
         self.draft_length.begin()
-        slots = self._new_slots(len(requests), prompt, sampling)
         # the weights may have moved in memory since the last call
         trunk, drafter = Trunk(self._chunks(), self.company), None
+        kept = min(sampling.top_k, trunk.vocabulary) if sampling.keep_masks else 0
+        slots = self._new_slots(len(requests), prompt, sampling, kept)
         if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
             drafter = Drafter(trunk)
         if self._attention is None:
@@ -156,7 +157,9 @@ class MegatronEngine:
         decoding = Decoding(requests, sampling, slots, passes, self.layout, self.draft_length)
         return decoding.run(self._aborted)
 
-    def _new_slots(self, count: int, prompt: int, sampling: SamplingSettings) -> Slots:
+    def _new_slots(
+        self, count: int, prompt: int, sampling: SamplingSettings, mask_width: int
+    ) -> Slots:
         """For ``count`` requests with prompts of ``prompt`` tokens at most."""
         strings = tuple(sampling.stop_strings)
         return Slots(
@@ -165,6 +168,7 @@ class MegatronEngine:
             prompt + sampling.max_response_length + self.speculation.length + 2,
             stop_ids=sampling.stop_ids,
             stop_text=StopText(self.decode, strings) if strings else None,
+            mask_width=mask_width,
             device=self.layout.device,
         )
 

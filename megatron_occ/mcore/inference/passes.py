@@ -173,15 +173,18 @@ class Passes:
             assert verified is not None, "the only stage has logits"
             return verified
         # one message; a double holds every token id
-        packed = torch.zeros(rows, 2 * each + 1, dtype=torch.float64, device=self.slots.device)
+        kept = 0 if self.slots.masks is None else self.slots.masks.size(-1)
+        widths = [each, each, 1, each * kept]
+        packed = torch.zeros(rows, sum(widths), dtype=torch.float64, device=self.slots.device)
         if verified is not None:
-            parts = (verified.tokens, verified.logprobs, verified.accepted.unsqueeze(1))
-            packed = torch.cat([part.double() for part in parts], dim=1)
-        tokens, logprobs, accepted = self.trunk.share(packed).split([each, each, 1], dim=1)
+            parts = [part for part in verified.tensors() if part is not None]
+            packed = torch.cat([part.reshape(rows, -1).double() for part in parts], dim=1)
+        tokens, logprobs, accepted, masks = self.trunk.share(packed).split(widths, dim=1)
         look = verified.again if verified is not None else None
         return Verified(
             tokens.long(),
             logprobs.float(),
             accepted.squeeze(1).long(),
+            masks.int().view(rows, each, kept) if kept else None,
             lambda: self._share(look() if look else None, rows, each),
         )

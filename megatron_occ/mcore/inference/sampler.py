@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -95,9 +96,7 @@ class TokenSampler:
             found = joined([parts(rows, LIKELIEST) for rows in self._chunks(*hidden.shape[:2])])
         # it holds the drafts' distributions, for as long as a captured cycle lives
         may_look_again = self.sampling.top_p < 1 and not self.greedy
-        return Verified(
-            found.tokens, found.logprobs, found.accepted, again if may_look_again else None
-        )
+        return replace(found, again=again if may_look_again else None)
 
     def _verify(
         self,
@@ -126,8 +125,12 @@ class TokenSampler:
             tokens = tokens.scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))
         if cut_to.complete is not None:
             accepted = accepted.where(cut_to.complete.view(rows, each).all(1), -1)
-        logprobs = log_probs.gather(1, tokens.view(-1, 1)).view(rows, each)
-        return Verified(tokens, logprobs, accepted)
+        if not self.sampling.keep_masks:
+            logprobs = log_probs.gather(1, tokens.view(-1, 1)).view(rows, each)
+            return Verified(tokens, logprobs, accepted)
+        logprobs = cut_to.of(tokens.flatten()).view(rows, each)
+        masks = cut_to.mask(self.sampling.top_k).view(rows, each, -1)
+        return Verified(tokens, logprobs, accepted, masks)
 
     def _distribution(self, hidden: Tensor, at_most: int | None) -> tuple[Tensor, Kept]:
         """Log-probs [t, v] under the temperature, and what tokens are drawn from."""
@@ -148,8 +151,8 @@ def joined(parts: list[Verified]) -> Verified:
     """One of the rows of all parts."""
     if len(parts) == 1:
         return parts[0]
-    return Verified(
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.accepted for part in parts]),
-    )
+    return Verified(*map(_joined, zip(*(part.tensors() for part in parts), strict=True)))
+
+
+def _joined(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+    return None if tensors[0] is None else torch.cat(tensors)

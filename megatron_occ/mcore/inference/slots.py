@@ -22,29 +22,32 @@ class Verified:
         logprobs: [n, q] of them.
         accepted: [n] drafts that stay, 0 .. q - 1; -1: the row has to be looked at ``again``, since
             its tokens were not drawn from all that they should be drawn from.
+        masks: [n, q, m] ids that each was drawn from, see ``Generation``; None: not kept.
         again: gives the same with nothing left to look at; waits for the device.
     """
 
     tokens: Tensor
     logprobs: Tensor
     accepted: Tensor
+    masks: Tensor | None = None
     again: Callable[[], Verified] | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in the order of the arguments."""
+        return self.tokens, self.logprobs, self.accepted, self.masks
 
     def first(self, rows: int) -> Verified:
         """The first ``rows`` rows."""
         if rows == len(self.tokens):
             return self
-        cut = Verified(self.tokens[:rows], self.logprobs[:rows], self.accepted[:rows])
+        cut = Verified(*(each if each is None else each[:rows] for each in self.tensors()))
         again = self.again
         return replace(cut, again=lambda: again().first(rows)) if again else cut
 
     def with_rows(self, rows: Tensor, found: Verified) -> Verified:
         """With other findings in rows [m]."""
-        return Verified(
-            self.tokens.index_copy(0, rows, found.tokens),
-            self.logprobs.index_copy(0, rows, found.logprobs),
-            self.accepted.index_copy(0, rows, found.accepted),
-        )
+        pairs = zip(self.tensors(), found.tensors(), strict=True)
+        return Verified(*(a if a is None else a.index_copy(0, rows, b) for a, b in pairs))
 
 
 def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
@@ -64,6 +67,7 @@ class Slots:
         length: tokens of a row at most, with room for drafts behind the last one.
         stop_ids: ids that end a response.
         stop_text: finds stop strings; None: there are none.
+        mask_width: ids that a token was drawn from at most, where they are kept; 0: they are not.
         device: of the tensors.
 
     Attributes:
@@ -78,11 +82,17 @@ class Slots:
         *,
         stop_ids: Sequence[int],
         stop_text: StopText | None,
+        mask_width: int = 0,
         device: torch.device,
     ) -> None:
         self.rows, self.length, self.device = rows, length, device
         self.ids = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, length, device=device)
+        self._per_token = [self.ids, self.logprobs]
+        self.masks: Tensor | None = None
+        if mask_width:
+            self.masks = torch.zeros(rows, length, mask_width, dtype=torch.int32, device=device)
+            self._per_token.append(self.masks)
         # of the random numbers, see `rollout.noise`
         self.keys = torch.zeros(rows, dtype=torch.long, device=device)
         # a row that was never filled looks like one of two tokens, which is finished
@@ -182,13 +192,15 @@ class Slots:
         """
         offsets = torch.arange(verified.tokens.size(1), device=self.device)
         places = self.known_on_device(rows).unsqueeze(1) + offsets
-        if isinstance(rows, slice):
-            self.ids[rows].scatter_(1, places, verified.tokens)
-            self.logprobs[rows].scatter_(1, places, verified.logprobs)
-        else:
-            row = torch.tensor(rows, device=self.device).unsqueeze(1)
-            self.ids[row, places] = verified.tokens
-            self.logprobs[row, places] = verified.logprobs
+        new = [verified.tokens, verified.logprobs]
+        new += [] if verified.masks is None else [verified.masks]
+        for kept, values in zip(self._per_token, new, strict=True):
+            if isinstance(rows, slice):
+                index = places if values.dim() == 2 else places.unsqueeze(2).expand_as(values)
+                kept[rows].scatter_(1, index, values)
+            else:
+                row = torch.tensor(rows, device=self.device).unsqueeze(1)
+                kept[row, places] = values
         host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
         return host[:, :-1], host[:, -1]
 
@@ -217,10 +229,20 @@ class Slots:
         lists = zip(self.ids[picked].tolist(), self.logprobs[picked].tolist(), spans, strict=True)
         return [(ids[a:b], logprobs[a:b]) for ids, logprobs, (a, b) in lists]
 
+    def masks_of(self, rows: Sequence[int]) -> list[Tensor]:
+        """See ``Generation.masks``, of the responses in these rows so far."""
+        assert self.masks is not None, "masks are not kept"
+        found = []
+        for row in rows:
+            mask = self.masks[row, self.start[row] : self.known[row]]
+            longest = int((mask > 0).sum(-1).max()) if len(mask) else 0
+            found.append(mask[:, :longest].to("cpu", copy=True))
+        return found
+
     def move(self, rows: Sequence[int], targets: Sequence[int]) -> None:
         """Copy rows to other places, all at the same time."""
         places = torch.tensor((list(rows), list(targets)), device=self.device)
-        for values in (self.ids, self.logprobs, self.keys):
+        for values in (*self._per_token, self.keys):
             values[places[1]] = values[places[0]]
         for numbers in (self.start, self.known, self.end):
             numbers[targets] = numbers[rows]

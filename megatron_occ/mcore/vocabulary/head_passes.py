@@ -18,6 +18,7 @@ ADDED_AT_ONCE = 2**22
 def local_sums(
     hidden: Tensor,
     targets: Tensor,
+    masks: Tensor | None,
     weight: Tensor,
     shard: VocabShard,
     tiles: Tiles,
@@ -28,6 +29,7 @@ def local_sums(
     Args:
         hidden: [n, h].
         targets: [n].
+        masks: [n, m], see ``logprobs.HeadTokens``.
         weight: [size of the shard, h].
         shard: this rank's part of the vocabulary.
         tiles: two copies of a tile if entropies are wanted, unless they are fused.
@@ -39,25 +41,26 @@ def local_sums(
     for rows in blocks(hidden.size(0), tiles.rows):
         sums = None
         for columns in blocks(weight.size(0), tiles.columns):
-            pair = hidden[rows], weight[columns]
+            removed = None if masks is None else shard.removed(masks[rows], columns)
+            factors = hidden[rows], weight[columns], removed
             position = shard.locate(targets[rows], columns)
-            found = _tile_sums(pair, position, shard.start + columns.start, tiles, wanted)
+            found = _tile_sums(factors, position, shard.start + columns.start, tiles, wanted)
             sums = found if sums is None else sums.merge(found)
         parts.append(sums)
     return SoftmaxSums.concatenate(parts)
 
 
 def _tile_sums(
-    pair: tuple[Tensor, Tensor],
+    factors: tuple[Tensor, Tensor, Tensor | None],
     position: tuple[Tensor, Tensor],
     first_id: int,
     tiles: Tiles,
     wanted: tuple[bool, bool],
 ) -> SoftmaxSums:
     if tiles.fused:
-        logits = tiles.products(*pair)
+        logits = tiles.products(*factors)
         return fused.tile_sums(logits, position, first_id, tiles.temperature, wanted)
-    logits = tiles.logits(*pair)
+    logits = tiles.logits(*factors)
     want_entropy, want_top = wanted
     maximum, top = logits.max(-1) if want_top else (logits.amax(-1), None)
     top_ids = top + first_id if want_top else None
@@ -80,6 +83,7 @@ class HeadGradient:
 
     hidden: Tensor
     targets: Tensor
+    masks: Tensor | None
     log_z: Tensor
     scale: Tensor
     slope: Tensor | None
@@ -92,15 +96,15 @@ class HeadGradient:
         saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None], temperature: float
     ) -> HeadGradient | None:
         """None if nothing flows back into this head."""
-        hidden, targets, log_z, entropy = saved
+        *tokens, log_z, entropy = saved
         grad_logprobs, grad_entropy = upstream
         if grad_logprobs is None and grad_entropy is None:
             return None
         scale = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs / temperature
         if grad_entropy is None:
-            return HeadGradient(hidden, targets, log_z, scale, None, None)
+            return HeadGradient(*tokens, log_z, scale, None, None)
         slope = grad_entropy / temperature
-        return HeadGradient(hidden, targets, log_z, scale, slope, slope * entropy + scale)
+        return HeadGradient(*tokens, log_z, scale, slope, slope * entropy + scale)
 
     def allocate(self, one_block: bool, size: int) -> None:
         """Make room for the gradient of the hidden states: in fp32 if it is a sum over blocks."""
@@ -108,19 +112,23 @@ class HeadGradient:
         self.total = new(self.hidden, dtype=self.hidden.dtype if one_block else self.log_z.dtype)
 
     def of_logits(
-        self, block: Tensor, rows: slice, position: tuple[Tensor, Tensor], tiles: Tiles
+        self, weight: Tensor, columns: slice, rows: slice, shard: VocabShard, tiles: Tiles
     ) -> Tensor:
         """Gradient of undivided logits [rows, columns], in the precision of matrix products.
 
         Args:
-            block: [columns, h] of the weight.
+            weight: [v_local, h].
+            columns: of the tile, rows of the weight.
             rows: of the head's tokens.
-            position: of their targets, see ``VocabShard.locate``.
+            shard: this rank's part of the vocabulary.
             tiles: the next one overwrites what is returned.
         """
+        removed = None if self.masks is None else shard.removed(self.masks[rows], columns)
+        factors = self.hidden[rows], weight[columns], removed
+        position = shard.locate(self.targets[rows], columns)
         if tiles.fused:
-            return self._fused(tiles.products(self.hidden[rows], block), rows, position, tiles)
-        logits = tiles.logits(self.hidden[rows], block)
+            return self._fused(tiles.products(*factors), rows, position, tiles)
+        logits = tiles.logits(*factors)
         log_probs = logits.sub_(self.log_z[rows, None])
         scale = self.scale[rows, None]
         if self.slope is None:
@@ -171,8 +179,7 @@ def run_backward(
             total = grad_weight[columns] if sums is None else sums[: block.size(0)]
         for i, (head, rows) in enumerate(pieces):
             hidden = head.hidden[rows]
-            position = shard.locate(head.targets[rows], columns)
-            grad = head.of_logits(block, rows, position, tiles)
+            grad = head.of_logits(weight, columns, rows, shard, tiles)
             if head.total is not None:
                 _add_product(head.total[rows], grad, block, tiles, first=columns.start == 0)
             if need_weight:

@@ -43,12 +43,14 @@ class HeadTokens:
         targets: [n] token ids.
         entropy: compute entropies.
         top_ids: find the most likely ids.
+        masks: [n, m] 1 + the ids that the softmax is over, then 0; 0 alone: all. None: all.
     """
 
     hidden: Tensor
     targets: Tensor
     entropy: bool = False
     top_ids: bool = False
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def head_statistics(
     """
     wanted = [(head.entropy, head.top_ids) for head in heads]
     tensors = [head.hidden for head in heads] + [head.targets for head in heads]
+    tensors += [head.masks for head in heads]
     results = _HeadStatistics.apply(weight, wanted, shard, temperature, *tensors)
     return [TokenStatistics(*results[i : i + 3]) for i in range(0, len(results), 3)]
 
@@ -92,16 +95,16 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, wanted, shard, temperature, *tensors):  # noqa: ANN001, ANN002, ANN205
         count = len(wanted)
-        heads = list(zip(tensors[:count], tensors[count:], wanted, strict=True))
+        heads = [tensors[i::count] for i in range(count)]
         rows = weight[: shard.size]
-        tokens = max(hidden.size(0) for hidden, _, _ in heads)
+        tokens = max(hidden.size(0) for hidden in tensors[:count])
         fused = is_fused(weight.device)
         shape = tile_shape(tokens, *rows.shape, FUSED_LOGITS if fused else CHUNK_LOGITS)
         copies = 1 + any(want[0] for want in wanted)
         tiles = Tiles(weight, shape, temperature, copies, fused=fused)
         results, log_zs, entropies = [], [], []
-        for hidden, targets, want in heads:
-            sums = local_sums(hidden, targets, rows, shard, tiles, want).across(shard)
+        for head, want in zip(heads, wanted, strict=True):
+            sums = local_sums(*head, rows, shard, tiles, want).across(shard)
             log_total = sums.total.log()
             log_zs.append(log_total + sums.maximum)
             entropies.append(log_total - sums.weighted / sums.total if want[0] else None)
@@ -115,7 +118,7 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):  # noqa: ANN001, ANN002, ANN205
         weight, *saved = ctx.saved_tensors
-        count = len(saved) // 4
+        count = len(saved) // 5
         need_weight, need_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + count]
         one_block = ctx.shard.size <= ctx.shape[1]
         heads = [
@@ -132,7 +135,7 @@ class _HeadStatistics(torch.autograd.Function):
         grad_weight = run_backward(used, weight, ctx.shard, tiles, need_weight)
         del tiles
         grads = [None if head is None else head.finish() for head in heads]
-        return grad_weight, None, None, None, *grads, *[None] * count
+        return grad_weight, None, None, None, *grads, *[None] * 2 * count
 
 
 def draft_distance(
@@ -173,11 +176,11 @@ class _DraftDistance(torch.autograd.Function):
             if kind == "soft_ce":
                 log_q = tiles.logits(hidden[rows], weight)
                 log_q = _log_softmax_(log_q, shard, tiles.memory(log_q.shape, 1))
-                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
+                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, copy=1), shard)
                 distances.append(p.mul_(log_q).sum(-1).neg_())
             else:
                 q = _softmax_(tiles.logits(hidden[rows], weight), shard)
-                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
+                p = _softmax_(tiles.logits(teacher_hidden[rows], weight, copy=1), shard)
                 distances.append(p.sub_(q).abs_().sum(-1).div_(2))
         return shard.reduce(torch.cat(distances))
 
@@ -188,7 +191,7 @@ class _DraftDistance(torch.autograd.Function):
         weight, tiles = weight[: shard.size], _row_tiles(hidden, weight, shard, ctx.temperature)
         for rows in blocks(hidden.size(0), tiles.rows):
             q = _softmax_(tiles.logits(hidden[rows], weight), shard)
-            p = _softmax_(tiles.logits(teacher_hidden[rows], weight, 1), shard)
+            p = _softmax_(tiles.logits(teacher_hidden[rows], weight, copy=1), shard)
             if ctx.kind == "soft_ce":
                 grad = q.sub_(p)
             else:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+# logit of an id that the softmax leaves out: finite, so that no difference of two is no number
+REMOVED = -1e30
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -31,6 +34,19 @@ class VocabShard:
         local = ids - (self.start + columns.start)
         owned = (local >= 0) & (local < columns.stop - columns.start)
         return torch.where(owned, local, 0), owned
+
+    def removed(self, masks: Tensor, columns: slice) -> Tensor:
+        """[n, columns] what a softmax leaves out of a block of this rank's columns.
+
+        Args:
+            masks: [n, m] 1 + the ids that it is over, then 0; 0 alone: all ids.
+            columns: of the block.
+        """
+        width = columns.stop - columns.start
+        local = masks.long() - (1 + self.start + columns.start)
+        elsewhere = (masks == 0) | (local < 0) | (local >= width)
+        removed = (masks[:, :1] > 0).repeat(1, width + 1)
+        return removed.scatter_(1, local.masked_fill_(elsewhere, width), False)[:, :width]
 
 
 def blocks(length: int, size: int) -> list[slice]:
@@ -84,19 +100,27 @@ class Tiles:
         self._wide = [like.new_empty(size, dtype=wide) for _ in range(0 if fused else copies)]
         self._narrow = like.new_empty(size) if fused or like.dtype != wide else None
 
-    def products(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[rows, h] and [columns, h] to undivided logits in the precision of matrix products."""
-        shape = (hidden.size(0), weight.size(0))
-        return torch.mm(hidden, weight.t(), out=_view(self._narrow, shape))
+    def products(self, hidden: Tensor, weight: Tensor, removed: Tensor | None = None) -> Tensor:
+        """[rows, h] and [columns, h] to undivided logits in the precision of matrix products.
 
-    def logits(self, hidden: Tensor, weight: Tensor, copy: int = 0) -> Tensor:
-        """[rows, h] and [columns, h] to logits divided by the temperature, in the given copy."""
+        ``removed`` [rows, columns]: ids that a softmax leaves out, see ``VocabShard.removed``.
+        """
+        shape = (hidden.size(0), weight.size(0))
+        logits = torch.mm(hidden, weight.t(), out=_view(self._narrow, shape))
+        return logits if removed is None else logits.masked_fill_(removed, REMOVED)
+
+    def logits(
+        self, hidden: Tensor, weight: Tensor, removed: Tensor | None = None, *, copy: int = 0
+    ) -> Tensor:
+        """As :meth:`products`, divided by the temperature, in the given copy."""
         shape = (hidden.size(0), weight.size(0))
         wide = self.memory(shape, copy)
         if self._narrow is None:
             torch.mm(hidden, weight.t(), out=wide)
         else:
             wide.copy_(self.products(hidden, weight))
+        if removed is not None:
+            wide.masked_fill_(removed, REMOVED)
         return wide if self.temperature == 1.0 else wide.div_(self.temperature)
 
     def memory(self, shape: tuple[int, int], copy: int) -> Tensor:
