@@ -377,6 +377,20 @@ def test_rollouts_by_hand():
     assert estimate(config, VOCABULARY, 4, 0).memory.generation == {}
 
 
+def test_sampling_masks_by_hand():
+    masks = "rl.rollout.batch_size=12", "rl.rollout.top_k=9", "rl.loss.sampling_mask=true"
+    config = make_config(*masks)
+    rows = config.rl.prompts_per_step * config.rl.samples_per_prompt
+    use = estimate(config, VOCABULARY, 1, 0).memory
+    assert use.generation["sampling masks"] == 4 * 12 * 64 * 9
+    assert use.training["sampling masks"] == 4 * rows * 64 * 9
+    evaluation = estimate(config, VOCABULARY, 1, 0, command="eval").memory
+    assert "sampling masks" not in evaluation.generation
+    config.rl.rollout.top_k = 10 * VOCABULARY
+    most = estimate(config, VOCABULARY, 1, 0).memory.generation["sampling masks"]
+    assert 4 * 12 * 64 * VOCABULARY <= most < 1.1 * 4 * 12 * 64 * VOCABULARY
+
+
 def test_latent_attention_keeps_latents_whole_on_every_rank():
     config = make_config(
         "rl.rollout.batch_size=12",

@@ -12,7 +12,7 @@ from megatron_occ.mcore.inference.sampler import CHUNK_LOGITS
 _LOGIT_BYTES = 32
 
 
-def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, int]:
+def generation_memory(config: Config, held: Held, world_size: int, command: str) -> dict[str, int]:
     """Caches of a batch of rollouts, each as long as may be, and logits, by use.
 
     Prompts that wait for a slot are not counted.
@@ -24,7 +24,7 @@ def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, 
     each = _cached_elements(config)
     layers = held.dense_layers + held.moe_layers
     use = {"KV cache": int(tokens * each * layers * width)}
-    use |= mask_memory(config, held.vocabulary, rows)
+    use |= mask_memory(config, held.vocabulary, rows, command)
     if not held.has_output:
         return use
     drafts, depths = 0, config.mtp.num_layers
@@ -38,9 +38,10 @@ def generation_memory(config: Config, held: Held, world_size: int) -> dict[str, 
     return use
 
 
-def mask_memory(config: Config, vocabulary: int, rows: int) -> dict[str, int]:
+def mask_memory(config: Config, vocabulary: int, rows: int, command: str) -> dict[str, int]:
     """The ids that tokens of rows were drawn from, 32 bits each, where they are kept."""
-    if not (config.rl.train_trunk and config.rl.loss.sampling_mask):
+    keeps = config.rl.train_trunk and config.rl.loss.sampling_mask
+    if not keeps or command in ("pretrain", "eval"):
         return {}
     most = min(config.rl.rollout.top_k, vocabulary * config.parallel.tensor)
     return {"sampling masks": 4 * rows * config.model.max_position_embeddings * most}

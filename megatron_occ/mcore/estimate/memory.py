@@ -72,9 +72,8 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
-        if command != "pretrain":
-            sequences = derive(config, world_size).rank_step_sequences
-            training |= mask_memory(config, held.vocabulary, sequences)
+        sequences = derive(config, world_size).rank_step_sequences
+        training |= mask_memory(config, held.vocabulary, sequences, command)
         if config.parallel.grad_reduce_dtype == "bf16":
             # when the optimizer needs them, activations are gone
             wide = _updated(config, held, _trained(held, head_alone)) * _FP32
@@ -82,7 +81,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
             training |= {"gradients in fp32, beyond these": missing} if missing > 0 else {}
     samples = command != "pretrain" or config.pretrain.validate_every > 0
     if samples and config.rl.rollout.engine == "megatron":
-        generation = generation_memory(config, held, world_size)
+        generation = generation_memory(config, held, world_size, command)
     return MemoryUse(
         resident=_resident(config, held, command, head_alone)
         | _gradient_copies(config, held, command, window),
