@@ -69,6 +69,8 @@ MOE = (
     "model.moe.score_function=sigmoid",
     "model.moe.expert_bias=true",
 )
+# experts of the trunk and of MTP layers given
+REPLAYED = (*MOE, "rl.routing_replay=rollout")
 MLA = (
     *DENSE,
     "model.num_query_groups=null",
@@ -123,6 +125,7 @@ TP2, PP2, CP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"
 CASES = (
     _case("1 process, packed", 1, DENSE + _depths(2), PACKED),
     _case("1 process, full recompute", 1, DENSE + _depths(2), "recompute=full"),
+    _case("1 process, full recompute, packed", 1, DENSE + _depths(2), "recompute=full", PACKED),
     _case("TP2", 2, DENSE + _depths(2), TP2),
     _case("TP2, untied, K=3", 2, DENSE + UNTIED + _depths(3), TP2),
     _case("TP2 + SP, packed", 2, DENSE + _depths(2), TP2, SEQUENCE, PACKED),
@@ -228,6 +231,30 @@ CASES = (
         "parallel.pipeline_layout=Et*4|mm|L",
     ),
     _case("MoE, EP2, head alone", 2, (*MOE[len(DENSE) :], *HEAD, *_depths(1)), "parallel.expert=2"),
+    _case(
+        "1 process, MoE, experts replayed, recompute", 1, REPLAYED + _depths(2), "recompute=full"
+    ),
+    _case(
+        "MoE, EP2, experts replayed, packed", 2, REPLAYED + _depths(2), "parallel.expert=2", PACKED
+    ),
+    _case("MoE, TP2 + SP, experts replayed", 2, REPLAYED + _depths(2), TP2, SEQUENCE),
+    _case(
+        "MoE, PP2, experts replayed, packed, recompute",
+        2,
+        REPLAYED + _depths(2),
+        PP2,
+        PACKED,
+        "recompute=full",
+    ),
+    _case(
+        "MoE, PP2 x VPP2, experts replayed, recompute",
+        2,
+        REPLAYED + _depths(1),
+        PP2,
+        "parallel.virtual_pipeline=2",
+        "recompute=full",
+    ),
+    _case("MoE, CP2, experts replayed, packed", 2, REPLAYED + _depths(2), CP2, PACKED),
     _case("MoE, EP2", 2, MOE + _depths(1), "parallel.expert=2"),
     _case("MoE, TP2 + SP, packed", 2, MOE + UNTIED + _depths(2), TP2, SEQUENCE, PACKED),
     _case("MLA, TP2", 2, MLA + _depths(1), TP2),

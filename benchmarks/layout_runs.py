@@ -24,7 +24,7 @@ from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_model, model_state
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.startup import initialize
-from megatron_occ.rl.batch import MiniBatch, RolloutBatch
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, route_dtype
 from megatron_occ.rl.calibration import regime_from
 from megatron_occ.rl.exchange import distribute
 from megatron_occ.rl.head_update import build_updater
@@ -127,6 +127,9 @@ def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> 
         ids[row, end:] = 0
     sampled = -1.0 - 3.0 * torch.rand(ids.shape, generator=generator)
     advantages = torch.randn(ROWS, generator=generator)
+    routes = None
+    if config.rl.routing_replay == "rollout":
+        routes = _routes(config, actor)
     layout = actor.layout
     owners = [row % layout.data_parallel_size for row in range(ROWS)]
     mine = [row for row, owner in enumerate(owners) if owner == layout.data_parallel_rank]
@@ -137,8 +140,24 @@ def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> 
         advantages=advantages,
         old_logprobs=sampled,
         sampling_masks=_masks(ids, config) if config.rl.loss.sampling_mask else None,
-    ).map(lambda values: values[mine].to(layout.device))
+        routes=routes,
+    ).map(lambda values: values[mine].to(layout.device if values.dim() < 4 else "cpu"))
     return distribute(batch, owners, config.rl, actor, parts=parts)
+
+
+def _routes(config: Config, actor: MegatronGPTActor) -> Tensor:
+    """Random experts of each token in each layer of this rank, in some places the router's own."""
+    moe, depths = config.model.moe, config.mtp.num_layers
+    generator = torch.Generator().manual_seed(3)
+    size = (ROWS, LENGTH, config.model.num_layers + depths, moe.num_experts)
+    made = 1 + torch.rand(size, generator=generator).topk(moe.top_k, dim=3).indices
+    made *= torch.rand(*size[:3], 1, generator=generator) < 0.8
+    own = []
+    for chunk in actor.chunks:
+        numbers = [layer.layer_number for layer in chunk.decoder.layers]
+        own += [number - 1 for number in numbers if number > moe.first_dense_layers]
+        own += [config.model.num_layers + depth for depth in range(depths * chunk.mtp_process)]
+    return made[:, :, own].to(route_dtype(moe.num_experts))
 
 
 def _masks(ids: Tensor, config: Config) -> Tensor:

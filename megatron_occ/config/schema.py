@@ -202,6 +202,12 @@ class RLConfig:
         "with (no such pass)",
         choices=("training", "rollout"),
     )
+    routing_replay: str = option(
+        "none",
+        "experts that tokens go to in old log-probs and update: each pass's own choice; in the "
+        "update those of the old log-probs (training, R2); in both those of the rollout (R3)",
+        choices=("none", "training", "rollout"),
+    )
     advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
     loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
     correction: CorrectionConfig = section(

@@ -15,6 +15,7 @@ RL_SWITCHES = (
         (
             "rl.algorithm",
             "rl.old_logprobs",
+            "rl.routing_replay",
             "rl.optimizer.clip_grad",
             *all_but("rl.advantage"),
             *all_but("rl.loss"),
@@ -23,6 +24,12 @@ RL_SWITCHES = (
             *all_but("rl.overlong"),
         ),
         "rl.train_trunk=true (any mtp.preset but head_only)",
+    ),
+    Switch(
+        "model.moe.num_experts",
+        is_one_of(None),
+        ("rl.routing_replay",),
+        "model.moe.num_experts (a layer of experts)",
     ),
     Switch(
         "mtp.trunk.coefficient",

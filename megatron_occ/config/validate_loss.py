@@ -20,6 +20,7 @@ def loss_problems(config: Config) -> Iterator[str]:
         yield from _kind(config)
         yield from _values(config)
         yield from _sampling_mask(config)
+        yield from _routing_replay(config)
         yield from _baseline(config)
         yield from _correction(config)
 
@@ -86,6 +87,22 @@ def _sampling_mask(config: Config) -> Iterator[str]:
             f"{key}: keeps the ids that a token was drawn from, as many as "
             f"rl.rollout.top_k={spell(rollout.top_k)} allows. Give rl.rollout.top_k=64, say, "
             f"{limits.MASK_IDS:,} at most, or rl.loss.sampling_mask=false"
+        )
+
+
+def _routing_replay(config: Config) -> Iterator[str]:
+    replay = config.rl.routing_replay
+    if replay == "rollout" and config.rl.rollout.engine != "megatron":
+        yield (
+            f"rl.routing_replay=rollout: rl.rollout.engine={config.rl.rollout.engine} does not "
+            "return the experts of a token. Give rl.rollout.engine=megatron, or "
+            "rl.routing_replay=training"
+        )
+    if replay == "training" and config.rl.old_logprobs == "rollout":
+        yield (
+            "rl.routing_replay=training: experts come from the pass that computes old log-probs, "
+            "and rl.old_logprobs=rollout makes none. Give rl.old_logprobs=training, or "
+            "rl.routing_replay=rollout"
         )
 
 

@@ -39,6 +39,7 @@ from megatron_occ.mcore.provider import (
     wrap_data_parallel,
 )
 from megatron_occ.mcore.reference import ReferencePolicy
+from megatron_occ.mcore.routing import RouteLog
 from megatron_occ.mcore.snapshot import restored
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
@@ -131,6 +132,10 @@ class MegatronGPTActor:
         gathers = token_dispatcher(config) == "allgather"
         self._gathers_tokens = gathers and expert_sharing_group() is not None
         self.reference = ReferencePolicy(self.chunks)
+        self._routers = 0
+        if self._routers_are_replayed:
+            for chunk in self.chunks:
+                self._routers = chunk.replay_routing(self._routers)
         self._inference: list[InferenceChunk] | None = None
 
     @property
@@ -153,6 +158,8 @@ class MegatronGPTActor:
         temperature: float,
         entropies: bool = False,
         masks: Tensor | None = None,
+        routes: Tensor | None = None,
+        recorded: list[Tensor] | None = None,
     ) -> Tensor:
         """Log-probs under the current weights by the training forward pass.
 
@@ -163,22 +170,31 @@ class MegatronGPTActor:
             temperature: divides the logits.
             entropies: as well.
             masks: [n, s, m] ids that the softmax is over, see ``HeadRequest``; None: all.
+            routes: [n, s, routers of this rank, k] experts that tokens go to, likewise.
+            recorded: gets the experts that routers chose, of the same shape, on the host.
 
         Returns:
             [n, s] in the source frame: position t is about token t + 1; the last is about none.
             With ``entropies`` [2, n, s], the second of them in nats.
         """
-        batches = []
-        for rows in parts:
-            part = ids[list(rows)]
+        batches, log = [], None
+        if recorded is not None:
+            log = RouteLog((*ids.shape, self._routers), self.config.model.moe)
+            recorded.append(log.routes)
+        for rows in map(list, parts):
+            part = ids[rows]
             spans = None if lengths is None else [lengths[row] for row in rows]
-            kept = None if masks is None else masks[list(rows)]
-            targets = head_targets(part, 0)
-            request = HeadRequest(targets, (), temperature, entropies, masks=kept)
+            request = HeadRequest(
+                head_targets(part, 0),
+                (),
+                temperature,
+                entropies,
+                masks=None if masks is None else masks[rows],
+                routes=None if routes is None else routes[rows],
+                record=None if log is None else log.of(rows),
+            )
             batches.append(Sequences(part, spans, request, None))
-        found = run_mini_batch(
-            self.wrapped, self._placed(batches), _keep_statistics, forward_only=True
-        )
+        found = self._run(self._placed(batches), _keep_statistics, forward_only=True)
         result = torch.zeros(1 + entropies, *ids.shape, device=ids.device)
         for rows, statistics in zip(parts if found else (), found, strict=True):
             result[:, list(rows)] = statistics
@@ -222,7 +238,7 @@ class MegatronGPTActor:
             Metrics and calibration sums of the whole mini-batch, over micro-batches and ranks.
         """
         placed = self._placed(micro_batches)
-        return self._reduce(run_mini_batch(self.wrapped, placed, loss, forward_only=forward_only))
+        return self._reduce(self._run(placed, loss, forward_only=forward_only))
 
     def get_gradient(
         self,
@@ -243,7 +259,7 @@ class MegatronGPTActor:
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
         before = [] if counts else [buffer.clone() for buffer in buffers]
         placed = self._placed(micro_batches)
-        report = self._reduce(run_mini_batch(self.wrapped, placed, loss, completes=False))
+        report = self._reduce(self._run(placed, loss, completes=False))
         for buffer, value in zip(buffers, before, strict=not counts):
             buffer.copy_(value)
         return self.gradient_space.take(head=head), report
@@ -270,6 +286,7 @@ class MegatronGPTActor:
         states: Tensor | None = None,
         main_head: bool = True,
         masks: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
@@ -277,7 +294,7 @@ class MegatronGPTActor:
             ids: [b, s] right-padded token ids.
             payload: for the loss function.
             lengths: tokens of each row: packed; None: padded.
-            passes, temperature, entropy, distance, leaks, states, main_head, masks: see
+            passes, temperature, entropy, distance, leaks, states, main_head, masks, routes: see
                 ``HeadRequest``.
         """
         targets = head_targets(ids, self.num_depths)
@@ -292,12 +309,38 @@ class MegatronGPTActor:
             frozen_trunk=not self._train_trunk,
             main_head=main_head,
             masks=masks,
+            routes=routes,
         )
         return Sequences(ids, lengths, request, payload)
 
     def restored(self, *, moments: bool = True) -> AbstractContextManager[None]:
         """A block whose updates are undone at its end, see :func:`snapshot.restored`."""
         return restored(self.chunks, self.optimizer, moments=moments)
+
+    def pop_routing_metrics(self) -> dict[str, float]:
+        """Share of the replayed experts that routers would not have chosen, since the last call.
+
+        Of all training passes on all ranks, called by all of them: ``routing/replaced`` of the
+        trunk and ``routing/replaced_mtp`` of MTP layers, each where anything was replayed.
+        """
+        if not self._routers_are_replayed:
+            return {}
+        counts = sum(chunk.routing.pop_counts() for chunk in self.chunks)
+        total = self.layout.gather_ranks(counts.to(self.layout.device).unsqueeze(0)).sum(0)
+        names = ("routing/replaced", "routing/replaced_mtp")
+        pairs = zip(names, total.tolist(), strict=True)
+        return {name: changed / replayed for name, (replayed, changed) in pairs if replayed}
+
+    @property
+    def _routers_are_replayed(self) -> bool:
+        return self.config.rl.routing_replay != "none"
+
+    def _run(self, placed: list[MicroBatch], loss: LossFunction, **how: bool) -> list[Any]:
+        """See :func:`run_mini_batch`."""
+        if self._routers_are_replayed:
+            for chunk in self.chunks:
+                chunk.routing.forget()
+        return run_mini_batch(self.wrapped, placed, loss, **how)
 
     def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
         """Lay out a mini-batch.

@@ -43,7 +43,11 @@ def fusions(config: Config) -> dict[str, bool]:
             ROTARY: engine and not latent and rope_utils.fused_apply_rotary_pos_emb is not None,
             WEIGHT_GRADIENTS: engine or find_spec("fused_weight_gradient_mlp_cuda") is not None,
             PERMUTATION: engine and not is_dense and _has("fused_permute_with_probs"),
-            ROUTER: engine and not is_dense and _has("fused_topk_with_score_function"),
+            # the fused router chooses by itself
+            ROUTER: engine
+            and not is_dense
+            and config.rl.routing_replay == "none"
+            and _has("fused_topk_with_score_function"),
         }
     return {name: found.get(name, False) for name in names}
 

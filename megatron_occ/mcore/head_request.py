@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class HeadRequest:
         main_head: False leaves out the main head, of which the loss has no part, and agreement.
         masks: [b, s, m] int32, source frame: 1 + the ids that the main head's softmax is over, then
             0; 0 alone: all. None: all, everywhere. MTP heads are over all ids always.
+        routes: [b, s, routers of this rank, k] experts that tokens go to, see ``routing``; None:
+            routers choose.
+        record: gets the first router of a chunk and what the chunk's routers chose.
     """
 
     targets: Tensor
@@ -49,6 +53,8 @@ class HeadRequest:
     frozen_trunk: bool = False
     main_head: bool = True
     masks: Tensor | None = None
+    routes: Tensor | None = None
+    record: Callable[[int, Tensor], None] | None = None
 
 
 def head_tokens(

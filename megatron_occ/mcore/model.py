@@ -18,6 +18,7 @@ from megatron_occ.losses.heads import HeadOutputs
 from megatron_occ.mcore.final_norm import FinalNorm
 from megatron_occ.mcore.head_request import HeadRequest, agreement, head_tokens, token_statistics
 from megatron_occ.mcore.placement import Placement, place_padded
+from megatron_occ.mcore.routing import Routing
 from megatron_occ.mcore.shared_copy import SharedCopy
 from megatron_occ.mcore.vocabulary.logprobs import VocabShard, draft_distance
 
@@ -68,6 +69,8 @@ class OCCGPTModel(GPTModel):
         self._block_arguments: dict[str, Any] = {}
         self._build_mtp, self._frozen_mtp = build_mtp, None
         self.mtp_reads = mtp_reads
+        # where experts are replayed, see `replay_routing`
+        self.routing: Routing | None = None
         self._final_norm = FinalNorm(self.decoder, mtp_reads, has_mtp=self.mtp_process)
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         # not a submodule: it has no weights, and is the decoder for the time of one call
@@ -102,6 +105,9 @@ class OCCGPTModel(GPTModel):
         # behind the MTP block, on a stage of its own, the head's gradient passes through
         comes_after_mtp = self.post_process and not self.mtp_process and depths > 0
         is_frozen = request.frozen_trunk and not comes_after_mtp
+        if self.routing is not None:
+            trains = torch.is_grad_enabled() and not is_frozen
+            self.routing.begin(request.routes, placement, trains=trains)
         with (
             self._as_inner_stage(),
             self._instead_of_trunk(request, placement) as states,
@@ -110,6 +116,8 @@ class OCCGPTModel(GPTModel):
         ):
             arguments = kwargs | states
             hidden = super().forward(*args, packed_seq_params=placement.packed, **arguments)
+        if self.routing is not None and request.record is not None:
+            request.record(self.routing.first, self.routing.recorded(placement))
         states = [hidden]
         if self.mtp_process and depths:
             states[0], read = self._final_norm.split(hidden)
@@ -125,6 +133,18 @@ class OCCGPTModel(GPTModel):
         if depths and not self.mtp_process:
             states = list(hidden.chunk(1 + depths * len(request.passes)))
         return self._head_outputs(states, targets, request, placement)
+
+    def replay_routing(self, first: int) -> int:
+        """From now on passes can replay experts.
+
+        Args:
+            first: routers of this rank's chunks before this one.
+
+        Returns:
+            Routers up to this chunk's last.
+        """
+        self.routing = Routing(self, first)
+        return first + self.routing.count
 
     def output_weight(self) -> Tensor:
         """Rows of the output layer on this tensor-parallel rank, [v_local, h]."""
@@ -184,6 +204,9 @@ class OCCGPTModel(GPTModel):
                 assert self._build_mtp is not None, "this pass needs a second MTP block"
                 self._frozen_mtp = SharedCopy(self.mtp, self._build_mtp)
             block = self._frozen_mtp.refresh().train(self.training)
+        if self.routing is not None:
+            trains = torch.is_grad_enabled() and (to_trunk or to_head)
+            self.routing.begin_depths(block, is_own=block is self.mtp, trains=trains)
         with nullcontext() if to_trunk or to_head else torch.no_grad():
             output = block(
                 input_ids=ids,

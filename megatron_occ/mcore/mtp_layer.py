@@ -37,6 +37,23 @@ class MTPLayer(MultiTokenPredictionLayer):
         # from 0.17 on Megatron hands a padding mask along
         return input_ids, position_ids, *newer.values(), embedded, hidden
 
+    def _checkpointed_forward(self, *given: Any, **arguments: Any) -> Any:
+        """Recompute with packed rows.
+
+        Up to 0.16 Megatron hands all arguments to a function that saves tensors alone; what is none
+        goes into the function here, as from 0.17 on.
+        """
+        if not given:
+            return super()._checkpointed_forward(**arguments)
+        (forward,) = given
+        tensors = {n: v for n, v in arguments.items() if v is None or isinstance(v, Tensor)}
+        others = {name: value for name, value in arguments.items() if name not in tensors}
+
+        def run(*values: Tensor | None) -> Any:
+            return forward(**dict(zip(tensors, values, strict=True)), **others)
+
+        return super()._checkpointed_forward(run, *tensors.values())
+
 
 def inner_layer(layer: MultiTokenPredictionLayer) -> Any:
     """The transformer layer of an MTP layer: Megatron 0.17 renamed it."""

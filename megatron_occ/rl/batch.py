@@ -29,6 +29,9 @@ class RolloutBatch:
         importance_weights: [n, s] of the tokens, source frame, or None, see ``rl.correction``.
         sampling_masks: [n, s, m] int32, token-aligned: 1 + the ids that a token was drawn from,
             then 0; 0 alone: from all. None: every token was.
+        routes: [n, s, routers, k] on the host: 1 + the experts that a token goes to in each layer
+            with experts on this rank, 0 where the router chooses; a byte or two each. None: routers
+            choose.
     """
 
     ids: Tensor
@@ -39,6 +42,7 @@ class RolloutBatch:
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
     sampling_masks: Tensor | None = None
+    routes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.size(0)
@@ -115,6 +119,10 @@ class MiniBatch:
         """The same mini-batch with the log-probs of the old and of the reference policy."""
         return replace(self, rows=self.rows.with_logprobs(old, reference))
 
+    def with_routes(self, routes: Tensor) -> MiniBatch:
+        """The same mini-batch, whose tokens go to these experts, see :class:`RolloutBatch`."""
+        return replace(self, rows=replace(self.rows, routes=routes))
+
 
 def consecutive(sizes: Iterable[int]) -> list[range]:
     """Ranges of the given sizes, one after the other from 0."""
@@ -165,6 +173,25 @@ def pad_masks(prompts: list[list[int]], masks: list[Tensor], shape: tuple[int, i
     padded = torch.zeros(len(prompts), *shape, dtype=torch.int32)
     for row, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
         padded[row, len(prompt) : len(prompt) + mask.size(0), : mask.size(1)] = mask
+    return padded
+
+
+def route_dtype(experts: int) -> torch.dtype:
+    """A byte for each choice where 1 + the expert fits, or two."""
+    return torch.uint8 if experts < 2**8 else torch.int16
+
+
+def pad_routes(routes: list[Tensor], width: int, like: Tensor) -> Tensor:
+    """Routes [t, routers, k] of n rows as one tensor, see :class:`RolloutBatch`.
+
+    Args:
+        routes: of the rows.
+        width: s, more than the tokens of any.
+        like: routes of any row: there may be no rows.
+    """
+    padded = like.new_zeros(len(routes), width, *like.shape[1:])
+    for row, each in enumerate(routes):
+        padded[row, : each.size(0)] = each
     return padded
 
 

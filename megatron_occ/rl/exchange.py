@@ -137,7 +137,19 @@ class _Step:
         return batch.map(lambda values: self._take(values, wanted[self.rank]))
 
     def _take(self, values: Tensor, rows: Sequence[int]) -> Tensor:
-        """[n, ...] of this rank's rows to [len(rows), ...] of the given rows of the step."""
+        """[n, ...] of this rank's rows to [len(rows), ...] of the given rows of the step.
+
+        What lies on the host, routes, comes through the device layer by layer, as bytes: not every
+        kind of number can be sent, and all rows of the step are there at once.
+        """
+        if values.dim() == 4:
+            layers = values.to(self.layout.device).view(torch.uint8).unbind(2)
+            found = [self._take(layer, rows).cpu().view(values.dtype) for layer in layers]
+            return (
+                torch.stack(found, dim=2)
+                if found
+                else values.new_empty(len(rows), *values.shape[1:])
+            )
         padding = (0, 0) * (values.dim() - 1) + (0, self._room - len(values))
         gathered = self.layout.gather_data_parallel(F.pad(values, padding))
         places = [self._places[row] for row in rows]

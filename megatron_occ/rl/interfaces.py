@@ -129,6 +129,8 @@ class Actor(Protocol):
         temperature: float,
         entropies: bool = False,
         masks: Tensor | None = None,
+        routes: Tensor | None = None,
+        recorded: list[Tensor] | None = None,
     ) -> Tensor:
         """Log-probs [n, s], source frame, under the current weights.
 
@@ -139,6 +141,8 @@ class Actor(Protocol):
             temperature: divides the logits.
             entropies: as well: [2, n, s], the second of them in nats.
             masks: [n, s, m] ids that the softmax is over, source frame, see ``RolloutBatch``.
+            routes: [n, s, routers, k] experts that tokens go to, likewise.
+            recorded: gets those that routers chose.
         """
         ...
 
@@ -172,6 +176,7 @@ class Actor(Protocol):
         states: Tensor | None = None,
         main_head: bool = True,
         masks: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> Any: ...
 
     def get_loss_and_metrics(
@@ -190,6 +195,10 @@ class Actor(Protocol):
 
         With ``counts`` the pass is a part of the coming update.
         """
+        ...
+
+    def pop_routing_metrics(self) -> dict[str, float]:
+        """What replayed experts changed since the last call; called by all ranks."""
         ...
 
     def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReportLike: ...

@@ -22,13 +22,14 @@ CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, L
 class Constants:
     """A micro-batch: token ids [b, s], constants of the loss, lengths where it is packed.
 
-    ``masks``: see ``Actor.micro_batch``.
+    ``masks`` and ``routes``: see ``Actor.micro_batch``.
     """
 
     ids: Tensor
     targets: JointTargets
     lengths: list[int] | None
     masks: Tensor | None
+    routes: Tensor | None
 
 
 class _Masked(Protocol):
@@ -64,6 +65,7 @@ class PreparedBatch:
                 joint_targets(corrected(rows), actor.num_depths),
                 lengths,
                 masks_at_source(rows),
+                rows.routes,
             )
             for rows, lengths in mini_batch.micro_batches()
         ]
@@ -86,6 +88,7 @@ class PreparedBatch:
                 lengths=part.lengths,
                 temperature=self._temperature,
                 masks=part.masks,
+                routes=part.routes,
                 **wanted,
             )
             for part in self.parts[span.start : span.stop]

@@ -21,7 +21,7 @@ from megatron_occ.losses import (
     step_advantages,
 )
 from megatron_occ.observe.progress import Timers
-from megatron_occ.rl.batch import RolloutBatch, pad_masks, pad_sequences
+from megatron_occ.rl.batch import RolloutBatch, pad_masks, pad_routes, pad_sequences
 from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
@@ -134,6 +134,7 @@ class RolloutSource:
             timers=timers,
             keep_states=self.keep_states,
             keep_masks=self.config.loss.sampling_mask,
+            keep_routes=self.config.routing_replay == "rollout",
         )
 
     def _useful_groups(self, samples: Samples) -> list[bool]:
@@ -191,6 +192,9 @@ class RolloutSource:
             self._width(samples),
             layout.device,
         )
+        if self.config.routing_replay == "rollout":
+            routes = pad_routes(samples.routes, batch.ids.size(1), drawn.routes[0])
+            batch = replace(batch, routes=routes)
         if self.config.loss.sampling_mask:
             kept = int(self._maximum(max((mask.size(1) for mask in samples.masks), default=0)))
             shape = (batch.ids.size(1), max(1, kept))

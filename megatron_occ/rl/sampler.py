@@ -24,7 +24,7 @@ class Samples:
     ``failed``: a response could not be scored, and has the score 0. ``problems`` says why; "" where
     it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
     ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
-    engine was asked for states, none elsewhere; ``masks`` one where it keeps them.
+    engine was asked for states, none elsewhere; so have ``masks`` and ``routes``.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -40,6 +40,7 @@ class Samples:
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
     states: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
+    routes: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -94,8 +95,7 @@ class Sampler:
         seeds: list[int],
         temperature: float,
         timers: Timers,
-        keep_states: bool = False,
-        keep_masks: bool = False,
+        **kept: bool,
     ) -> Samples:
         """One response to each record.
 
@@ -104,20 +104,15 @@ class Sampler:
             seeds: of each response's random numbers.
             temperature: of sampling.
             timers: of the parts.
-            keep_states: with the trunk's hidden states, see ``SamplingSettings``.
-            keep_masks: with the ids that tokens were drawn from, likewise.
+            kept: what else is wanted of each response: ``keep_states``, ``keep_masks``,
+                ``keep_routes``, see ``SamplingSettings``.
 
         Raises:
             ValueError: a prompt does not fit, or every verifier failed.
         """
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
-            sampling = replace(
-                self.sampling,
-                temperature=temperature,
-                keep_states=keep_states,
-                keep_masks=keep_masks,
-            )
+            sampling = replace(self.sampling, temperature=temperature, **kept)
             self.engine.update_weights(self.actor.version)
             generation = self.engine.generate(
                 [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
@@ -141,6 +136,7 @@ class Sampler:
             generation.drafts,
             generation.states,
             generation.masks,
+            generation.routes,
         )
 
     def _score(

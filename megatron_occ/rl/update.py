@@ -95,12 +95,19 @@ class PolicyUpdater:
             "masks": _masks(mini_batches),
         }
         entropies, share = None, rl.loss.top_entropy
+        # the reference policy is another model: its routers choose
+        replayed = {"routes": _routes(mini_batches)}
+        recorded: list[torch.Tensor] = []
+        if rl.routing_replay == "training":
+            replayed["recorded"] = recorded
         if self.reuses_rollout:
             old = torch.cat([_sampled(mini) for mini in mini_batches])
         elif share < 1:
-            old, entropies = self.actor.get_inference_log_probs(ids, **arguments, entropies=True)
+            old, entropies = self.actor.get_inference_log_probs(
+                ids, **arguments, **replayed, entropies=True
+            )
         else:
-            old = self.actor.get_inference_log_probs(ids, **arguments)
+            old = self.actor.get_inference_log_probs(ids, **arguments, **replayed)
         reference = None
         if rl.loss.kl_coefficient > 0:
             reference = self.actor.get_init_policy_logprobs(ids, **arguments)
@@ -112,6 +119,11 @@ class PolicyUpdater:
             )
             for mini, span in zip(mini_batches, spans, strict=True)
         ]
+        for routes in recorded:
+            scored = [
+                mini.with_routes(routes[span.start : span.stop])
+                for mini, span in zip(scored, spans, strict=True)
+            ]
         if entropies is None:
             return scored
         return [
@@ -177,7 +189,7 @@ class PolicyUpdater:
         # of all ranks already, as the report is by now
         report.metrics.update(prepared.metrics)
         report = on_host(report)
-        metrics = update_metrics(report, step)
+        metrics = update_metrics(report, step) | self.actor.pop_routing_metrics()
         metrics.update(self.coefficients.after_update(report.calibration, used))
         events = self.coefficients.pop_events()
         if self.exact is not None:
@@ -274,6 +286,12 @@ class PolicyUpdater:
             distance=regime.distance,
             leaks=regime.leaks,
         )
+
+
+def _routes(mini_batches: Sequence[MiniBatch]) -> torch.Tensor | None:
+    """Those of the rollout of all rows, where they are kept."""
+    routes = [mini.rows.routes for mini in mini_batches]
+    return None if routes[0] is None else torch.cat(routes)
 
 
 def _masks(mini_batches: Sequence[MiniBatch]) -> torch.Tensor | None:

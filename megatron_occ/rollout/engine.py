@@ -31,6 +31,7 @@ class SamplingSettings:
         keep_states: return the trunk's hidden states too; the embedded engine alone can.
         keep_masks: return the ids that each token was drawn from, ``top_k`` of them at most, and
             log-probs under these alone; the embedded engine alone can.
+        keep_routes: return the experts that each token went to; the embedded engine alone can.
 
     Raises:
         ValueError: a value out of its range, or ``keep_masks`` without ``top_k``.
@@ -44,6 +45,7 @@ class SamplingSettings:
     top_k: int | None = None
     keep_states: bool = False
     keep_masks: bool = False
+    keep_routes: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -132,6 +134,10 @@ class Generation:
             hidden states of the trunk that MTP layers read, at all tokens but the last; or empty.
         masks: with ``keep_masks`` n int32 tensors on the CPU, [tokens, m]: 1 + the ids that a token
             was drawn from, the likeliest first, then 0. 0 alone: from all. Or empty.
+        routes: with ``keep_routes`` n tensors on the CPU, [tokens - 1, routers, k] of prompt and
+            response, a byte or two each: 1 + the experts that a token went to in each layer with
+            experts on this rank, in the order of the model's chunks, MTP layers behind those of
+            their chunk; 0 where a layer did not read it. Or empty.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -140,6 +146,7 @@ class Generation:
     drafts: DraftStatistics = field(default_factory=DraftStatistics)
     states: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):
@@ -188,7 +195,7 @@ class RolloutEngine(Protocol):
 def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
     """One generation of ``count`` requests from those of ranks that took every n-th of them."""
     merged = Generation([[]] * count, [[]] * count, [ABORT] * count)
-    kept = [name for name in ("states", "masks") if any(getattr(s, name) for s in shares)]
+    kept = [name for name in ("states", "masks", "routes") if any(getattr(s, name) for s in shares)]
     for name in kept:
         setattr(merged, name, [torch.empty(0)] * count)
     for first, share in enumerate(shares):

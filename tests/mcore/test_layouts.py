@@ -11,6 +11,7 @@ from benchmarks.layout_cases import CASES
 from benchmarks.layout_invariance import COLUMNS, LIMIT, compare
 
 NAMES = (
+    "1 process, full recompute, packed",
     "TP2 + SP, packed",
     "TP2 + SP, sampling masks",
     "PP2, untied, packed, K=2",

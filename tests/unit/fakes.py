@@ -137,7 +137,7 @@ class FakeActor:
         return chain[:, 1:], table[chain[:, :-1], chain[:, 1:]]
 
     def get_inference_log_probs(
-        self, ids, *, parts, lengths, temperature, entropies=False, masks=None
+        self, ids, *, parts, lengths, temperature, entropies=False, masks=None, routes=None
     ):
         found = self._log_probs(self.model, ids, parts, lengths, temperature)
         if not entropies:
@@ -179,12 +179,16 @@ class FakeActor:
         states=None,
         main_head=True,
         masks=None,
+        routes=None,
     ):
         assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))
         return FakeMicroBatch(
             ids, payload, lengths, passes, temperature, distance, leaks, main_head
         )
+
+    def pop_routing_metrics(self):
+        return {}
 
     def get_gradient(self, micro_batches, loss, *, head=False, counts=False):
         self.model.zero_grad()

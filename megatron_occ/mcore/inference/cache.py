@@ -46,6 +46,8 @@ class Cache:
         shapes: for each layer the shapes of what it keeps of a token.
         rows: sequences.
         length: tokens of one at most.
+        experts: for each layer the experts of a token that are kept behind these, 1 + each; None:
+            of none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Cache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        experts: Sequence[int] | None = None,
     ) -> None:
         self.rows, self.length = rows, length
         # [rows, 1] where each row begins, counted in tokens
@@ -65,6 +68,10 @@ class Cache:
             [torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in layer]
             for layer in shapes
         ]
+        for layer, count in zip(self.layers, experts or (), strict=False):
+            if count:
+                kept = torch.zeros(rows, length, count, dtype=torch.int16, device=device)
+                layer.append(kept)
 
     def copy_rows(
         self, source: Cache, rows: Sequence[int], targets: Sequence[int], length: int

@@ -61,6 +61,8 @@ class Decoding:
         )
         if sampling.keep_states and passes.state is not None:
             self.generation.states = [torch.empty(0)] * len(requests)
+        if sampling.keep_routes:
+            self.generation.routes = [torch.empty(0)] * len(requests)
         if sampling.keep_masks:
             self.generation.masks = [torch.empty(0)] * len(requests)
 
@@ -164,13 +166,15 @@ class Decoding:
 
     def _answer(self, reasons: dict[int, str]) -> None:
         """Answer the requests in these rows, and free the rows."""
-        if self.generation.states:
-            for row, states in zip(reasons, self.passes.states(list(reasons)), strict=True):
-                self.generation.states[self.owners[row]] = states
-        if self.generation.masks:
-            for row, mask in zip(reasons, self.slots.masks_of(list(reasons)), strict=True):
-                self.generation.masks[self.owners[row]] = mask
-        found = self.slots.responses(list(reasons))
+        rows = list(reasons)
+        for kept, read in (
+            (self.generation.states, self.passes.states),
+            (self.generation.masks, self.slots.masks_of),
+            (self.generation.routes, self.passes.routes),
+        ):
+            for row, values in zip(rows, read(rows) if kept else (), strict=bool(kept)):
+                kept[self.owners[row]] = values
+        found = self.slots.responses(rows)
         for (row, reason), (tokens, logprobs) in zip(reasons.items(), found, strict=True):
             owner = self.owners[row]
             assert owner is not None, "a free row has nothing to answer"

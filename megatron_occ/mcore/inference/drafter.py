@@ -54,8 +54,14 @@ class DraftState:
         trunk, depths = drafter.trunk, len(drafter.modules)
         shapes = [module.layer.attention.cached for module in drafter.modules]
         shapes += [[(trunk.config.hidden_size,)]] * depths
-        device = torch.cuda.current_device()
-        self.cache = Cache(shapes, rows, length, dtype=trunk.dtype, device=device)
+        self.cache = Cache(
+            shapes,
+            rows,
+            length,
+            dtype=trunk.dtype,
+            device=torch.cuda.current_device(),
+            experts=[module.layer.experts for module in drafter.modules],
+        )
         self.hidden = [kept for (kept,) in self.cache.layers[depths:]]
         self.done = np.full((depths, rows), -1)
 
@@ -82,7 +88,14 @@ class Drafter:
     def __init__(self, trunk: Trunk) -> None:
         self.trunk, self.company = trunk, trunk.company
         self.modules = [
-            MTPModule(layer, inner_layer(layer), trunk.config, trunk.tensor, self.company)
+            MTPModule(
+                layer,
+                inner_layer(layer),
+                trunk.config,
+                trunk.tensor,
+                self.company,
+                keeps=trunk.keeps_experts,
+            )
             for layer in trunk.chunks[-1].mtp.layers
         ]
 

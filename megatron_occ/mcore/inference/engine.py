@@ -135,7 +135,8 @@ class MegatronEngine:
             return Generation()
         self.draft_length.begin()
         # the weights may have moved in memory since the last call
-        trunk, drafter = Trunk(self._chunks(), self.company), None
+        trunk = Trunk(self._chunks(), self.company, keeps_experts=sampling.keep_routes)
+        drafter = None
         kept = min(sampling.top_k, trunk.vocabulary) if sampling.keep_masks else 0
         slots = self._new_slots(len(requests), prompt, sampling, kept)
         if (self.speculation.length > 0 or sampling.keep_states) and trunk.is_last:
@@ -176,16 +177,20 @@ class MegatronEngine:
 def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:
     """Those of all context-parallel ranks, in rank order.
 
-    States may be tens of gigabytes. They go one by one: with the rest, as Python objects, there
-    would be several copies of all of them on the way.
+    States and routes may be tens of gigabytes. They go one by one: with the rest, as Python
+    objects, there would be several copies of all of them on the way.
     """
-    states, mine.states = mine.states, []
-    shapes = [(each.shape, each.dtype) for each in states]
+    large = {name: getattr(mine, name) for name in ("states", "routes")}
+    mine.states, mine.routes = [], []
+    shapes = {name: [(v.shape, v.dtype) for v in values] for name, values in large.items()}
     shares = []
     for rank, (share, theirs) in enumerate(layout.gather_context_parallel((mine, shapes))):
         is_own = rank == layout.context_parallel_rank
-        share.states = states if is_own else [torch.empty(s, dtype=dtype) for s, dtype in theirs]
-        for each in share.states:
-            layout.broadcast_context_parallel(each, rank)
+        for name, values in large.items():
+            empty = [torch.empty(size, dtype=dtype) for size, dtype in theirs[name]]
+            setattr(share, name, values if is_own else empty)
+            for each in getattr(share, name):
+                # as bytes: not every kind of number can be sent
+                layout.broadcast_context_parallel(each.view(torch.uint8), rank)
         shares.append(share)
     return shares

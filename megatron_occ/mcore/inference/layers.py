@@ -19,8 +19,9 @@ from megatron_occ.mcore.inference.attention import (
     sum_over,
     tensor_of,
 )
-from megatron_occ.mcore.inference.cache import Tokens
+from megatron_occ.mcore.inference.cache import Tokens, write
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
+from megatron_occ.mcore.routing import Choices, place_choices
 
 
 class Company:
@@ -67,15 +68,29 @@ class GatedMLP:
 
 
 class ExpertsMLP:
-    """Megatron's mixture of experts as it is."""
+    """Megatron's mixture of experts as it is.
 
-    def __init__(self, module: MoELayer, company: Company) -> None:
+    Args:
+        module: Megatron's layer.
+        company: see :class:`Company`.
+        keeps: take down what the router chooses.
+    """
+
+    def __init__(self, module: MoELayer, company: Company, *, keeps: bool) -> None:
         self.module, self.company = module, company
+        self.choices: Choices | None = None
+        if keeps:
+            (self.choices,) = place_choices(module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[t, h] to [t, h]."""
         output, _ = self.module(self.company.fill(hidden).unsqueeze(1))
         return output.squeeze(1)[: hidden.size(0)]
+
+    @property
+    def experts(self) -> int:
+        """How many of a token are kept."""
+        return self.module.config.moe_router_topk if self.choices is not None else 0
 
 
 class Layer:
@@ -86,14 +101,17 @@ class Layer:
         config: of the model.
         group: tensor-parallel ranks.
         company: see :class:`Company`.
+        keeps: keep each token's experts in the cache.
     """
 
-    def __init__(self, module: Any, config: Any, group: ProcessGroup, company: Company) -> None:
+    def __init__(
+        self, module: Any, config: Any, group: ProcessGroup, company: Company, *, keeps: bool
+    ) -> None:
         self.eps = config.layernorm_epsilon
         kind = LatentAttention if config.multi_latent_attention else GroupedAttention
         self.attention = kind(module.self_attention, config, group)
         if isinstance(module.mlp, MoELayer):
-            self.mlp = ExpertsMLP(module.mlp, company)
+            self.mlp = ExpertsMLP(module.mlp, company, keeps=keeps)
         else:
             self.mlp = GatedMLP(module.mlp, group)
         # in latent attention several layers read the norm's output: it is never fused
@@ -106,7 +124,16 @@ class Layer:
         """[n * q, h] to [n * q, h]."""
         normed = norm(hidden, self.before_attention, self.eps)
         hidden = hidden + self.attention(normed, tokens, cache)
-        return hidden + self.mlp(norm(hidden, self.before_mlp, self.eps))
+        output = hidden + self.mlp(norm(hidden, self.before_mlp, self.eps))
+        if self.experts:
+            chosen = self.mlp.choices.chosen[: hidden.size(0)]
+            write(cache[-1], tokens.places, (1 + chosen).to(cache[-1].dtype))
+        return output
+
+    @property
+    def experts(self) -> int:
+        """How many of a token its cache keeps, behind what attention does."""
+        return self.mlp.experts if isinstance(self.mlp, ExpertsMLP) else 0
 
 
 class MTPModule:
@@ -115,16 +142,23 @@ class MTPModule:
     Args:
         module: Megatron's MTP layer.
         inner: its transformer layer.
-        config, group, company: see :class:`Layer`.
+        config, group, company, keeps: see :class:`Layer`.
     """
 
     def __init__(
-        self, module: Any, inner: Any, config: Any, group: ProcessGroup, company: Company
+        self,
+        module: Any,
+        inner: Any,
+        config: Any,
+        group: ProcessGroup,
+        company: Company,
+        *,
+        keeps: bool,
     ) -> None:
         self.group, self.eps = group, config.layernorm_epsilon
         self.norms = [tensor_of(n) for n in (module.enorm, module.hnorm, module.final_layernorm)]
         self.projection = tensor_of(module.eh_proj)
-        self.layer = Layer(inner, config, group, company)
+        self.layer = Layer(inner, config, group, company, keeps=keeps)
 
     def __call__(
         self, embedded: Tensor, hidden: Tensor, tokens: Tokens, cache: list[Tensor]

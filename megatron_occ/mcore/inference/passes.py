@@ -12,6 +12,7 @@ from megatron_occ.mcore.inference.cache import write
 from megatron_occ.mcore.inference.drafter import Drafter, Known
 from megatron_occ.mcore.inference.graphs import Capture, Graphs
 from megatron_occ.mcore.inference.prefill import Prefix, prefill
+from megatron_occ.mcore.inference.routes import routes_of
 from megatron_occ.mcore.inference.sampler import TokenSampler
 from megatron_occ.mcore.inference.slots import Slots, Verified
 from megatron_occ.mcore.inference.trunk import Placer, Trunk
@@ -146,6 +147,10 @@ class Passes:
             return []
         kept = self.state.hidden[0]
         return [kept[row, : int(self.slots.known[row]) - 1].to("cpu", copy=True) for row in rows]
+
+    def routes(self, rows: Sequence[int]) -> list[Tensor]:
+        """See ``Generation.routes``, of prompts and responses in these rows so far."""
+        return routes_of(self.trunk, self.cache, self.state, self.slots, rows)
 
     def _draft(self, places: Tensor, keys: Tensor, needed: Sequence[int] | None) -> list[Tensor]:
         """Put drafts at ``places`` [n, k] of the rows; returns what they were drawn from."""

@@ -41,15 +41,21 @@ class Trunk:
         chunks: for inference: without sequence and context parallelism, see
             ``provider.build_inference_chunk``.
         company: see ``layers.Company``.
+        keeps_experts: caches keep those of each token.
     """
 
-    def __init__(self, chunks: Sequence[OCCGPTModel], company: Company) -> None:
-        self.chunks, self.company = chunks, company
+    def __init__(
+        self, chunks: Sequence[OCCGPTModel], company: Company, *, keeps_experts: bool = False
+    ) -> None:
+        self.chunks, self.company, self.keeps_experts = chunks, company, keeps_experts
         self.config = chunks[0].config
         self.tensor: ProcessGroup = chunks[0].pg_collection.tp
         self.pipeline: ProcessGroup = chunks[0].pg_collection.pp
         self.layers = [
-            [Layer(layer, self.config, self.tensor, company) for layer in chunk.decoder.layers]
+            [
+                Layer(layer, self.config, self.tensor, company, keeps=keeps_experts)
+                for layer in chunk.decoder.layers
+            ]
             for chunk in chunks
         ]
         self.eps = self.config.layernorm_epsilon
@@ -93,9 +99,15 @@ class Trunk:
 
     def new_cache(self, rows: int, length: int) -> Cache:
         """Empty, for this rank's layers."""
-        shapes = [layer.attention.cached for layers in self.layers for layer in layers]
-        device = torch.cuda.current_device()
-        return Cache(shapes, rows, length, dtype=self.dtype, device=device)
+        layers = [layer for layers in self.layers for layer in layers]
+        return Cache(
+            [layer.attention.cached for layer in layers],
+            rows,
+            length,
+            dtype=self.dtype,
+            device=torch.cuda.current_device(),
+            experts=[layer.experts for layer in layers],
+        )
 
     def rotary(self, length: int, device: torch.device) -> Rotary:
         """Rotary table for positions below ``length``."""
