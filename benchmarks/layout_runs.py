@@ -152,12 +152,18 @@ def _routes(config: Config, actor: MegatronGPTActor) -> Tensor:
     size = (ROWS, LENGTH, config.model.num_layers + depths, moe.num_experts)
     made = 1 + torch.rand(size, generator=generator).topk(moe.top_k, dim=3).indices
     made *= torch.rand(*size[:3], 1, generator=generator) < 0.8
-    own = []
+    return made[:, :, routed_layers(actor)].to(route_dtype(moe.num_experts))
+
+
+def routed_layers(actor: MegatronGPTActor) -> list[int]:
+    """Numbers of this rank's layers with experts, MTP layers behind the trunk's, in their order."""
+    config, found = actor.config, []
     for chunk in actor.chunks:
         numbers = [layer.layer_number for layer in chunk.decoder.layers]
-        own += [number - 1 for number in numbers if number > moe.first_dense_layers]
-        own += [config.model.num_layers + depth for depth in range(depths * chunk.mtp_process)]
-    return made[:, :, own].to(route_dtype(moe.num_experts))
+        found += [number - 1 for number in numbers if number > config.model.moe.first_dense_layers]
+        depths = range(config.mtp.num_layers * chunk.mtp_process)
+        found += [config.model.num_layers + depth for depth in depths]
+    return found
 
 
 def _masks(ids: Tensor, config: Config) -> Tensor:

@@ -25,7 +25,7 @@ from benchmarks.layout_cases import (
     UNTIED,
     read,
 )
-from benchmarks.layout_runs import VOCABULARY
+from benchmarks.layout_runs import VOCABULARY, routed_layers
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_model, model_state
@@ -78,6 +78,8 @@ CASES = {
     "CP2": ("dense", (CP2,)),
     "DP2": ("dense", ()),
     "MoE, EP2": ("moe", (EP2,)),
+    "MoE, PP2": ("moe", (PP2,)),
+    "MoE, CP2": ("moe", (CP2,)),
     "MoE, TP2 + SP": ("moe", (TP2, *SEQUENCE)),
     "MLA, TP2": ("mla", (TP2,)),
     "MLA, CP2": ("mla", (CP2,)),
@@ -111,6 +113,7 @@ class Responses:
     """What was generated for which prompts; log-probs by training forwards, padded and packed.
 
     ``cut``: under cuts whose masks are kept, and ``cut_training`` log-probs with these and without.
+    Its experts are kept where there are any, of the ``layers`` of this rank.
     """
 
     numbers: list[int]
@@ -118,6 +121,7 @@ class Responses:
     training: list[list[list[float]]]
     cut: Generation
     cut_training: list[list[list[float]]]
+    layers: list[int]
 
 
 def prompts() -> list[list[int]]:
@@ -141,10 +145,12 @@ def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculatio
     requests = [Request(prompts()[number], 100 + number) for number in numbers]
     found = engine.generate(requests, SAMPLING)
     training = [training_logprobs(actor, chosen, found, packed) for packed in (False, True)]
-    cut = engine.generate(requests, CUT)
+    has_experts = actor.config.model.moe.num_experts is not None
+    cut = engine.generate(requests, replace(CUT, keep_routes=has_experts))
     free = replace(cut, masks=[])
     both = [training_logprobs(actor, chosen, each, True) for each in (cut, free)]
-    return Responses(numbers, found, training, cut, both)
+    layers = routed_layers(actor) if has_experts else []
+    return Responses(numbers, found, training, cut, both, layers)
 
 
 def training_logprobs(actor, chosen, found: Generation, packed: bool) -> list[list[float]]:
@@ -264,6 +270,26 @@ def test_tokens_come_with_what_they_were_drawn_from(alone, split, name):
             for place, number in enumerate(responses.numbers):
                 assert cut.tokens[place] == expected.tokens[number]
                 assert torch.equal(cut.masks[place], expected.masks[number])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "MoE" in name])
+def test_tokens_come_with_the_experts_that_they_went_to(alone, split, name):
+    single, drafted = alone[0][CASES[name][0]], 0
+    for ranks in split[name]:
+        for responses in ranks:
+            for place, number in enumerate(responses.numbers):
+                expected = single.cut.routes[number].long().sort(-1).values
+                found = responses.cut.routes[place].long().sort(-1).values
+                for column, layer in enumerate(responses.layers):
+                    # the first layer has no experts
+                    own, other = found[:, column], expected[:, layer - 1]
+                    # MTP layers: what one process did not draft it has not read
+                    both = (own > 0).all(1) & (other > 0).all(1)
+                    assert torch.equal(own[both], other[both])
+                    if layer < 4:
+                        assert both.all()
+                    drafted += int((own > 0).sum()) if layer == 4 else 0
+    assert drafted > 0
 
 
 def test_masks_hold_the_tokens_that_were_drawn_and_differ(alone):
