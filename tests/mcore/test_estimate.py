@@ -391,6 +391,24 @@ def test_sampling_masks_by_hand():
     assert 4 * 12 * 64 * VOCABULARY <= most < 1.1 * 4 * 12 * 64 * VOCABULARY
 
 
+@pytest.mark.parametrize(("experts", "width"), [(4, 1), (300, 2)])
+def test_replayed_experts_by_hand(experts, width):
+    given = ("rl.rollout.batch_size=12", "mtp.num_layers=2", "rl.routing_replay=rollout")
+    config = make_config(*given, moe=True)
+    config.model.moe.num_experts = experts
+    routers = config.model.num_layers - config.model.moe.first_dense_layers + 2
+    each = 64 * routers * config.model.moe.top_k
+    rows = config.rl.prompts_per_step * config.rl.samples_per_prompt
+    use = estimate(config, VOCABULARY, 1, 0).memory
+    assert use.generation["experts of tokens"] == 2 * 12 * each
+    assert use.host == {"experts of tokens": width * rows * each}
+    config.rl.routing_replay = "training"
+    use = estimate(config, VOCABULARY, 1, 0).memory
+    assert "experts of tokens" not in use.generation
+    assert use.host == {"experts of tokens": width * rows * each}
+    assert estimate(config, VOCABULARY, 1, 0, command="eval").memory.host == {}
+
+
 def test_latent_attention_keeps_latents_whole_on_every_rank():
     config = make_config(
         "rl.rollout.batch_size=12",

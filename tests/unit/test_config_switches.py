@@ -66,6 +66,7 @@ WITHOUT_A_POLICY_THAT_LEARNS = (
     "rl.correction.veto=0.1",
     "rl.loss.top_entropy=0.2",
     "rl.loss.sampling_mask=true",
+    "rl.routing_replay=training",
     "rl.loss.entropy_coefficient=0.1",
     "rl.loss.kl_coefficient=0.1",
     "rl.loss.kl_kind=k2",

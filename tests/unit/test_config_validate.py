@@ -209,6 +209,11 @@ REFUSED = [
         "rl.loss.sampling_mask=true: rl.rollout.engine=vllm does not return",
         "rl.rollout.engine=megatron",
     ),
+    (
+        "rl.routing_replay=training rl.old_logprobs=rollout model.moe.num_experts=4",
+        "rl.routing_replay=training: experts come",
+        "rl.old_logprobs=training",
+    ),
     # optimizers: 2 steps of 2 updates in RL, 60 in pretraining
     ("rl.optimizer.min_lr=1e-5", "rl.optimizer.min_lr=1e-05", "rl.optimizer.schedule=cosine"),
     (

@@ -20,7 +20,17 @@ def step_rows(rows):
     index = torch.tensor(rows, dtype=torch.long)
     mask = torch.arange(WIDTH) < torch.tensor([LENGTHS[row] for row in rows]).view(-1, 1)
     ids = index.view(-1, 1).expand(-1, WIDTH).clone()
-    return RolloutBatch(ids, mask.float(), -ids.float(), index + 0.5)
+    masks = (ids.unsqueeze(2) * torch.tensor([1, 2])).int()
+    # of three layers, and too large for a byte
+    routes = 300 * ids.view(-1, WIDTH, 1, 1) + torch.arange(6).view(3, 2)
+    return RolloutBatch(
+        ids,
+        mask.float(),
+        -ids.float(),
+        index + 0.5,
+        sampling_masks=masks,
+        routes=routes.to(torch.int16),
+    )
 
 
 def deal(owners, *overrides, layout=None, multiple=1, count_multiple=1):
@@ -35,7 +45,7 @@ def deal(owners, *overrides, layout=None, multiple=1, count_multiple=1):
 def names(mini):
     """The rows in a mini-batch; checks that everything of a row travelled with it."""
     rows = mini.rows.advantages.sub(0.5).long().tolist()
-    for name in ("ids", "response_mask", "rollout_logprobs"):
+    for name in ("ids", "response_mask", "rollout_logprobs", "sampling_masks", "routes"):
         assert torch.equal(getattr(mini.rows, name), getattr(step_rows(rows), name)), name
     return rows
 

@@ -7,6 +7,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive
 from megatron_occ.mcore.estimate.held import Held, element_bytes, head_widths
 from megatron_occ.mcore.inference.sampler import CHUNK_LOGITS
+from megatron_occ.rl.batch import route_dtype
 
 # logits and log-probs in fp32; in 64 bits random digits or times, and two steps to probabilities
 _LOGIT_BYTES = 32
@@ -25,6 +26,9 @@ def generation_memory(config: Config, held: Held, world_size: int, command: str)
     layers = held.dense_layers + held.moe_layers
     use = {"KV cache": int(tokens * each * layers * width)}
     use |= mask_memory(config, held.vocabulary, rows, command)
+    choices = routed_choices(config, held, rows, command)
+    if choices and config.rl.routing_replay == "rollout":
+        use["experts of tokens"] = 2 * choices
     if not held.has_output:
         return use
     drafts, depths = 0, config.mtp.num_layers
@@ -45,6 +49,26 @@ def mask_memory(config: Config, vocabulary: int, rows: int, command: str) -> dic
         return {}
     most = min(config.rl.rollout.top_k, vocabulary * config.parallel.tensor)
     return {"sampling masks": 4 * rows * config.model.max_position_embeddings * most}
+
+
+def route_memory(config: Config, held: Held, rows: int, command: str) -> dict[str, int]:
+    """The experts of the tokens of rows, on the host between the phases of a step."""
+    choices = routed_choices(config, held, rows, command)
+    if not choices:
+        return {}
+    return {"experts of tokens": choices * route_dtype(config.model.moe.num_experts).itemsize}
+
+
+def routed_choices(config: Config, held: Held, rows: int, command: str) -> int:
+    """Experts of all tokens of rows in the layers of a rank, where they are kept; 0: they are not.
+
+    MTP layers have the trunk's kind of last layer.
+    """
+    moe = config.model.moe
+    if config.rl.routing_replay == "none" or command in ("pretrain", "eval"):
+        return 0
+    routers = held.moe_layers + config.mtp.num_layers * held.has_mtp
+    return rows * config.model.max_position_embeddings * routers * moe.top_k
 
 
 def _cached_elements(config: Config) -> float:

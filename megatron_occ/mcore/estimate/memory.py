@@ -13,7 +13,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, most_micro_batches, round_up, sequence_multiple
 from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.activations import EVERYTHING, NOTHING, activations, asked
-from megatron_occ.mcore.estimate.generation import generation_memory, mask_memory
+from megatron_occ.mcore.estimate.generation import generation_memory, mask_memory, route_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes
 from megatron_occ.mcore.vocabulary.logprobs import FUSED_LOGITS
 from megatron_occ.rl.calibration import regime_from
@@ -32,6 +32,7 @@ class MemoryUse:
         activations: what the backward pass reads of one micro-batch, without and with recompute.
         micro_batch_tokens: tokens of that micro-batch, over all context-parallel ranks.
         in_flight: micro-batches of this stage whose backward pass is due, in the 1F1B schedule.
+        host: kept in the host's memory between phases.
     """
 
     resident: dict[str, int]
@@ -40,6 +41,7 @@ class MemoryUse:
     activations: tuple[int, int]
     micro_batch_tokens: int
     in_flight: float
+    host: dict[str, int]
 
     @property
     def peak(self) -> int:
@@ -68,11 +70,11 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
     )
     flight = _in_flight(config, held.stage, _micro_batches(config, world_size, command))
     training, generation = {}, {}
+    sequences = derive(config, world_size).rank_step_sequences
     if command != "eval":
         training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
-        sequences = derive(config, world_size).rank_step_sequences
         training |= mask_memory(config, held.vocabulary, sequences, command)
         if config.parallel.grad_reduce_dtype == "bf16":
             # when the optimizer needs them, activations are gone
@@ -90,6 +92,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
         micro_batch_tokens=tokens,
         in_flight=flight,
+        host=route_memory(config, held, sequences, command),
     )
 
 

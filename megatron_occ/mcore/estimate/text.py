@@ -111,6 +111,7 @@ def _memory(estimates: Sequence[RankEstimate], gpu_memory: float) -> list[str]:
         *lines,
         _row("  peak", [size(use.peak) for use in uses]),
         _row(f"  fits in {gpu_memory:g} GiB", fits),
+        *_rows([use.host for use in uses], size, "on the host: "),
     ]
 
 
