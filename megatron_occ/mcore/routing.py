@@ -211,7 +211,8 @@ class RouteLog:
 
 
 def _pop(routers: Sequence[Choices]) -> Tensor:
-    found = [choices.counts.double().cpu() for choices in routers if choices.counts is not None]
+    found = [choices.counts for choices in routers if choices.counts is not None]
     for choices in routers:
         choices.counts = None
-    return torch.stack(found).sum(0) if found else torch.zeros(2, dtype=torch.float64)
+    total = torch.stack(found).sum(0) if found else torch.zeros(2)
+    return total.double().cpu()

@@ -101,6 +101,7 @@ class SkippedUpdates:
             lengths=mine.lengths,
             temperature=1.0,
             masks=masks_at_source(rows),
+            routes=rows.routes,
         )
         # source frame: position t is about token t + 1
         ahead = torch.nn.functional.pad(rows.response_mask[:, 1:], (0, 1)) > 0
