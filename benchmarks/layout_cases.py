@@ -71,6 +71,8 @@ MOE = (
 )
 # experts of the trunk and of MTP layers given
 REPLAYED = (*MOE, "rl.routing_replay=rollout")
+# of the trunk, as the old log-probs chose them
+TAKEN = (*MOE[len(DENSE) :], "mtp.preset=detach", "rl.routing_replay=training")
 MLA = (
     *DENSE,
     "model.num_query_groups=null",
@@ -253,6 +255,34 @@ CASES = (
         PP2,
         "parallel.virtual_pipeline=2",
         "recompute=full",
+    ),
+    _case(
+        "MoE, TP2 + SP, experts replayed, recompute of experts",
+        2,
+        REPLAYED + _depths(2),
+        TP2,
+        SEQUENCE,
+        "recompute=selective",
+        "recompute_modules=[moe]",
+    ),
+    _case("MoE, TP2 + SP, experts of old log-probs", 2, TAKEN + _depths(2), TP2, SEQUENCE),
+    _case("MoE, CP2, experts of old log-probs, packed", 2, TAKEN + _depths(2), CP2, PACKED),
+    _case(
+        "MoE, PP2 x VPP2, experts of old log-probs, first layers again",
+        2,
+        TAKEN + _depths(1),
+        PP2,
+        "parallel.virtual_pipeline=2",
+        "recompute=full",
+        "recompute_layers=1",
+    ),
+    _case(
+        "MoE, PP3, experts replayed, MTP stage of its own",
+        3,
+        REPLAYED + UNTIED + _depths(2),
+        "parallel.pipeline=3",
+        "parallel.pipeline_layout=Etttt|mm|L",
+        PACKED,
     ),
     _case("MoE, CP2, experts replayed, packed", 2, REPLAYED + _depths(2), CP2, PACKED),
     _case("MoE, EP2", 2, MOE + _depths(1), "parallel.expert=2"),

@@ -58,8 +58,9 @@ def reference(model: tuple[str, ...], folder: Path) -> list[dict[str, float]]:
     actor = _actor(config)
     _save(actor, folder / "start")
     updater, metrics = build_updater(config, actor), []
+    batches = _with_experts(mini_batches(config, actor), updater)
     for step in range(UPDATES):
-        result = updater.run_update(mini_batches(config, actor)[step % 2])
+        result = updater.run_update(batches[step % 2])
         metrics.append(result.metrics)
         if step == 0:
             _save_gradients(actor, folder)
@@ -85,8 +86,9 @@ def measure_and_keep(
     actor.optimizer.megatron.reload_model_params()
     updater, metrics = build_updater(config, actor), []
     gradient, missing = (0.0, ""), []
+    batches = _with_experts(mini_batches(config, actor), updater)
     for step in range(UPDATES):
-        metrics.append(updater.run_update(mini_batches(config, actor)[step % 2]).metrics)
+        metrics.append(updater.run_update(batches[step % 2]).metrics)
         if step == 0:
             gradient = _compare_gradients(actor, folder)
     parameters = _compare(actor, folder / "end", folder / "end_scale", missing)
@@ -101,6 +103,12 @@ def measure_and_keep(
         metrics=metrics,
     )
     return found, actor
+
+
+def _with_experts(batches: list[MiniBatch], updater: Any) -> list[MiniBatch]:
+    """Where the update replays the experts of the old log-probs, these with those."""
+    replays = updater.config.rl.routing_replay == "training"
+    return updater.compute_logprobs(batches) if replays else batches
 
 
 def _actor(config: Config) -> MegatronGPTActor:
@@ -141,7 +149,7 @@ def mini_batches(config: Config, actor: MegatronGPTActor, *, parts: int = 1) -> 
         old_logprobs=sampled,
         sampling_masks=_masks(ids, config) if config.rl.loss.sampling_mask else None,
         routes=routes,
-    ).map(lambda values: values[mine].to(layout.device if values.dim() < 4 else "cpu"))
+    ).map(lambda values: values[mine].to(layout.device if values.dim() < 3 else "cpu"))
     return distribute(batch, owners, config.rl, actor, parts=parts)
 
 

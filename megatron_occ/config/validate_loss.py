@@ -80,7 +80,7 @@ def _sampling_mask(config: Config) -> Iterator[str]:
     if rollout.top_k is None and rollout.top_p == 1:
         yield (
             f"{key}: rl.rollout.top_p=1.0 and rl.rollout.top_k=null leave all tokens. Give "
-            "rl.rollout.top_p=0.9, say, or rl.loss.sampling_mask=false"
+            "rl.rollout.top_p=0.9 and rl.rollout.top_k=64, say, or rl.loss.sampling_mask=false"
         )
     elif rollout.top_k is None or rollout.top_k > limits.MASK_IDS:
         yield (

@@ -45,6 +45,14 @@ def rl_warnings(config: Config) -> list[str]:
             "positive advantage all of it. Give mtp.trunk.weighting=truncated for both"
         )
     loss = config.rl.loss
+    by_logprobs = trunk.coefficient == "occ" and trunk.estimator in ("logprob", "released")
+    if loss.sampling_mask and by_logprobs:
+        found.append(
+            f"rl.loss.sampling_mask=true: with mtp.trunk.estimator={trunk.estimator} lambda "
+            "compares an MTP head's log-prob over all ids with the main head's over those that the "
+            "cuts left, which shifts all differences one way. Give mtp.preset=occ_exact, whose "
+            "lambda is from gradients"
+        )
     if loss.kind == "cispo" and loss.clip_low < 1:
         found.append(
             f"rl.loss.clip_low={loss.clip_low}: CISPO as published has no lower bound of the "

@@ -189,8 +189,8 @@ class MegatronGPTActor:
                 (),
                 temperature,
                 entropies,
-                masks=None if masks is None else masks[rows],
-                routes=None if routes is None else routes[rows],
+                masks=None if masks is None else _rows_of(masks, rows),
+                routes=None if routes is None else _rows_of(routes, rows),
                 record=None if log is None else log.of(rows),
             )
             batches.append(Sequences(part, spans, request, None))
@@ -337,10 +337,11 @@ class MegatronGPTActor:
 
     def _run(self, placed: list[MicroBatch], loss: LossFunction, **how: bool) -> list[Any]:
         """See :func:`run_mini_batch`."""
-        if self._routers_are_replayed:
-            for chunk in self.chunks:
+        try:
+            return run_mini_batch(self.wrapped, placed, loss, **how)
+        finally:
+            for chunk in self.chunks if self._routers_are_replayed else ():
                 chunk.routing.forget()
-        return run_mini_batch(self.wrapped, placed, loss, **how)
 
     def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
         """Lay out a mini-batch.
@@ -408,6 +409,12 @@ def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:
     for name, parameter in chunk.named_parameters():
         if head if name.startswith("mtp.") else trunk:
             parameter.requires_grad_(False)
+
+
+def _rows_of(values: Tensor, rows: list[int]) -> Tensor:
+    """Rows of what may be large: without a copy where they are neighbours."""
+    is_span = rows == list(range(rows[0], rows[-1] + 1))
+    return values[rows[0] : rows[-1] + 1] if is_span else values[rows]
 
 
 def _keep_statistics(outputs: HeadOutputs, _payload: Any) -> tuple[Tensor, Tensor]:

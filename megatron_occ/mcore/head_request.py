@@ -72,7 +72,8 @@ def head_tokens(
     if request.main_head:
         masks = None
         if request.masks is not None:
-            masks = placement.take(request.masks.permute(2, 0, 1)).t()
+            masks = request.masks.to(placement.local.device).permute(2, 0, 1)
+            masks = placement.take(masks).t()
         found.append(HeadTokens(flat[0], targets[0], request.entropy, depths > 0, masks))
         trains.append(True)
     for index, state in enumerate(flat[len(found) :]):

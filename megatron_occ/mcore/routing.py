@@ -56,8 +56,10 @@ class Choices:
         self._wanted, self._trains = wanted, trains
 
     def forget(self) -> None:
-        """Before a mini-batch: nothing is to be run again."""
+        """After a mini-batch: nothing is to be run again, and routers choose for themselves."""
         self._again.clear()
+        self._wanted = self.chosen = None
+        self._trains = False
 
     def get_replay_topk(
         self,
@@ -123,7 +125,8 @@ class Routing:
         self._others: dict[int, list[Choices]] = {}
 
     def forget(self) -> None:
-        """Before a mini-batch."""
+        """After a mini-batch."""
+        self._of_depths = [None] * len(self.depths)
         for choices in (*self.trunk, *self.depths, *(c for o in self._others.values() for c in o)):
             choices.forget()
 

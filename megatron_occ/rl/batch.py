@@ -27,8 +27,8 @@ class RolloutBatch:
             about token t + 1; filled in by the trainer.
         ref_logprobs: [n, s] of the reference policy, source frame, or None.
         importance_weights: [n, s] of the tokens, source frame, or None, see ``rl.correction``.
-        sampling_masks: [n, s, m] int32, token-aligned: 1 + the ids that a token was drawn from,
-            then 0; 0 alone: from all. None: every token was.
+        sampling_masks: [n, s, m] int32 on the host, token-aligned: 1 + the ids that a token was
+            drawn from, then 0; 0 alone: from all. None: every token was.
         routes: [n, s, routers, k] on the host: 1 + the experts that a token goes to in each layer
             with experts on this rank, 0 where the router chooses; a byte or two each. None: routers
             choose.
@@ -172,7 +172,9 @@ def pad_masks(prompts: list[list[int]], masks: list[Tensor], shape: tuple[int, i
     """
     padded = torch.zeros(len(prompts), *shape, dtype=torch.int32)
     for row, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
-        padded[row, len(prompt) : len(prompt) + mask.size(0), : mask.size(1)] = mask
+        # a response that was cut off before it began has none
+        if mask.numel():
+            padded[row, len(prompt) : len(prompt) + mask.size(0), : mask.size(1)] = mask
     return padded
 
 
@@ -185,13 +187,14 @@ def pad_routes(routes: list[Tensor], width: int, like: Tensor) -> Tensor:
     """Routes [t, routers, k] of n rows as one tensor, see :class:`RolloutBatch`.
 
     Args:
-        routes: of the rows.
+        routes: of the rows; of one that was cut off before it began, nothing.
         width: s, more than the tokens of any.
         like: routes of any row: there may be no rows.
     """
     padded = like.new_zeros(len(routes), width, *like.shape[1:])
     for row, each in enumerate(routes):
-        padded[row, : each.size(0)] = each
+        if each.numel():
+            padded[row, : each.size(0)] = each
     return padded
 
 

@@ -139,18 +139,23 @@ class _Step:
     def _take(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         """[n, ...] of this rank's rows to [len(rows), ...] of the given rows of the step.
 
-        What lies on the host, routes, comes through the device layer by layer, as bytes: not every
-        kind of number can be sent, and all rows of the step are there at once.
+        What lies on the host, masks and routes, comes through the device in slices, as bytes: all
+        rows of the step are there at once, and not every kind of number can be sent.
         """
-        if values.dim() == 4:
-            layers = values.to(self.layout.device).view(torch.uint8).unbind(2)
-            found = [self._take(layer, rows).cpu().view(values.dtype) for layer in layers]
-            return (
-                torch.stack(found, dim=2)
-                if found
-                else values.new_empty(len(rows), *values.shape[1:])
-            )
+        if values.dim() < 3:
+            return self._picked(values, rows)
+        found = [
+            self._picked(_as_bytes(part, self.layout.device), rows).cpu().view(values.dtype)
+            for part in values.unbind(2)
+        ]
+        return torch.stack(found, 2) if found else values.new_empty(len(rows), *values.shape[1:])
+
+    def _picked(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         padding = (0, 0) * (values.dim() - 1) + (0, self._room - len(values))
         gathered = self.layout.gather_data_parallel(F.pad(values, padding))
         places = [self._places[row] for row in rows]
         return gathered[torch.tensor(places, device=values.device)]
+
+
+def _as_bytes(values: Tensor, device: torch.device) -> Tensor:
+    return values.clone(memory_format=torch.contiguous_format).to(device).view(torch.uint8)

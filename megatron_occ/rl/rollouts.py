@@ -193,13 +193,14 @@ class RolloutSource:
             layout.device,
         )
         if self.config.routing_replay == "rollout":
-            routes = pad_routes(samples.routes, batch.ids.size(1), drawn.routes[0])
+            like = max(drawn.routes, key=torch.Tensor.dim)
+            routes = pad_routes(samples.routes, batch.ids.size(1), like)
             batch = replace(batch, routes=routes)
         if self.config.loss.sampling_mask:
-            kept = int(self._maximum(max((mask.size(1) for mask in samples.masks), default=0)))
+            kept = int(self._maximum(max((mask.size(-1) for mask in samples.masks), default=0)))
             shape = (batch.ids.size(1), max(1, kept))
             masks = pad_masks(samples.prompts, samples.masks, shape)
-            batch = replace(batch, sampling_masks=masks.to(layout.device))
+            batch = replace(batch, sampling_masks=masks)
         if self.config.overlong.leave_out:
             batch = _without(batch, [reason == LENGTH for reason in samples.finish_reasons])
         if valid is not None:

@@ -383,7 +383,8 @@ def test_sampling_masks_by_hand():
     rows = config.rl.prompts_per_step * config.rl.samples_per_prompt
     use = estimate(config, VOCABULARY, 1, 0).memory
     assert use.generation["sampling masks"] == 4 * 12 * 64 * 9
-    assert use.training["sampling masks"] == 4 * rows * 64 * 9
+    # as drawn, as dealt, and for the pass of old log-probs
+    assert use.host == {"sampling masks": 3 * 4 * rows * 64 * 9}
     evaluation = estimate(config, VOCABULARY, 1, 0, command="eval").memory
     assert "sampling masks" not in evaluation.generation
     config.rl.rollout.top_k = 10 * VOCABULARY
@@ -401,7 +402,7 @@ def test_replayed_experts_by_hand(experts, width):
     rows = config.rl.prompts_per_step * config.rl.samples_per_prompt
     use = estimate(config, VOCABULARY, 1, 0).memory
     assert use.generation["experts of tokens"] == 2 * 12 * each
-    assert use.host == {"experts of tokens": width * rows * each}
+    assert use.host == {"experts of tokens": 3 * width * rows * each}
     config.rl.routing_replay = "training"
     use = estimate(config, VOCABULARY, 1, 0).memory
     assert "experts of tokens" not in use.generation

@@ -66,6 +66,8 @@ def test_a_pass_that_is_run_again_finds_its_own_experts():
     with torch.no_grad():
         ask(choices)
     choices.forget()
+    # after a mini-batch a router chooses for itself
+    assert ask(choices)[1].tolist() == [[1, 2], [0, 3]]
     choices.begin(second, trains=True)
     assert torch.equal(ask(choices)[1], second - 1)
 
@@ -240,6 +242,27 @@ def test_a_reference_policy_chooses_for_itself(layout):
     (mini,), (moved,) = (updater.compute_logprobs([each]) for each in (mini, moved))
     assert torch.equal(mini.rows.ref_logprobs, moved.rows.ref_logprobs)
     assert (mini.rows.old_logprobs - moved.rows.old_logprobs).abs().max() > 0.1
+
+
+def test_gradients_by_passes_of_their_own_replay_too(layout):
+    config = moe_config("rollout")
+    config.mtp.preset = "occ_exact"
+    exact = rl_config(
+        "occ_exact",
+        4,
+        "mtp.trunk.exact={every: 1, pairs: same, metric: euclidean}",
+        "mtp.trunk.lambda_plus=1",
+    ).mtp
+    config.mtp.trunk, config.mtp.head = exact.trunk, exact.head
+    actor, updater = actor_and_updater(layout, config)
+    prompts, found = rollout(actor)
+    (mini,) = updater.compute_logprobs([as_mini_batch(prompts, found)])
+    metrics = updater.run_update(mini).metrics
+    assert metrics["routing/replaced"] == metrics["routing/replaced_mtp"] == 0
+    elsewhere = mini.with_routes((1 + (mini.rows.routes.long() + 2) % 16).to(torch.uint8))
+    moved = updater.run_update(elsewhere).metrics
+    assert moved["routing/replaced"] > 0.5
+    assert moved["exact/norm_squared_1"] != pytest.approx(metrics["exact/norm_squared_1"], rel=0.01)
 
 
 def test_vocabulary_is_that_of_the_other_tests():

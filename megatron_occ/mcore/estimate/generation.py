@@ -42,6 +42,23 @@ def generation_memory(config: Config, held: Held, world_size: int, command: str)
     return use
 
 
+def host_memory(config: Config, held: Held, rows: int, command: str) -> dict[str, int]:
+    """What lies on the host between the phases of a step of so many rows, at its peak.
+
+    As it was drawn, as it was dealt to this rank, and as one tensor for the pass that computes old
+    log-probs; experts that this pass takes down are there once.
+    """
+    found = {
+        name: 3 * size for name, size in mask_memory(config, held.vocabulary, rows, command).items()
+    }
+    choices = routed_choices(config, held, rows, command)
+    if choices:
+        copies = 3 if config.rl.routing_replay == "rollout" else 1
+        width = route_dtype(config.model.moe.num_experts).itemsize
+        found["experts of tokens"] = copies * choices * width
+    return found
+
+
 def mask_memory(config: Config, vocabulary: int, rows: int, command: str) -> dict[str, int]:
     """The ids that tokens of rows were drawn from, 32 bits each, where they are kept."""
     keeps = config.rl.train_trunk and config.rl.loss.sampling_mask
@@ -49,14 +66,6 @@ def mask_memory(config: Config, vocabulary: int, rows: int, command: str) -> dic
         return {}
     most = min(config.rl.rollout.top_k, vocabulary * config.parallel.tensor)
     return {"sampling masks": 4 * rows * config.model.max_position_embeddings * most}
-
-
-def route_memory(config: Config, held: Held, rows: int, command: str) -> dict[str, int]:
-    """The experts of the tokens of rows, on the host between the phases of a step."""
-    choices = routed_choices(config, held, rows, command)
-    if not choices:
-        return {}
-    return {"experts of tokens": choices * route_dtype(config.model.moe.num_experts).itemsize}
 
 
 def routed_choices(config: Config, held: Held, rows: int, command: str) -> int:

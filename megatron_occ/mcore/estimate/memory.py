@@ -13,7 +13,7 @@ from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import derive, most_micro_batches, round_up, sequence_multiple
 from megatron_occ.config.validate_exact import measures_gradients
 from megatron_occ.mcore.estimate.activations import EVERYTHING, NOTHING, activations, asked
-from megatron_occ.mcore.estimate.generation import generation_memory, mask_memory, route_memory
+from megatron_occ.mcore.estimate.generation import generation_memory, host_memory
 from megatron_occ.mcore.estimate.held import Held, element_bytes
 from megatron_occ.mcore.vocabulary.logprobs import FUSED_LOGITS
 from megatron_occ.rl.calibration import regime_from
@@ -75,7 +75,6 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         training["activations"] = int(run.each * flight + run.once)
         if held.has_output:
             training |= _output(config, held, tokens)
-        training |= mask_memory(config, held.vocabulary, sequences, command)
         if config.parallel.grad_reduce_dtype == "bf16":
             # when the optimizer needs them, activations are gone
             wide = _updated(config, held, _trained(held, head_alone)) * _FP32
@@ -92,7 +91,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
         micro_batch_tokens=tokens,
         in_flight=flight,
-        host=route_memory(config, held, sequences, command),
+        host=host_memory(config, held, sequences, command),
     )
 
 

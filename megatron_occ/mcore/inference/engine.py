@@ -177,11 +177,11 @@ class MegatronEngine:
 def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:
     """Those of all context-parallel ranks, in rank order.
 
-    States and routes may be tens of gigabytes. They go one by one: with the rest, as Python
+    States, masks and routes may be tens of gigabytes. They go one by one: with the rest, as Python
     objects, there would be several copies of all of them on the way.
     """
-    large = {name: getattr(mine, name) for name in ("states", "routes")}
-    mine.states, mine.routes = [], []
+    large = {name: getattr(mine, name) for name in ("states", "masks", "routes")}
+    mine.states, mine.masks, mine.routes = [], [], []
     shapes = {name: [(v.shape, v.dtype) for v in values] for name, values in large.items()}
     shares = []
     for rank, (share, theirs) in enumerate(layout.gather_context_parallel((mine, shapes))):
