@@ -140,3 +140,8 @@ def test_an_unbounded_ratio_and_a_one_sided_one_are_warned_about():
     assert "negative advantage" in one_sided and "mtp.trunk.weighting=truncated" in one_sided
     assert warnings("mtp.preset=occ_exact", "rl.algorithm=gspo") == []
     assert warnings("mtp.preset=detach", "rl.algorithm=gspo") == []
+    masked = ("rl.loss.sampling_mask=true", "rl.rollout.top_k=9")
+    (shifted,) = warnings("mtp.preset=occ_decoupled", *masked)
+    assert "mtp.trunk.estimator=logprob" in shifted and "mtp.preset=occ_exact" in shifted
+    assert warnings("mtp.preset=occ_exact", *masked) == []
+    assert warnings("mtp.preset=detach", *masked) == []
