@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/megatron-occ demo $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/test_all.py $(ARGS)
 
 test-latest:
 	@test -x $(VENV_LATEST)/bin/python || $(PYTHON_LATEST) --version || { \
