@@ -15,6 +15,7 @@ from megatron_occ.mcore.checkpoint_writer import CheckpointWriter
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.provider import build_chunks
 from megatron_occ.mcore.startup import Layout, initialize, shutdown
+from megatron_occ.mcore.vocabulary import fused, logprobs
 
 VOCABULARY = 23
 
@@ -29,6 +30,15 @@ def layout():
 @pytest.fixture
 def config() -> Config:
     return small_config()
+
+
+@pytest.fixture(params=[False, True], ids=["operations", "kernels"])
+def cut(request, monkeypatch):
+    """Sets the size of tiles, worked on as a CPU does or as a GPU, but uncompiled."""
+    monkeypatch.setattr(fused, "kernel", lambda function: function)
+    monkeypatch.setattr(logprobs, "is_fused", lambda device: request.param)
+    name = "FUSED_LOGITS" if request.param else "CHUNK_LOGITS"
+    return lambda size: monkeypatch.setattr(logprobs, name, size)
 
 
 def small_config(depths: int = 2) -> Config:

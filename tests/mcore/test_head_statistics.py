@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_occ.mcore.vocabulary import fused, logprobs
+from megatron_occ.mcore.vocabulary import logprobs
 from megatron_occ.mcore.vocabulary.logprobs import (
     HeadTokens,
     TokenStatistics,
@@ -72,15 +72,6 @@ def run_dense(leaves, targets, scales, detached=()):
         results.append(TokenStatistics(picked, entropy if k != 1 else None, None))
     joint_loss(results, scales).backward()
     return [x.grad for x in (weight, *hidden)]
-
-
-@pytest.fixture(params=[False, True], ids=["operations", "kernels"])
-def cut(request, monkeypatch):
-    """Sets the size of tiles, worked on as a CPU does or as a GPU, but uncompiled."""
-    monkeypatch.setattr(fused, "kernel", lambda function: function)
-    monkeypatch.setattr(logprobs, "is_fused", lambda device: request.param)
-    name = "FUSED_LOGITS" if request.param else "CHUNK_LOGITS"
-    return lambda size: monkeypatch.setattr(logprobs, name, size)
 
 
 @pytest.mark.parametrize("chunk", [2**8, 2**10, 2**24])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_occ.mcore.vocabulary import fused, logprobs
+from megatron_occ.mcore.vocabulary import logprobs
 from megatron_occ.mcore.vocabulary.logprobs import HeadTokens, VocabShard, head_statistics
 from megatron_occ.mcore.vocabulary.tiles import blocks
 
@@ -52,15 +52,6 @@ def ours(hidden, weight, targets, masks, upstream, *, entropy=True):
     values = [found.logprobs] + ([found.entropy] if entropy else [])
     sum((value * up).sum() for value, up in zip(values, upstream, strict=False)).backward()
     return torch.stack(values).detach(), found.top_ids, hidden.grad, weight.grad
-
-
-@pytest.fixture(params=[False, True], ids=["operations", "kernels"])
-def cut(request, monkeypatch):
-    """Sets the size of tiles, worked on as a CPU does or as a GPU, but uncompiled."""
-    monkeypatch.setattr(fused, "kernel", lambda function: function)
-    monkeypatch.setattr(logprobs, "is_fused", lambda device: request.param)
-    name = "FUSED_LOGITS" if request.param else "CHUNK_LOGITS"
-    return lambda size: monkeypatch.setattr(logprobs, name, size)
 
 
 @pytest.mark.parametrize("chunk", [2**6, 2**9, 2**24])
