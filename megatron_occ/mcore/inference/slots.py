@@ -194,12 +194,13 @@ class Slots:
         places = self.known_on_device(rows).unsqueeze(1) + offsets
         new = [verified.tokens, verified.logprobs]
         new += [] if verified.masks is None else [verified.masks]
-        for kept, values in zip(self._per_token, new, strict=True):
-            if isinstance(rows, slice):
+        if isinstance(rows, slice):
+            for kept, values in zip(self._per_token, new, strict=True):
                 index = places if values.dim() == 2 else places.unsqueeze(2).expand_as(values)
                 kept[rows].scatter_(1, index, values)
-            else:
-                row = torch.tensor(rows, device=self.device).unsqueeze(1)
+        else:
+            row = torch.tensor(rows, device=self.device).unsqueeze(1)
+            for kept, values in zip(self._per_token, new, strict=True):
                 kept[row, places] = values
         host = torch.cat((verified.tokens, verified.accepted.unsqueeze(1)), dim=1).cpu().numpy()
         return host[:, :-1], host[:, -1]
