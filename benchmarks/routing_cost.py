@@ -4,7 +4,7 @@ The demo's model with experts: rollout by the embedded engine with two drafts, o
 updates. Steps with and without replay take turns in one run; the table gives medians of per-round
 ratios, of each part and of the step.
 
-    python benchmarks/routing_cost.py [--rounds 12] [--json FILE] [key=value ...]
+    python -m benchmarks.routing_cost [--rounds 12] [--json FILE] [key=value ...]
 """
 
 from __future__ import annotations

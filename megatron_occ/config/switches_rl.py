@@ -29,7 +29,7 @@ RL_SWITCHES = (
         "model.moe.num_experts",
         is_one_of(None),
         ("rl.routing_replay",),
-        "model.moe.num_experts (a layer of experts)",
+        "model.moe.num_experts",
     ),
     Switch(
         "mtp.trunk.coefficient",

@@ -206,7 +206,7 @@ class OCCGPTModel(GPTModel):
             block = self._frozen_mtp.refresh().train(self.training)
         if self.routing is not None:
             trains = torch.is_grad_enabled() and (to_trunk or to_head)
-            self.routing.begin_depths(block, is_own=block is self.mtp, trains=trains)
+            self.routing.begin_depths(block, trains=trains)
         with nullcontext() if to_trunk or to_head else torch.no_grad():
             output = block(
                 input_ids=ids,

@@ -116,18 +116,19 @@ class Routing:
 
     def __init__(self, chunk: Any, first: int) -> None:
         self.first, self.trunk = first, place_choices(chunk.decoder)
-        self.depths = place_choices(chunk.mtp) if chunk.mtp_process else []
-        self.count = len(self.trunk) + len(self.depths)
+        # of each MTP block on the chunk's weights, by its identity: its own, and copies
+        self._blocks: dict[int, list[Choices]] = {}
+        depths = len(self._of_block(chunk.mtp)) if chunk.mtp_process else 0
+        self.count = len(self.trunk) + depths
         is_split = chunk.config.sequence_parallel
         self._group: ProcessGroup | None = chunk.pg_collection.tp if is_split else None
         self._topk = chunk.config.moe_router_topk
-        self._of_depths: list[Tensor | None] = [None] * len(self.depths)
-        self._others: dict[int, list[Choices]] = {}
+        self._of_depths: list[Tensor | None] = [None] * depths
 
     def forget(self) -> None:
         """After a mini-batch."""
-        self._of_depths = [None] * len(self.depths)
-        for choices in (*self.trunk, *self.depths, *(c for o in self._others.values() for c in o)):
+        self._of_depths = [None] * len(self._of_depths)
+        for choices in (*self.trunk, *self._in_blocks()):
             choices.forget()
 
     def begin(self, routes: Tensor | None, placement: Placement, *, trains: bool) -> None:
@@ -147,20 +148,14 @@ class Routing:
         for choices, layer in zip(self.trunk, wanted, strict=False):
             choices.begin(layer, trains=trains)
 
-    def begin_depths(self, block: nn.Module, *, is_own: bool, trains: bool) -> None:
+    def begin_depths(self, block: nn.Module, *, trains: bool) -> None:
         """Before a pass over the micro-batch's MTP layers.
 
         Args:
             block: the chunk's MTP block, or another one on its weights.
-            is_own: it is the chunk's.
             trains: a backward pass follows.
         """
-        routers = self.depths
-        if not is_own:
-            if id(block) not in self._others:
-                self._others[id(block)] = place_choices(block)
-            routers = self._others[id(block)]
-        for choices, layer in zip(routers, self._of_depths, strict=True):
+        for choices, layer in zip(self._of_block(block), self._of_depths, strict=True):
             choices.begin(layer, trains=trains)
 
     def recorded(self, placement: Placement) -> Tensor:
@@ -174,13 +169,20 @@ class Routing:
             parts = [torch.empty_like(made) for _ in range(self._group.size())]
             torch.distributed.all_gather(parts, made, group=self._group)
             made = torch.cat(parts, dim=2)
-        made = torch.cat((made, made.new_zeros(len(self.depths), *made.shape[1:])))
+        made = torch.cat((made, made.new_zeros(len(self._of_depths), *made.shape[1:])))
         return placement.put(made).permute(2, 3, 0, 1)
 
     def pop_counts(self) -> Tensor:
         """[2, 2] what :class:`Choices` counted, of the trunk and of MTP layers; float64."""
-        others = [choices for routers in self._others.values() for choices in routers]
-        return torch.stack([_pop(self.trunk), _pop([*self.depths, *others])])
+        return torch.stack([_pop(self.trunk), _pop(self._in_blocks())])
+
+    def _of_block(self, block: nn.Module) -> list[Choices]:
+        if id(block) not in self._blocks:
+            self._blocks[id(block)] = place_choices(block)
+        return self._blocks[id(block)]
+
+    def _in_blocks(self) -> list[Choices]:
+        return [choices for routers in self._blocks.values() for choices in routers]
 
     def _part(self, taken: Tensor) -> Tensor:
         """[..., n] of this rank's tokens where tensor-parallel ranks split the sequence."""

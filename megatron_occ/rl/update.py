@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,11 @@ class PolicyUpdater:
             "parts": consecutive(size for mini in mini_batches for size in mini.sizes),
             "lengths": [n for mini in mini_batches for n in mini.lengths or ()] if packed else None,
             "temperature": rl.rollout.temperature,
-            "masks": _masks(mini_batches),
+            "masks": _joined(masks_at_source(mini.rows) for mini in mini_batches),
         }
         entropies, share = None, rl.loss.top_entropy
         # the reference policy is another model: its routers choose
-        replayed = {"routes": _routes(mini_batches)}
+        replayed: dict[str, Any] = {"routes": _joined(mini.rows.routes for mini in mini_batches)}
         recorded: list[torch.Tensor] = []
         if rl.routing_replay == "training":
             replayed["recorded"] = recorded
@@ -288,16 +288,10 @@ class PolicyUpdater:
         )
 
 
-def _routes(mini_batches: Sequence[MiniBatch]) -> torch.Tensor | None:
-    """Those of the rollout of all rows, where they are kept."""
-    routes = [mini.rows.routes for mini in mini_batches]
-    return None if routes[0] is None else torch.cat(routes)
-
-
-def _masks(mini_batches: Sequence[MiniBatch]) -> torch.Tensor | None:
-    """Those of all rows, [n, s, m], source frame, where the softmax is cut."""
-    masks = [masks_at_source(mini.rows) for mini in mini_batches]
-    return None if masks[0] is None else torch.cat(masks)
+def _joined(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows of all mini-batches as one tensor; None where they have none."""
+    parts = list(parts)
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def _sampled(mini_batch: MiniBatch) -> torch.Tensor:
