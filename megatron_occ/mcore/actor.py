@@ -8,30 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import sequence_multiple
-from megatron_occ.losses.calibration import CalibrationSums
 from megatron_occ.losses.heads import HeadOutputs, LossReport
-from megatron_occ.mcore.capabilities import token_dispatcher
 from megatron_occ.mcore.gradients import Gradient, GradientSpace
 from megatron_occ.mcore.head_request import HeadRequest
-from megatron_occ.mcore.layout import Layout, expert_sharing_group
+from megatron_occ.mcore.layout import Layout
+from megatron_occ.mcore.loss_reports import join_reports
+from megatron_occ.mcore.micro_batches import MiniBatchPlacer, Sequences
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
-from megatron_occ.mcore.placement import (
-    ContextRanks,
-    Placement,
-    packed_length,
-    place_packed,
-    place_padded,
-)
 from megatron_occ.mcore.provider import (
     InferenceChunk,
     build_chunks,
@@ -45,23 +36,6 @@ from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_min
 from megatron_occ.rl.batch import head_targets
 
 LossFunction = Callable[[HeadOutputs, Any], tuple[Tensor, LossReport]]
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Rows of one micro-batch, to be laid out when the whole mini-batch is known.
-
-    Args:
-        ids: [b, s] token ids.
-        lengths: tokens of each row: packed; None: padded.
-        request: without placement.
-        payload: for the loss function.
-    """
-
-    ids: Tensor
-    lengths: Sequence[int] | None
-    request: HeadRequest
-    payload: Any
 
 
 class MegatronGPTActor:
@@ -121,16 +95,7 @@ class MegatronGPTActor:
             eps=optimizer.eps,
             updates=lambda: self.optimizer.updates,
         )
-        self._context = ContextRanks()
-        if layout.context_parallel_size > 1:
-            self._context = ContextRanks(
-                layout.context_parallel_rank,
-                layout.context_parallel_size,
-                parallel_state.get_context_parallel_group(),
-            )
-        # this dispatcher of Megatron's gathers all tokens of these ranks, equally many of each
-        gathers = token_dispatcher(config) == "allgather"
-        self._gathers_tokens = gathers and expert_sharing_group() is not None
+        self._placer = MiniBatchPlacer(config, layout)
         self.reference = ReferencePolicy(self.chunks)
         self._routers = 0
         if self._routers_are_replayed:
@@ -194,7 +159,7 @@ class MegatronGPTActor:
                 record=None if log is None else log.of(rows),
             )
             batches.append(Sequences(part, spans, request, None))
-        found = self._run(self._placed(batches), _keep_statistics, forward_only=True)
+        found = self._run(self._placer.place(batches), _keep_statistics, forward_only=True)
         result = torch.zeros(1 + entropies, *ids.shape, device=ids.device)
         for rows, statistics in zip(parts if found else (), found, strict=True):
             result[:, list(rows)] = statistics
@@ -237,8 +202,8 @@ class MegatronGPTActor:
         Returns:
             Metrics and calibration sums of the whole mini-batch, over micro-batches and ranks.
         """
-        placed = self._placed(micro_batches)
-        return self._reduce(self._run(placed, loss, forward_only=forward_only))
+        placed = self._placer.place(micro_batches)
+        return join_reports(self._run(placed, loss, forward_only=forward_only), self.layout)
 
     def get_gradient(
         self,
@@ -258,8 +223,8 @@ class MegatronGPTActor:
         """
         buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
         before = [] if counts else [buffer.clone() for buffer in buffers]
-        placed = self._placed(micro_batches)
-        report = self._reduce(self._run(placed, loss, completes=False))
+        placed = self._placer.place(micro_batches)
+        report = join_reports(self._run(placed, loss, completes=False), self.layout)
         for buffer, value in zip(buffers, before, strict=not counts):
             buffer.copy_(value)
         return self.gradient_space.take(head=head), report
@@ -342,66 +307,6 @@ class MegatronGPTActor:
         finally:
             for chunk in self.chunks if self._routers_are_replayed else ():
                 chunk.routing.forget()
-
-    def _placed(self, batches: Sequence[Sequences]) -> list[MicroBatch]:
-        """Lay out a mini-batch.
-
-        Packed micro-batches get one length where ranks exchange tensors of one shape: the stages of
-        a pipeline, and the ranks that share experts where their tokens are gathered.
-        """
-        total, layout = None, self.layout
-        if batches[0].lengths is not None and (layout.pipeline_size > 1 or self._gathers_tokens):
-            lengths = [batch.lengths for batch in batches]
-            total = max(packed_length(part, self.sequence_multiple) for part in lengths if part)
-            if self._gathers_tokens:
-                (total,) = layout.largest_among_expert_ranks([total])
-        placed = []
-        for batch in batches:
-            placement = self._place(batch, total)
-            ids = placement.as_input(placement.take(batch.ids))
-            request = replace(batch.request, placement=placement)
-            placed.append(MicroBatch(ids, request, batch.payload))
-        return placed
-
-    def _place(self, batch: Sequences, total: int | None) -> Placement:
-        size = (batch.ids.size(0), batch.ids.size(1))
-        device = batch.ids.device
-        common = dict(multiple=self.sequence_multiple, ranks=self._context)
-        if batch.lengths is None:
-            return place_padded(size, device, **common)
-        return place_packed(size, batch.lengths, device, total=total, **common)
-
-    def _reduce(self, reports: list[LossReport]) -> LossReport:
-        """Sums over micro-batches and data-parallel ranks, known to all stages."""
-        summed = None
-        if self.layout.is_last_stage:
-            maxima = self._largest([report.maxima for report in reports])
-            # micro-batches of the policy and of the head alone report different things
-            names = sorted({name for report in reports for name in report.metrics})
-            total = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
-            for place, name in enumerate(names):
-                parts = [r.metrics[name].double() for r in reports if name in r.metrics]
-                total[place] = torch.stack(parts).sum()
-            sums = [r.calibration for r in reports if r.calibration is not None]
-            if sums:
-                total = torch.cat((total, sum(sums[1:], sums[0]).to_tensor().to(total)))
-            self.layout.all_reduce_data_parallel(total)
-            if self.layout.pipeline_size > 1:
-                total = total.cpu()
-                maxima = {name: value.cpu() for name, value in maxima.items()}
-            summed = names, total, maxima
-        names, total, maxima = self.layout.share_last_stage(summed)
-        rest = total[len(names) :]
-        calibration = CalibrationSums.from_tensor(rest) if rest.numel() else None
-        return LossReport(dict(zip(names, total, strict=False)), calibration, maxima)
-
-    def _largest(self, maxima: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The largest of micro-batches and data-parallel ranks."""
-        found = {}
-        for name in sorted({name for each in maxima for name in each}):
-            value = torch.stack([each[name] for each in maxima if name in each]).amax(0).double()
-            found[name] = self.layout.all_reduce_data_parallel(value, maximum=True)
-        return found
 
 
 def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:
