@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_occ.config.pipeline import model_chunks
 from megatron_occ.config.schema import Config
@@ -134,6 +136,9 @@ def barrier() -> None:
 
 def shutdown() -> None:
     """Release Megatron's groups and the process group."""
+    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+        # they cache results together with the module, and so with its group, which gloo polls
+        rotary.forward.cache_clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():

@@ -85,16 +85,35 @@ def run_mini_batch(
     config = chunks[0].config
     # Megatron's forward_only skips the backward pass but still records the graph
     with torch.set_grad_enabled(not forward_only), _held_bias(config, held=not completes):
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks],
-            model=list(chunks),
-            num_microbatches=len(micro_batches),
-            # of the whole sequence: Megatron divides it over context-parallel ranks
-            seq_length=length * config.context_parallel_size,
-            micro_batch_size=rows,
-            forward_only=forward_only,
-        )
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(micro_batches) for _ in chunks],
+                model=list(chunks),
+                num_microbatches=len(micro_batches),
+                # of the whole sequence: Megatron divides it over context-parallel ranks
+                seq_length=length * config.context_parallel_size,
+                micro_batch_size=rows,
+                forward_only=forward_only,
+            )
+        finally:
+            _let_graphs_go(chunks)
+
+
+def _let_graphs_go(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Cut what Megatron's token dispatchers keep of the last micro-batch off its graph.
+
+    The graph holds the model by the hooks of data parallelism, and the model the dispatcher: a
+    circle through autograd, which Python cannot collect. A phase that is over would keep its
+    weights, gradients and optimizer in memory.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        # the flexible one has another inside
+        for holder in (dispatcher, getattr(dispatcher, "_comm_manager", None)):
+            for name, value in vars(holder).copy().items() if holder else ():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(holder, name, value.detach())
 
 
 @contextmanager
