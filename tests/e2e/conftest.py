@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_occ.cli import main
+from tests.mcore.distributed import fork_server, start_and_join
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "conf" / "rl" / "tiny.yaml"
@@ -90,9 +93,41 @@ def torchrun(folder, ranks, *arguments, config=TINY):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--master-addr=127.0.0.1", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ", "rl", "--config", str(config)]
-    command += [f"run_dir={folder}", *with_regime(arguments), *arguments]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "megatron_occ"]
+    command += words_of_rl(folder, arguments, config)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def forked(folder, ranks, *arguments, config=TINY):
+    """As :func:`torchrun`, which costs each rank seconds of imports; they begin as under srun."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    log = folder.with_name(f"{folder.name}.log")
+    given = (ranks, port, words_of_rl(folder, arguments, config), log)
+    context = fork_server()
+    processes = [context.Process(target=_as_rank, args=(rank, *given)) for rank in range(ranks)]
+    start_and_join(processes, 300)
+    status = next((process.exitcode for process in processes if process.exitcode), 0)
+    output = log.read_text()
+    return subprocess.CompletedProcess(given[2], status, output, output)
+
+
+def words_of_rl(folder, arguments, config):
+    """Of the command line."""
+    given = [f"run_dir={folder}", *with_regime(arguments), *arguments]
+    return ["rl", "--config", str(config), *given]
+
+
+def _as_rank(rank, ranks, port, words, log):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    main(words)
 
 
 def assert_same_numbers(folder, other, phases=("rl", "validation")):

@@ -8,7 +8,7 @@ import torch
 from megatron_occ.mcore.checkpoint import read_plain
 from megatron_occ.mcore.checkpoint_folder import list_checkpoints
 from megatron_occ.rl.trainer import GRPOTrainer
-from tests.e2e.conftest import Killed, assert_same_numbers, kill_after, metrics, torchrun
+from tests.e2e.conftest import Killed, assert_same_numbers, forked, kill_after, metrics
 from tests.e2e.test_resume import contents, flatten
 
 FIXED = ("rl.rollout.speculative.mode=fixed", "rl.rollout.speculative.draft_length=2")
@@ -113,10 +113,10 @@ def test_a_pipeline_whose_first_stage_trains_nothing_equals_one_process(run, pre
     given = (*SOFT_CE, f"rl.init_from={pretrained(2)}", "mtp.num_layers=2")
     one = run("rl", "one", *given)
     layout = ("parallel.pipeline=2", "parallel.distributed_optimizer=true")
-    done = torchrun(tmp_path / "two", 2, *given, *layout)
+    done = forked(tmp_path / "two", 2, *given, *layout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_numbers(tmp_path / "two", one)
-    more = torchrun(tmp_path / "two", 2, *given, *layout, "rl.steps=3", "--resume")
+    more = forked(tmp_path / "two", 2, *given, *layout, "rl.steps=3", "--resume")
     assert more.returncode == 0, more.stderr[-3000:]
     run("rl", "one", *given, "rl.steps=3", "--resume")
     assert [line["step"] for line in metrics(one, "rl")] == [1, 2, 3]

@@ -39,13 +39,13 @@ def left_running(leader):
     """Processes of a session that do not end within ten seconds."""
     deadline = time.monotonic() + 10
     while session(leader) and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.1)
     return session(leader)
 
 
 def wait_for_steps(folder, process):
     while process.poll() is None and not lines(folder):
-        pass
+        time.sleep(0.05)
     assert process.poll() is None
 
 
@@ -78,7 +78,7 @@ def test_a_killed_run_leaves_no_process(tmp_path):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with start(folder, *more, start_new_session=True, **quiet) as process:
         while process.poll() is None and not any(folder.glob("checkpoints/*/step_*[0-9]")):
-            pass
+            time.sleep(0.05)
         assert children(process.pid)
         process.kill()
         process.wait()

@@ -9,6 +9,7 @@ from tests.e2e.conftest import (
     Killed,
     Runner,
     assert_same_numbers,
+    forked,
     kill_after,
     metrics,
     read_lines,
@@ -23,9 +24,9 @@ ARGUMENTS = ("rl.steps=2", "mtp.preset=occ_decoupled", "mtp.num_layers=2", FIXED
 PACKED = ("rl.micro_batch_size=128", "rl.micro_batch_tokens=64")
 
 
-def launch(folder, ranks, *overrides):
+def launch(folder, ranks, *overrides, start=forked):
     """A run of several processes that comes to its end."""
-    done = torchrun(folder, ranks, *ARGUMENTS, *overrides)
+    done = start(folder, ranks, *ARGUMENTS, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -51,7 +52,9 @@ def one(pretrained, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_processes_equal_one(one, pretrained, tmp_path, layout):
     ranks, overrides = LAYOUTS[layout]
-    several = launch(tmp_path / "run", ranks, f"rl.init_from={pretrained(2)}", *overrides)
+    start = torchrun if layout == "data" else forked
+    words = (f"rl.init_from={pretrained(2)}", *overrides)
+    several = launch(tmp_path / "run", ranks, *words, start=start)
     assert (one / "rollouts.jsonl").read_text().count("\n") == 4
     assert any(line["grad_norm/trunk"] > 0 for line in metrics(one, "rl"))
     assert_same_numbers(several, one)

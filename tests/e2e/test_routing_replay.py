@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.conftest import metrics, torchrun
+from tests.e2e.conftest import forked, metrics
 
 EXPERTS = (
     "model.moe={num_experts: 8, top_k: 2, ffn_hidden_size: 16, first_dense_layers: 1}",
@@ -30,7 +30,7 @@ def test_two_processes_replay_what_one_does(run, tmp_path):
     assert expected["logprob_gap/max"] < 1e-4
     assert expected["routing/replaced"] > 0
     assert expected["routing/replaced_mtp"] > 0
-    done = torchrun(tmp_path / "two", 2, *arguments)
+    done = forked(tmp_path / "two", 2, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = metrics(tmp_path / "two", "rl")
     assert line.keys() == expected.keys()

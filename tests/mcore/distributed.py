@@ -7,6 +7,7 @@ as fresh as spawned ones, without seconds of imports each.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import tempfile
 import time
@@ -30,6 +31,8 @@ PRELOAD = [
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",
     "megatron.core.optimizer",
+    # whole runs
+    "megatron_occ.phases.rl",
 ]
 
 
@@ -55,9 +58,7 @@ def run_ranks(
     Raises:
         RankError: with the tracebacks of the ranks that raised, the earliest first.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
@@ -66,17 +67,30 @@ def run_ranks(
             )
             for rank in range(world_size)
         ]
-        try:
-            for process in processes:
-                process.start()
-            _join(processes, time.monotonic() + timeout)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                if process.pid is not None:
-                    process.join()
+        start_and_join(processes, timeout)
         return _collect(processes, folder, timeout)
+
+
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Where processes are forked from."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def start_and_join(processes: list[BaseProcess], timeout: float) -> None:
+    """Run processes to their end; those that are left after ``timeout`` seconds are killed."""
+    try:
+        for process in processes:
+            process.start()
+        _join(processes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            if process.pid is not None:
+                process.join()
 
 
 def _join(processes: list[BaseProcess], deadline: float) -> None:
