@@ -10,7 +10,7 @@ import pytest
 from megatron_occ.cli import main
 from megatron_occ.config import ConfigError, load_config
 from megatron_occ.config.schema import Config
-from tests.e2e.conftest import metrics, torchrun
+from tests.e2e.conftest import forked, metrics
 from tests.mcore.convert_folders import read_tensors
 
 QUICK = ("rl.steps=2", "rl.rollout.speculative.mode=fixed")
@@ -54,7 +54,7 @@ def test_rl_starts_from_the_folder_alone(run, folder, pretrained, tmp_path):
 
 def test_ranks_and_depths(folder, tmp_path):
     config = only_data(tmp_path / "data.yaml")
-    done = torchrun(
+    done = forked(
         tmp_path / "run",
         2,
         *QUICK,

@@ -13,6 +13,7 @@ from megatron_occ.rl import trainer
 from tests.e2e.conftest import (
     Killed,
     assert_same_numbers,
+    forked,
     kill_after,
     metrics,
     read_lines,
@@ -124,7 +125,7 @@ def test_processes_share_the_server(run, pretrained, serve):
     start, server = f"rl.init_from={pretrained(1)}", serve()
     one = run("rl", "one", start, *at(server))
     other = serve()
-    done = torchrun(run.folder / "several", 4, start, "parallel.tensor=2", *at(other))
+    done = forked(run.folder / "several", 4, start, "parallel.tensor=2", *at(other))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_numbers(run.folder / "several", one)
     assert len(other.updates) == 3
