@@ -107,6 +107,8 @@ def _let_graphs_go(chunks: Sequence[DistributedDataParallel]) -> None:
     circle through autograd, which Python cannot collect. A phase that is over would keep its
     weights, gradients and optimizer in memory.
     """
+    if chunks[0].config.num_moe_experts is None:
+        return
     for module in (module for chunk in chunks for module in chunk.modules()):
         dispatcher = getattr(module, "token_dispatcher", None)
         # the flexible one has another inside

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from megatron_occ.cli import main
-from tests.mcore.distributed import fork_server, start_and_join
+from tests.mcore.distributed import fork_server, free_port, start_and_join
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "conf" / "rl" / "tiny.yaml"
@@ -100,11 +99,8 @@ def torchrun(folder, ranks, *arguments, config=TINY):
 
 def forked(folder, ranks, *arguments, config=TINY):
     """As :func:`torchrun`, which costs each rank seconds of imports; they begin as under srun."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     log = folder.with_name(f"{folder.name}.log")
-    given = (ranks, port, words_of_rl(folder, arguments, config), log)
+    given = (ranks, free_port(), words_of_rl(folder, arguments, config), log)
     context = fork_server()
     processes = [context.Process(target=_as_rank, args=(rank, *given)) for rank in range(ranks)]
     start_and_join(processes, 300)

@@ -52,6 +52,7 @@ def one(pretrained, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_processes_equal_one(one, pretrained, tmp_path, layout):
     ranks, overrides = LAYOUTS[layout]
+    # one of them as a user starts it
     start = torchrun if layout == "data" else forked
     words = (f"rl.init_from={pretrained(2)}", *overrides)
     several = launch(tmp_path / "run", ranks, *words, start=start)

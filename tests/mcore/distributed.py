@@ -7,14 +7,15 @@ as fresh as spawned ones, without seconds of imports each.
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.context
 import os
+import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,19 @@ def run_ranks(
         return _collect(processes, folder, timeout)
 
 
-def fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> ForkServerContext:
     """Where processes are forked from."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def start_and_join(processes: list[BaseProcess], timeout: float) -> None:

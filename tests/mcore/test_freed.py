@@ -5,6 +5,7 @@ Pretraining and RL are one process: RL would pay for both models.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -20,8 +21,11 @@ EXPERTS = "model.moe={num_experts: 4, top_k: 2, ffn_hidden_size: 16, first_dense
 
 def gloo_loops():
     """Threads of this process that poll for messages, a hundred times a second each."""
-    names = [task / "comm" for task in Path("/proc/self/task").glob("*")]
-    return sum(name.read_text().strip() == "gloo_tcp_loop" for name in names)
+    found = 0
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += (task / "comm").read_text().strip() == "gloo_tcp_loop"
+    return found
 
 
 def a_policy_after_an_update(chosen):

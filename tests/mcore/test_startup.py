@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import socket
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_occ.config.schema import Config
 from megatron_occ.mcore.layout import PATIENCE
 from megatron_occ.mcore.startup import _is_unexpected, initialize, shutdown
+from tests.mcore.distributed import free_port
 
 GROUPS = {
     "all": lambda: torch.distributed.group.WORLD,
@@ -26,19 +26,12 @@ GROUPS = {
 }
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("launched", [False, True])
-def test_ranks_wait_for_each_other_for_hours(monkeypatch, free_port, launched):
+def test_ranks_wait_for_each_other_for_hours(monkeypatch, launched):
     """One may have its responses, or their scores, long before another."""
     if launched:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        for name, value in {"MASTER_PORT": free_port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        for name, value in {"MASTER_PORT": free_port(), "RANK": 0, "WORLD_SIZE": 1}.items():
             monkeypatch.setenv(name, str(value))
     initialize(Config())
     try:
