@@ -17,6 +17,7 @@ from benchmarks.layout_runs import _actor, _load, _save, mini_batches
 from megatron_occ.losses.heads import LossReport
 from megatron_occ.losses.joint import JointLoss
 from megatron_occ.losses.regime import Regime
+from megatron_occ.mcore.micro_batches import MiniBatchPlacer
 from megatron_occ.mcore.startup import initialize
 from megatron_occ.mcore.training import run_mini_batch
 from megatron_occ.rl.prepared import PreparedBatch
@@ -100,11 +101,12 @@ def brute_force(updater, batch, part):
     """Trunk gradients of a part by separate backward passes, [1+K][name]; nothing stays."""
     actor, (chunk,) = updater.actor, updater.actor.chunks
     prepared = PreparedBatch(updater.config, actor, batch)
+    placer = MiniBatchPlacer(updater.config, actor.layout)
     counts = prepared.normalizers
     buffers = [(b, b.clone()) for b in chunk.buffers()]
     gradients = []
     for loss, passes in pieces(updater):
-        placed = actor._placed(prepared.micro_batches(part, passes=passes))
+        placed = placer.place(prepared.micro_batches(part, passes=passes))
         run_mini_batch(actor.wrapped, placed, lambda o, t, f=loss: (f(o, t, counts), LossReport()))
         gradients.append({n: p.main_grad.double().clone() for n, p in chunk.named_parameters()})
         for buffer, before in buffers:
