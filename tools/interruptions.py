@@ -193,26 +193,32 @@ def last_step(run: Path) -> str:
 def compare_interrupted(job: Job, moments: Sequence[str], kind: str, seed: int) -> list[str]:
     """Interrupt in each of the moments, finish and compare; prints the table.
 
+    An undisturbed run that is in the folder already is not done again.
+
     Returns:
         What differs, or went wrong.
     """
-    draw = random.Random(seed)
-    if job.finish("whole") != 0:
+    draw, cut = random.Random(seed), f"cut_{kind}"
+    if not _is_finished(job.folder / "whole") and job.finish("whole") != 0:
         return [f"the undisturbed run failed: {job.folder / 'whole.log'}"]
     print("moment       rank  status  log ended at      processes left", flush=True)
     found = []
     for number, moment in enumerate(moments):
-        outcome = job.interrupt("cut", moment, kind, draw)
+        outcome = job.interrupt(cut, moment, kind, draw)
         print(outcome.row(), flush=True)
         if outcome.left:
             found.append(f"{outcome.left} processes left after interruption {number + 1}")
-        if (job.folder / "cut" / "report.html").is_file():
+        if _is_finished(job.folder / cut):
             print("finished before the last interruption", flush=True)
             break
-    status = job.finish("cut")
+    status = job.finish(cut)
     if status != 0:
-        return [*found, f"the last attempt failed with {status}: {job.folder / 'cut.log'}"]
-    return [*found, *([] if job.end_alike("whole", "cut") else ["the runs differ, see above"])]
+        return [*found, f"the last attempt failed with {status}: {job.folder / cut}.log"]
+    return [*found, *([] if job.end_alike("whole", cut) else ["the runs differ, see above"])]
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "report.html").is_file()
 
 
 def _halves(number: int) -> tuple[int, int]:

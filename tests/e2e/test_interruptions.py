@@ -18,13 +18,19 @@ from tools.interruptions import OVERRIDES, Job, children, compare_interrupted, l
 FEW = ("pretrain.steps=10", "rl.steps=6")
 
 
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Of two ranks; the first test does the undisturbed run."""
+    folder = tmp_path_factory.mktemp("job")
+    return Job(folder, 2, TINY, (*OVERRIDES, *FEW, "parallel.tensor=2"))
+
+
 @pytest.mark.parametrize(("kind", "moments"), [("KILL", ("checkpoint",)), ("TERM", ("rl",))])
-def test_an_interrupted_run_equals_an_undisturbed_one(tmp_path, capsys, kind, moments):
-    job = Job(tmp_path, 2, TINY, (*OVERRIDES, *FEW, "parallel.tensor=2"))
+def test_an_interrupted_run_equals_an_undisturbed_one(job, capsys, kind, moments):
     assert compare_interrupted(job, moments, kind, seed=1) == []
     assert len(capsys.readouterr().out.splitlines()) > len(moments)
     if kind == "TERM":
-        stopped = [x for x in read_lines(tmp_path / "cut" / "metrics.jsonl") if "kind" in x]
+        stopped = [x for x in read_lines(job.folder / "cut_TERM" / "metrics.jsonl") if "kind" in x]
         assert any(line["kind"] == "stopped" for line in stopped)
 
 
