@@ -5,13 +5,15 @@ VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 	$(shell $(p) -c 'import ensurepip, venv' 2>/dev/null && echo $(p))) python3)
 PINS := constraints.txt constraints-latest.txt
+# test-vllm: a real vLLM on the CPU, in an environment of its own
+VENV_VLLM ?= .venv-vllm
 # test-latest: the newest tested Megatron-Core, which needs Python 3.12, in an environment of its own
 VENV_LATEST ?= .venv-latest
 PYTHON_LATEST ?= python3.12
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.megatron_occ_installed
 
-.PHONY: install demo test test-latest test-unit gpu-check lint format clean
+.PHONY: install demo test test-latest test-vllm test-unit gpu-check lint format clean
 
 install: $(INSTALLED)
 
@@ -32,6 +34,15 @@ test-latest:
 		exit 1; }
 	$(MAKE) test VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST)
 
+# not part of test: minutes and gigabytes, see docs/rollout-servers.md
+test-vllm: $(INSTALLED)
+	@if $(BIN)/python tools/vllm_environment.py $(VENV_VLLM); then \
+		VLLM_ENVIRONMENT=$(abspath $(VENV_VLLM)) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/vllm $(ARGS); \
+	else \
+		echo "Skipped: vLLM's build for CPUs can't be installed here, see above."; \
+	fi
+
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 
@@ -49,5 +60,5 @@ format: $(INSTALLED)
 
 # what was made here by default: never runs/, nor an environment that VENV= names
 clean:
-	rm -rf .venv .venv-latest build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-vllm build *.egg-info .pytest_cache .ruff_cache
 	find benchmarks examples megatron_occ tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -41,7 +41,7 @@ class ServedEngine:
         main.run(lambda: self._open(connect))
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        """See ``RolloutEngine.generate``; the first share gets all counts of drafts.
+        """See ``RolloutEngine.generate``; the first share gets all counts of drafts and events.
 
         Args:
             requests: of this rank's share, the same on all ranks of it.
@@ -90,7 +90,7 @@ class ServedEngine:
         for share in order:
             shares[share] = _part(merged, slice(start, start + len(requests[share])))
             start += len(requests[share])
-        shares[order[0]].drafts = merged.drafts
+        shares[order[0]].drafts, shares[order[0]].events = merged.drafts, merged.events
         return [shares[share] for share, _ in parts]
 
 

@@ -21,6 +21,7 @@ from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.mcore.served_engine import ServedEngine
 from megatron_occ.rollout import RolloutEngine
 from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
+from megatron_occ.rollout.remote.fingerprint import fingerprint
 from megatron_occ.rollout.remote.probe import SAMPLE_LENGTH
 
 API_KEY = "ROLLOUT_API_KEY"
@@ -60,16 +61,18 @@ def _served(
     config: Config, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
 ) -> ServedEngine:
     settings = remote_settings(config, tokenizer.vocab_size)
-    main, probe = MainRank(), ProbeMaterial(actor, tokenizer, prompts)
+    main = MainRank()
+    probe = ProbeMaterial(actor, main, tokenizer, prompts)
     export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
 
     def prepare() -> None:
         export.stage()
         probe.score()
 
-    return ServedEngine(
-        actor.layout, main, prepare, lambda: RemoteEngine(settings, export.write, probe.probe())
-    )
+    def connect() -> RemoteEngine:
+        return RemoteEngine(settings, export.write, probe.probe(), tokenizer.decode)
+
+    return ServedEngine(actor.layout, main, prepare, connect)
 
 
 def remote_settings(config: Config, token_ids: int) -> RemoteSettings:
@@ -99,12 +102,19 @@ def remote_settings(config: Config, token_ids: int) -> RemoteSettings:
 
 
 class ProbeMaterial:
-    """Prompts of the run as sequences to score, and their log-probs under the present weights."""
+    """Prompts of the run as sequences to score, and their log-probs under the present weights.
+
+    Args:
+        actor: the policy.
+        main: talks to the servers.
+        tokenizer: of prompts and responses.
+        prompts: of the run.
+    """
 
     def __init__(
-        self, actor: MegatronGPTActor, tokenizer: Tokenizer, prompts: PromptStream
+        self, actor: MegatronGPTActor, main: MainRank, tokenizer: Tokenizer, prompts: PromptStream
     ) -> None:
-        self._actor = actor
+        self._actor, self._main = actor, main
         config = actor.config
         self._draft_tokens = min(DRAFT_TOKENS, config.rl.rollout.max_response_length)
         # micro-batches of one size, as many as the schedule asks for
@@ -116,6 +126,8 @@ class ProbeMaterial:
         # a sequence to score has two tokens at least
         self._sequences = [[tokenizer.eos_id, *encoded[row % len(encoded)]] for row in range(rows)]
         self._scores: list[list[float]] = []
+        # of each rank's part
+        self._head: list[int] = []
 
     def probe(self) -> Probe:
         """For the engine; :meth:`score` comes before each of its updates."""
@@ -124,10 +136,14 @@ class ProbeMaterial:
             lambda _: self._scores,
             draft_prompts=self._drafts,
             draft_tokens=self._draft_tokens,
+            head=lambda: self._head,
         )
 
     def score(self) -> None:
-        """Take the log-probs under the present weights; called by all ranks."""
+        """Take log-probs and fingerprint of the present weights; called by all ranks."""
+        named = [chunk.named_parameters() for chunk in self._actor.chunks]
+        head = [p.data for part in named for name, p in part if name.startswith("mtp.")]
+        self._head = self._main.gather(fingerprint(head))
         ids, count = self._padded(), self._actor.micro_batch_multiple
         size = len(ids) // count
         parts = [list(range(first, first + size)) for first in range(0, len(ids), size)]

@@ -63,7 +63,7 @@ def assess(
     answered = answer(sampler, stream, amount, seed)
     found = Assessment(
         problems=len(answered.records),
-        notes=answered.samples.failures.events(),
+        notes=answered.samples.warnings(),
         drafts=answered.samples.drafts,
     )
     layout = sampler.actor.layout

@@ -167,7 +167,7 @@ def evaluate(
         by_set[name] = _rates(answered.scores(layout))
         drafts.add(answered.samples.drafts)
         where = f"{name}: " if name else ""
-        events += [where + event for event in answered.samples.failures.events()]
+        events += [where + event for event in answered.samples.warnings()]
     metrics = _over_sets(list(by_set.values()))
     for name, rates in by_set.items():
         if name:

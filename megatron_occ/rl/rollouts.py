@@ -102,7 +102,7 @@ class RolloutSource:
             useful += self._useful_groups(samples)
             if sum(useful) >= wanted:
                 break
-        events = drawn.failures.events()
+        events = drawn.warnings()
         short = wanted - sum(useful)
         if short > 0:
             events.append(

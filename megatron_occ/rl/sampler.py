@@ -24,7 +24,8 @@ class Samples:
     ``failed``: a response could not be scored, and has the score 0. ``problems`` says why; "" where
     it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
     ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
-    engine was asked for states, none elsewhere; so have ``masks`` and ``routes``.
+    engine was asked for states, none elsewhere; so have ``masks`` and ``routes``. ``events`` are
+    those of the engine.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -41,15 +42,20 @@ class Samples:
     states: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
     routes: list[torch.Tensor] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def take(self, rows: list[int]) -> Samples:
         """The given responses, without states and what holds for all."""
-        others = ("failures", "drafts", "states")
+        others = ("failures", "drafts", "states", "events")
         names = [f.name for f in fields(self) if f.name not in others and getattr(self, f.name)]
         return Samples(**{name: [getattr(self, name)[row] for row in rows] for name in names})
+
+    def warnings(self) -> list[str]:
+        """What a person should know of them, on the main rank."""
+        return [*self.events, *self.failures.events()]
 
     def extend(self, other: Samples) -> None:
         """Append the responses of ``other``."""
@@ -137,6 +143,7 @@ class Sampler:
             generation.states,
             generation.masks,
             generation.routes,
+            generation.events,
         )
 
     def _score(

@@ -138,6 +138,7 @@ class Generation:
             response, a byte or two each: 1 + the experts that a token went to in each layer with
             experts on this rank, in the order of the model's chunks, MTP layers behind those of
             their chunk; 0 where a layer did not read it. Or empty.
+        events: what happened meanwhile that a person should know.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -147,6 +148,7 @@ class Generation:
     states: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     routes: list[Tensor] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,25 @@ from megatron_occ.rollout.engine import Request, SamplingSettings
 from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
 from megatron_occ.rollout.remote.fleet import Fleet
 
-URL = os.environ.get("ROLLOUT_SERVER_URL")
+URL, MODEL = (os.environ.get(f"ROLLOUT_SERVER_{name}") for name in ("URL", "MODEL"))
 pytestmark = pytest.mark.skipif(not URL, reason="ROLLOUT_SERVER_URL names no server")
-PROMPTS = [[5 + i, 9, 14, 7, 11, 6, 8, 10] for i in range(4)]
+PROMPTS = [[5 + i, 9, 14, 7, 11, 6] for i in range(4)]
 REQUESTS = [Request(PROMPTS[i // 4], seed=1000 + i) for i in range(16)]
-SAMPLING = SamplingSettings(1.0, max_response_length=24)
+CONFIG = json.loads((Path(MODEL) / "config.json").read_text()) if URL else {}
+# what fits behind a prompt, and a token that scoring asks for
+ROOM = CONFIG.get("max_position_embeddings", 0) - len(PROMPTS[0]) - 1
+SAMPLING = SamplingSettings(1.0, max_response_length=min(24, max(1, ROOM)))
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    model = Path(os.environ["ROLLOUT_SERVER_MODEL"])
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    model, vocab_size = Path(MODEL), CONFIG["vocab_size"]
     folder = tmp_path_factory.mktemp("weights")
     kind = os.environ.get("ROLLOUT_SERVER_KIND", "vllm")
     settings = RemoteSettings(kind, (URL,), folder, vocab_size, timeout=120.0, concurrency=8)
-    # the weights are those that the server has: its own log-probs are the reference
+    # the weights are those of the folder: the server's log-probs under these are the reference
     server = Fleet(settings, None).members[0].server
+    server.load_weights(model, 0)
     scores = [server.score(prompt) for prompt in PROMPTS]
 
     def export(target: Path) -> None:
@@ -43,7 +47,9 @@ def engine(tmp_path_factory):
             if path.is_file():
                 shutil.copy(path, target)
 
-    engine = RemoteEngine(settings, export, Probe(PROMPTS, lambda _: scores, PROMPTS))
+    engine = RemoteEngine(
+        settings, export, Probe(PROMPTS, lambda _: scores, PROMPTS, draft_tokens=min(32, ROOM))
+    )
     engine.update_weights(1)
     engine.server = server
     return engine
@@ -71,18 +77,18 @@ def test_logprobs_are_those_of_scoring_the_response(engine):
 def test_a_stop_id_ends_a_response_and_stays_in_it(engine):
     free = engine.generate(REQUESTS, SAMPLING).tokens
     stop = free[0][3]
-    sampling = SamplingSettings(1.0, max_response_length=24, stop_ids=(stop,))
+    sampling = replace(SAMPLING, stop_ids=(stop,))
     result = engine.generate(REQUESTS[:1], sampling)
     assert result.tokens[0] == free[0][: free[0].index(stop) + 1]
     assert result.finish_reasons == ["stop"]
 
 
 def test_abort_ends_a_call(engine):
-    many = [Request(PROMPTS[0], seed) for seed in range(64)]
+    many = [Request(PROMPTS[0], seed) for seed in range(512)]
     timer = threading.Timer(0.3, engine.abort)
     timer.start()
     start = time.monotonic()
-    result = engine.generate(many, SamplingSettings(1.0, max_response_length=300))
+    result = engine.generate(many, SamplingSettings(1.0, min(300, ROOM)))
     assert "abort" in result.finish_reasons
     assert time.monotonic() - start < 10
     assert "abort" not in engine.generate(REQUESTS, SAMPLING).finish_reasons

@@ -91,6 +91,7 @@ class FakeServer:
         self.trunk = self.head = 0
         self.faults: list[str] = []  # one for each sampled request, the first first
         self.faults_of_new: list[str] = []  # likewise, but for those that were seen before
+        self.lost: dict[str, list[str]] = {}  # likewise of other calls, by path
         self.seen: set[str] = set()
         self.calls: list[tuple[str, dict]] = []
         self.drafts = self.accepted = 0
@@ -113,8 +114,16 @@ class FakeServer:
                 parts = urlsplit(self.path)
                 with outer.lock:
                     outer.calls.append((self.path, body))
+                waiting = [] if outer.is_sample(self.path, body) else outer.lost.get(parts.path)
+                fault = waiting.pop(0) if waiting else ""
+                if fault == "drop":
+                    return
                 try:
                     status, answer = outer.answer(parts.path, body, self)
+                    if fault == "unanswered":
+                        return
+                    if fault == "500":
+                        status, answer = 500, b"no"
                 except (BrokenPipeError, ConnectionResetError):
                     return
                 if status:
@@ -236,7 +245,7 @@ class FakeVllm(FakeServer):
             assert self.paused
             self.load(body["kwargs"]["weights_path"])
             both = body["method"] == "reload_trunk_and_head"
-            return 200, {"results": [{"drafter": 3} if both else None]}
+            return 200, {"results": [{"drafter": 3, "held": self.head} if both else None]}
         assert path == "/v1/completions", path
         return self.complete(body, handler)
 
@@ -283,6 +292,9 @@ def spoil_vllm(choice, fault):
     logprobs = choice["logprobs"]["token_logprobs"]
     if fault == "short":
         logprobs.pop()
+    if fault == "cut":
+        del choice["token_ids"][2:], logprobs[2:]
+        choice["finish_reason"] = "stop"
     if fault == "missing":
         del choice["token_ids"]
     if fault == "vocabulary":

@@ -31,8 +31,19 @@ REQUESTS = [Request([2 + i // 2, 3], seed=100 + i) for i in range(12)]
 
 
 @contextlib.contextmanager
-def fleet(tmp_path, kind="vllm", count=1, probe=True, trunk=7, head=7, options=None, **fakes):
-    """Engine with weights loaded, and its servers."""
+def fleet(
+    tmp_path,
+    kind="vllm",
+    count=1,
+    probe=True,
+    trunk=7,
+    head=7,
+    options=None,
+    trainer_tells=False,
+    decode=None,
+    **fakes,
+):
+    """Engine with weights loaded, and its servers; ``trainer_tells`` what its head is."""
     servers = [KINDS[kind](**fakes) for _ in range(count)]
     weights = {"trunk": trunk, "head": head}
     settings = {
@@ -49,13 +60,14 @@ def fleet(tmp_path, kind="vllm", count=1, probe=True, trunk=7, head=7, options=N
         sequences,
         lambda asked: [score(weights["trunk"], tokens) for tokens in asked],
         draft_prompts=[[3], [5], [8]],
+        head=(lambda: weights["head"]) if trainer_tells else None,
     )
 
     def write(folder):
         export(**weights)(folder)
 
     try:
-        engine = RemoteEngine(setup, write, material if probe else None)
+        engine = RemoteEngine(setup, write, material if probe else None, decode)
         engine.update_weights(1)
         for server in servers:
             server.calls.clear()
@@ -280,6 +292,90 @@ def test_an_update_replaces_weights_and_deletes_older_ones(tmp_path, kind):
         assert left == ["notes.txt", "version-2"]
         check_tokens = engine.generate(REQUESTS, SAMPLING).tokens
         assert check_tokens == expected(8) != expected(7)
+
+
+CONTROL = {
+    "vllm": ("/pause", "/collective_rpc", "/reset_prefix_cache", "/resume", "/v1/completions"),
+    "sglang": ("/update_weights_from_disk", "/flush_cache", "/generate"),
+}
+
+
+@pytest.mark.parametrize("fault", ["drop", "unanswered", "500"])
+@pytest.mark.parametrize(("kind", "path"), [(k, path) for k in KINDS for path in CONTROL[k]])
+def test_a_call_that_is_lost_in_an_update_is_made_again(tmp_path, kind, path, fault):
+    with fleet(tmp_path, kind, speculative=True) as (engine, (server,), weights):
+        weights.update(trunk=8, head=8)
+        server.lost = {path: [fault, fault], "/metrics": [fault]}
+        engine.update_weights(2)
+        assert not server.lost[path]
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result, 8)
+        assert result.events == []
+        assert not getattr(server, "paused", False)
+
+
+def test_a_call_that_is_lost_again_and_again_is_told_with_its_path(tmp_path):
+    with fleet(tmp_path, options={"retries": 2}) as (engine, (server,), _):
+        server.lost = {"/resume": ["500"] * 100}
+        with pytest.raises(EngineError, match=rf"{server.url}/resume: HTTP 500"):
+            engine.update_weights(2)
+        assert len(server.lost["/resume"]) == 97
+
+
+def test_weights_that_can_not_be_loaded_are_told_with_their_folder(tmp_path):
+    with fleet(tmp_path, options={"retries": 0}) as (engine, (server,), _):
+        server.lost = {"/collective_rpc": ["500"]}
+        says = rf"/collective_rpc: HTTP 500: 'no': can the server read {tmp_path}/weights/version-2"
+        with pytest.raises(EngineError, match=says):
+            engine.update_weights(2)
+        assert not server.paused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_lost_in_an_update_is_left_out_until_it_is_back(tmp_path, kind):
+    options = {"retries": 1, "update_timeout": 1.0}
+    with fleet(tmp_path, kind, count=2, options=options) as (engine, (one, other), weights):
+        weights["trunk"] = 8
+        gone = ["drop"] * 1000
+        path = CONTROL[kind][0]
+        other.lost = {path: gone, "/health": gone}
+        engine.update_weights(2)
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result, 8)
+        assert len(one.sampled()) == len(REQUESTS)
+        (told,) = result.events
+        assert told.startswith(f"rollout server {other.url} is left out: lost in an update")
+        other.lost = {}
+        weights["trunk"] = 9
+        engine.update_weights(3)
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result, 9)
+        assert other.sampled()
+        assert result.events == [f"rollout server {other.url} is back"]
+
+
+def test_a_server_that_crashes_with_an_update_is_waited_for(tmp_path):
+    with fleet(tmp_path, options={"retries": 1}) as (engine, (server,), weights):
+        weights["trunk"] = 8
+        # it takes no new weights for a while, and does not answer
+        server.lost = {"/pause": ["drop"] * 2, "/health": ["drop"] * 2}
+        engine.update_weights(2)
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result, 8)
+        assert [event.split(server.url)[1][:12] for event in result.events] == [
+            " is left out",
+            " is back",
+        ]
+
+
+def test_a_restart_is_told(tmp_path):
+    with fleet(tmp_path) as (engine, (server,), _):
+        server.trunk = 0
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result)
+        assert result.events == [
+            f"rollout server {server.url} had other weights than it was given: it gets them again"
+        ]
 
 
 def test_caches_of_old_weights_are_dropped(tmp_path):

@@ -51,6 +51,24 @@ def test_an_old_drafter_is_refused(tmp_path, kind):
             engine.update_weights(2)
 
 
+def test_a_head_that_is_one_update_old_is_refused(tmp_path):
+    # it drafts as well as before
+    with fleet(tmp_path, speculative=True, trainer_tells=True) as (engine, (server,), weights):
+        weights["head"], server.takes = 23, ("trunk",)
+        with pytest.raises(EngineError, match=r"head has changed since .* server's has not"):
+            engine.update_weights(2)
+
+
+def test_heads_that_follow_pass(tmp_path):
+    options = {"draft_share": 0.0}
+    opened = fleet(tmp_path, speculative=True, trainer_tells=True, options=options)
+    with opened as (engine, (server,), weights):
+        for version, (trunk, head) in enumerate(((7, 7), (7, 8), (8, 8), (8, 7)), start=2):
+            weights.update(trunk=trunk, head=head)
+            engine.update_weights(version)
+            assert server.head == head
+
+
 def test_an_old_drafter_passes_where_the_check_is_off(tmp_path):
     options = {"draft_share": 0.0}
     with fleet(tmp_path, speculative=True, options=options) as (engine, (server,), weights):

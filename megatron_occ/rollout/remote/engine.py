@@ -20,6 +20,7 @@ from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport, differ
 from megatron_occ.rollout.remote.publish import drop_others, publish
 from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
+from megatron_occ.rollout.remote.stops import check_stops
 
 
 class RemoteEngine:
@@ -32,15 +33,21 @@ class RemoteEngine:
         settings: servers, limits, tolerances.
         export: writes the policy's present weights, trunk and head, as a Hugging Face folder.
         probe: material to check the servers with; without one, old weights go unnoticed.
+        decode: the trainer's text of token ids; without it, nobody sees that a server has another
+            tokenizer, which is what ends responses at stop strings.
 
     Raises:
         EngineError: a server does not come up or can't do the work.
     """
 
     def __init__(
-        self, settings: RemoteSettings, export: Callable[[Path], None], probe: Probe | None = None
+        self,
+        settings: RemoteSettings,
+        export: Callable[[Path], None],
+        probe: Probe | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        self._settings, self._export = settings, export
+        self._settings, self._export, self._decode = settings, export, decode
         self._fleet = Fleet(settings, Prober(probe, settings) if probe is not None else None)
         self._lock = threading.Lock()
         self._job: Job | None = None
@@ -57,11 +64,11 @@ class RemoteEngine:
         """See ``RolloutEngine.generate``.
 
         Unfinished responses of an aborted call are empty. Draft counts are those of the servers
-        between start and end of the call.
+        between start and end of the call, events those since the call before.
 
         Raises:
-            EngineError: no weights were loaded, the settings can't be served, or a request failed
-                for good.
+            EngineError: no weights were loaded, the settings can't be served, a request failed for
+                good, or the servers have another tokenizer.
         """
         with self._lock:
             if not self._loaded:
@@ -80,7 +87,11 @@ class RemoteEngine:
             finally:
                 with self._job_lock:
                     self._job, self._aborted = None, False
-            return collect(answers, drafts)
+            if self._decode is not None:
+                self._fleet.events += check_stops(answers, sampling, self._decode)
+            result = collect(answers, drafts)
+            result.events, self._fleet.events = self._fleet.events, []
+            return result
 
     def update_weights(self, version: int) -> None:
         """See ``RolloutEngine.update_weights``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError
 from megatron_occ.rollout.remote.http import Client, TransportError
+from megatron_occ.rollout.remote.patience import patiently
 from megatron_occ.rollout.remote.probe import Prober, ProbeReport
 from megatron_occ.rollout.remote.server import Server, StaleWeights
 from megatron_occ.rollout.remote.settings import RemoteSettings
@@ -17,6 +19,8 @@ from megatron_occ.rollout.remote.sglang import SglangServer
 from megatron_occ.rollout.remote.vllm import VllmServer
 
 POLL = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 class Member:
@@ -35,6 +39,11 @@ class Member:
 class Fleet:
     """All servers; they start out with weights of nobody knows which version.
 
+    A server that is lost is left out until it answers again.
+
+    Attributes:
+        events: what became of servers, for people.
+
     Raises:
         EngineError: a server does not come up in ``update_timeout``, or can't do the work.
     """
@@ -42,6 +51,7 @@ class Fleet:
     def __init__(self, settings: RemoteSettings, prober: Prober | None) -> None:
         self._settings, self._prober = settings, prober
         self.weights: tuple[Path, int] | None = None
+        self.events: list[str] = []
         self.reports: dict[str, ProbeReport] = {}
         kinds = {"vllm": VllmServer, "sglang": SglangServer}
         self.members = [
@@ -49,7 +59,7 @@ class Fleet:
         ]
         for member in self.members:
             self._wait([member], threading.Event())
-            member.server.inspect()
+            patiently(member.server.inspect, settings)
         if len({member.server.speculative_tokens for member in self.members}) > 1:
             raise EngineError("the servers differ in their number of speculative tokens")
 
@@ -63,18 +73,21 @@ class Fleet:
         return up[(group + attempt) % len(up)]
 
     def load(self, folder: Path, version: int) -> None:
-        """Load weights on all servers at once, then probe each.
+        """Load weights on all servers at once and probe each; those that are lost are left out.
 
         Raises:
-            EngineError: one for all servers that failed; none of them is to be used.
+            EngineError: a server that answers has not taken them, or none came up; none of them is
+                to be used.
         """
         self.weights = (folder, version)
         if self._prober is not None:
             self._prober.begin()
-        self._each(lambda member: member.server.load_weights(folder, version))
-        self._each(self._probe)
-        for member in self.members:
-            member.down = False
+        self._each(self._bring_up_to_date)
+        if all(member.down for member in self.members):
+            back = self._wait(self.members, threading.Event())
+            assert back is not None, "only a stop ends the waiting"
+            patiently(lambda: self._update(back), self._settings)
+            self._mark(back, True)
 
     def verify(self, stop: threading.Event) -> None:
         """Find out which servers are up and whether they still serve the loaded weights."""
@@ -102,12 +115,13 @@ class Fleet:
     def _close_epoch(self, member: Member, epoch: int, stale: bool) -> None:
         with member.lock:
             if member.epoch == epoch:
-                member.down = not (member.server.healthy() and self._reconciled(member, stale))
+                is_up = member.server.healthy() and self._reconciled(member, stale)
+                self._mark(member, is_up, "it does not answer")
                 member.epoch += 1
 
     def drafts(self) -> list[DraftStatistics | None]:
         """Counts of each server; None where it does not answer."""
-        return [_drafts(member) for member in self.members]
+        return [_drafts(member, self._settings) for member in self.members]
 
     def abort(self) -> None:
         """End all requests."""
@@ -120,18 +134,25 @@ class Fleet:
         try:
             if stale or not self._serves_present(member):
                 member.stale.add(member.epoch)
-                member.server.load_weights(*self.weights)
-                if self._prober is not None:
-                    self._prober.check_logprobs(member.server)
+                self._tell(member, "had other weights than it was given: it gets them again")
+                patiently(lambda: self._reload(member), self._settings)
         except TransportError:
             return False
         return True
 
+    def _reload(self, member: Member) -> None:
+        assert self.weights is not None, "there is something to load"
+        member.server.load_weights(*self.weights)
+        if self._prober is not None:
+            self._prober.check_logprobs(member.server)
+            self._prober.check_head(member.server)
+
     def _serves_present(self, member: Member) -> bool:
-        if self._prober is None:
+        prober = self._prober
+        if prober is None:
             return True
         try:
-            self._prober.check_logprobs(member.server)
+            patiently(lambda: prober.check_logprobs(member.server), self._settings)
         except StaleWeights:
             return False
         except TransportError:
@@ -140,9 +161,35 @@ class Fleet:
             return False
         return True
 
-    def _probe(self, member: Member) -> None:
+    def _bring_up_to_date(self, member: Member) -> None:
+        """Load the present weights and probe; a server that is lost meanwhile is marked."""
+        try:
+            if member.down and not member.server.healthy():
+                return
+            patiently(lambda: self._update(member), self._settings)
+        except TransportError as error:
+            if not error.retry or member.server.healthy():
+                raise
+            self._mark(member, False, f"lost in an update of its weights: {error}")
+        else:
+            self._mark(member, True)
+
+    def _update(self, member: Member) -> None:
+        assert self.weights is not None, "there is something to load"
+        member.server.load_weights(*self.weights)
         if self._prober is not None:
             self.reports[member.server.client.url] = self._prober.check(member.server)
+
+    def _mark(self, member: Member, is_up: bool, cause: str = "") -> None:
+        if member.down and is_up:
+            self._tell(member, "is back")
+        if not member.down and not is_up:
+            self._tell(member, f"is left out: {cause}")
+        member.down = not is_up
+
+    def _tell(self, member: Member, text: str) -> None:
+        self.events.append(f"rollout server {member.server.client.url} {text}")
+        logger.warning("%s", self.events[-1])
 
     def _wait(self, members: list[Member], stop: threading.Event) -> Member | None:
         """First server that is healthy; None once ``stop`` is set."""
@@ -170,10 +217,10 @@ class Fleet:
             raise EngineError("; ".join(str(error) for error in errors))
 
 
-def _drafts(member: Member) -> DraftStatistics | None:
+def _drafts(member: Member, settings: RemoteSettings) -> DraftStatistics | None:
     """Counts of a server, None if it is down: that is no reason to throw responses away."""
     try:
-        return None if member.down else member.server.drafts()
+        return None if member.down else patiently(member.server.drafts, settings)
     except TransportError as error:
         if not error.retry:
             raise

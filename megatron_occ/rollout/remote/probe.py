@@ -6,7 +6,10 @@ Three checks, each for a failure that no error message announces:
   must leave room for the rounding of two implementations, and one update can move log-probs by
   less than that. So the movement since the version before is compared too: what the server's
   log-probs did must be what the trainer's did.
-- Accepted drafts on greedy prompts. A drafter with old weights costs speed and no error.
+- Accepted drafts on greedy prompts. A drafter with old weights costs speed and no error. One that
+  is a single update old drafts as well as before: where the server tells a fingerprint of the
+  drafter's bits, they must have changed if the trainer's head did. Not the reverse: the export of
+  a head may depend on the trunk.
 - Sampled tokens: how often the likeliest token is drawn, against its probability. Indicators
   minus probabilities are a martingale difference, so their sum over the root of the summed
   p (1 - p) is close to standard normal where the server samples from its own log-probs. With it:
@@ -47,6 +50,7 @@ class Probe:
         draft_tokens: length of the greedy responses.
         expected_acceptance: accepted share of drafted tokens to expect on ``draft_prompts``; None:
             the best that the run has seen.
+        head: a fingerprint of the trainer's head. Called once for each update.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -54,6 +58,7 @@ class Probe:
     draft_prompts: Sequence[Sequence[int]] = ()
     draft_tokens: int = 32
     expected_acceptance: Callable[[], float] | None = None
+    head: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,14 @@ class Prober:
         self._scores: dict[str, list[float]] = {}
         self._scores_before: dict[str, list[float]] = {}
         self._best_acceptance = 0.0
+        self._head: object = None
+        # by URL, at its last update: the trainer's head, and the server's
+        self._heads: dict[str, tuple[object, tuple[int, ...]]] = {}
         self._sampled: set[str] = set()
 
     def begin(self) -> None:
         """The trainer's weights are new: ask it for its log-probs."""
+        self._head = self._probe.head() if self._probe.head is not None else None
         self._before, self._scores_before = self._wanted, self._scores
         self._scores = {}
         listed = self._probe.reference(self._probe.sequences)
@@ -112,6 +121,7 @@ class Prober:
     def check(self, server: Server) -> ProbeReport:
         """All checks on one server."""
         mean, largest, followed = self.check_logprobs(server)
+        self.check_head(server)
         acceptance = sampling_z = None
         if self._probe.draft_prompts:
             if server.speculative_tokens and self._settings.draft_share:
@@ -136,6 +146,19 @@ class Prober:
         followed = self._check_movement(url, scores)
         self._scores[url] = scores
         return mean, largest, followed
+
+    def check_head(self, server: Server) -> None:
+        """After new weights were loaded: does the drafter hold others than before?"""
+        if self._probe.head is None or server.head is None:
+            return
+        url = server.client.url
+        wanted, held = self._heads.get(url, (None, None))
+        if held == server.head and wanted != self._head:
+            raise EngineError(
+                f"{url} drafts with old weights of the head: the trainer's head has changed since "
+                "the last update, and the server's has not"
+            )
+        self._heads[url] = (self._head, server.head)
 
     def _check_movement(self, url: str, scores: list[float]) -> float | None:
         earlier = self._scores_before.get(url)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_occ.config.machine import flush
 from megatron_occ.rollout.engine import EngineError
 
 OURS = re.compile(r"version-\d+(\.partial)?")
@@ -28,6 +27,9 @@ def publish(export: Callable[[Path], None], root: Path, version: int) -> Path:
     Raises:
         EngineError: the export failed or left no configuration or no weights.
     """
+    # vLLM's workers import this package where nothing that reads a configuration is installed
+    from megatron_occ.config.machine import flush
+
     final, partial = root / f"version-{version}", root / f"version-{version}.partial"
     try:
         for folder in (final, partial):

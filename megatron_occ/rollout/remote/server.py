@@ -52,10 +52,13 @@ class Server(Protocol):
         client: transport.
         speculative_tokens: drafted tokens of a pass, 0 without speculative decoding; known after
             :meth:`inspect`.
+        head: what the server says of the bits of its drafter's weights since :meth:`load_weights`,
+            by worker; None where it says nothing.
     """
 
     client: Client
     speculative_tokens: int
+    head: tuple[int, ...] | None
 
     def inspect(self) -> None:
         """Read the server's configuration and refuse one that can't do the work."""

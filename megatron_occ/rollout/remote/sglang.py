@@ -50,6 +50,7 @@ class SglangServer:
     def __init__(self, client: Client, settings: RemoteSettings) -> None:
         self.client, self._settings = client, settings
         self.speculative_tokens = 0
+        self.head: tuple[int, ...] | None = None
         self._version: int | None = None
         self._counts, self._lock = DraftStatistics(), threading.Lock()
 

@@ -19,6 +19,7 @@ Sources, read in the source code of the releases named:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class VllmServer:
     def __init__(self, client: Client, settings: RemoteSettings) -> None:
         self.client, self._settings = client, settings
         self.speculative_tokens = 0
+        self.head: tuple[int, ...] | None = None
         self._model = ""
         self._logprobs_mode = ""
 
@@ -148,8 +150,12 @@ class VllmServer:
             reset = self._post("/reset_prefix_cache")
             if b'"success":false' in reset.replace(b" ", b""):
                 raise EngineError(f"{self.client.url}/reset_prefix_cache: refused: {reset!r}")
-        finally:
-            self._post("/resume")
+        except BaseException:
+            # the cause is what is told
+            with contextlib.suppress(TransportError):
+                self._post("/resume")
+            raise
+        self._post("/resume")
 
     def drafts(self) -> DraftStatistics:
         """See ``Server``: Prometheus counters, added over the engines of the server."""
@@ -181,13 +187,26 @@ class VllmServer:
         method = "reload_trunk_and_head" if self.speculative_tokens else "reload_weights"
         body = {"method": method, "kwargs": {"weights_path": str(folder)}}
         path = "/collective_rpc"
-        answer = self._field(path, self.client.post(path, body, self._settings.update_timeout))
+        try:
+            found = self.client.post(path, body, self._settings.update_timeout)
+        except TransportError as error:
+            if error.status is None:
+                raise
+            raise TransportError(
+                f"{error}: can the server read {folder} (rl.rollout.server.weights_dir)? Its log "
+                "says more",
+                error.retry,
+                error.status,
+            ) from None
+        answer = self._field(path, found)
         results = answer["results"]
         if not results.items():
             raise results.wrong("an entry for each worker")
         if self.speculative_tokens:
-            for worker in range(len(results.value)):
-                results[worker]["drafter"].integer(1)
+            workers = [results[worker] for worker in range(len(results.value))]
+            for worker in workers:
+                worker["drafter"].integer(1)
+            self.head = tuple(worker["held"].integer() for worker in workers)
 
     def _complete(self, body: dict[str, Any], stop: threading.Event | None = None) -> Field:
         """The only choice of a completion, and defaults of a model's generation_config undone."""

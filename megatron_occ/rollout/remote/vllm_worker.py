@@ -8,7 +8,11 @@ loads the target model alone (``GPUModelRunner.reload_weights``, 0.16.0 to 0.32.
 from __future__ import annotations
 
 import copy
+import socket
+from pathlib import Path
 from typing import Any
+
+from megatron_occ.rollout.remote.fingerprint import fingerprint
 
 
 class ReloadExtension:
@@ -18,19 +22,22 @@ class ReloadExtension:
         """Load target and drafter from a Hugging Face folder.
 
         Returns:
-            Number of the drafter's parameters that were loaded, under ``drafter``.
+            Number of the drafter's parameters that were loaded, under ``drafter``, and a number
+            made of the bits that the drafter then holds, under ``held``.
 
         Raises:
-            RuntimeError: no drafter, or the folder holds none of its weights.
+            RuntimeError: no drafter, no such folder, or it holds none of the drafter's weights.
         """
         from vllm.config import set_current_vllm_config
 
+        if not Path(weights_path).is_dir():
+            raise RuntimeError(f"{weights_path}: no such folder on {socket.gethostname()}")
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.reload_weights(weights_path=weights_path)
             loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
-        return {"drafter": loaded}
+        return {"drafter": loaded, "held": _held(self.model_runner)}
 
 
 def _drafter(runner: Any) -> Any:
@@ -40,6 +47,16 @@ def _drafter(runner: Any) -> Any:
     if model is None:
         raise RuntimeError("the server has no drafter that owns weights")
     return model.unwrap() if hasattr(model, "unwrap") else model
+
+
+def _held(runner: Any) -> int:
+    """A fingerprint of the drafter's own parameters, without those that it shares with the target.
+
+    On a server of several workers each has one of its part.
+    """
+    shared = {parameter.data_ptr() for parameter in runner.model.parameters()}
+    own = [p.data for p in _drafter(runner).parameters() if p.data_ptr() not in shared]
+    return fingerprint(own)
 
 
 def _reload_drafter(runner: Any, config: Any, weights_path: str) -> int:
