@@ -9,6 +9,7 @@ Prints the ratio's mean, extremes and the share of tokens where it is not 1.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.demo_model import DemoModel, demo_model
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
 from megatron_occ.mcore.startup import shutdown
-from megatron_occ.rl.batch import pad_masks
+from megatron_occ.rl.batch import RolloutBatch, masks_at_source, pad_masks, pad_sequences
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 
 MICRO_BATCH, DRAFTS = 64, 1
@@ -37,8 +38,9 @@ def main() -> None:
     found = sample(demo, prompts, options.top_p)
     print(f"{sum(map(len, found.tokens))} tokens under top-p {options.top_p}")
     print("| | mean | least | most | not 1 |\n|---|---|---|---|---|")
-    for name, masked in (("with masks", True), ("without", False)):
-        ratio = ratios(demo, prompts, found, masked=masked)
+    batch = padded(demo, prompts, found)
+    for name, masks in (("with masks", masks_at_source(batch)), ("without", None)):
+        ratio = ratios(demo, batch, masks)
         off = ((ratio - 1).abs() > ONE).double().mean()
         values = f"{ratio.mean():.6f} | {ratio.min():.6f} | {ratio.max():.6f}"
         print(f"| {name} | {values} | {100 * off:.1f} % |")
@@ -65,33 +67,34 @@ def sample(demo: DemoModel, prompts: list[list[int]], top_p: float) -> Generatio
     return engine.generate([Request(tokens, seed) for seed, tokens in enumerate(prompts)], settings)
 
 
-def ratios(demo: DemoModel, prompts: list[list[int]], found: Generation, *, masked: bool) -> Tensor:
-    """exp(training - rollout log-prob) of all response tokens."""
-    pairs = list(zip(prompts, found.tokens, strict=True))
-    lengths = [len(prompt) + len(tokens) for prompt, tokens in pairs]
-    ids = torch.zeros(len(pairs), max(lengths), dtype=torch.long)
-    for row, (prompt, tokens) in enumerate(pairs):
-        ids[row, : lengths[row]] = torch.tensor(prompt + tokens)
-    masks = None
-    if masked:
-        widest = max(mask.size(-1) for mask in found.masks)
-        padded = pad_masks(prompts, found.masks, (ids.size(1), widest))
-        # from the token's place to that of the token before it
-        masks = torch.nn.functional.pad(padded[:, 1:], (0, 0, 0, 1))
-    rows = range(len(pairs))
-    logprobs = demo.actor.get_inference_log_probs(
-        ids,
+def padded(demo: DemoModel, prompts: list[list[int]], found: Generation) -> RolloutBatch:
+    """The responses as a batch, with their masks."""
+    width = max(len(p) + len(t) for p, t in zip(prompts, found.tokens, strict=True))
+    batch = pad_sequences(
+        prompts,
+        found.tokens,
+        found.logprobs,
+        torch.zeros(len(prompts)),
+        demo.tokenizer.pad_id,
+        width,
+        demo.actor.layout.device,
+    )
+    widest = max(mask.size(-1) for mask in found.masks)
+    return replace(batch, sampling_masks=pad_masks(prompts, found.masks, (width, widest)))
+
+
+def ratios(demo: DemoModel, batch: RolloutBatch, masks: Tensor | None) -> Tensor:
+    """exp(training - rollout log-prob) of all response tokens; masks in the source frame."""
+    rows = range(len(batch.ids))
+    training = demo.actor.get_inference_log_probs(
+        batch.ids,
         parts=[rows[first : first + MICRO_BATCH] for first in rows[::MICRO_BATCH]],
         lengths=None,
         temperature=demo.config.rl.rollout.temperature,
         masks=masks,
-    ).double()
-    gaps = [
-        logprobs[row, len(prompt) - 1 : lengths[row] - 1]
-        - torch.tensor(found.logprobs[row], dtype=torch.float64)
-        for row, (prompt, _) in enumerate(pairs)
-    ]
-    return torch.cat(gaps).exp()
+    )
+    gaps = training[:, :-1].double() - batch.rollout_logprobs[:, 1:].double()
+    return gaps[batch.response_mask[:, 1:] > 0].exp()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from megatron_occ.cli import main
+from megatron_occ.rollout.remote.http import Client
 from tests.e2e.conftest import ROOT, Runner
 from tests.mcore.distributed import free_port
 
@@ -33,16 +33,15 @@ def pytest_collection_modifyitems(items):
 
 
 class VllmProcess:
-    """A server that can be killed and started again under its URL.
+    """A server, drafting a token, that can be killed and started again under its URL.
 
     Args:
         model: Hugging Face folder.
         log: file of its output.
-        drafted: tokens, 0: without speculative decoding.
     """
 
-    def __init__(self, model: Path, log: Path, drafted: int) -> None:
-        self.model, self.log, self.drafted = model, log, drafted
+    def __init__(self, model: Path, log: Path) -> None:
+        self.model, self.log = model, log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
@@ -53,9 +52,7 @@ class VllmProcess:
         command = [f"{ENVIRONMENT}/bin/vllm", "serve", str(self.model), "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-num-seqs", "64", "--worker-extension-cls", EXTENSION]
-        if self.drafted:
-            drafting = f'{{"method": "mtp", "num_speculative_tokens": {self.drafted}}}'
-            command += ["--speculative-config", drafting]
+        command += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
         settings = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -77,7 +74,8 @@ class VllmProcess:
     def wait(self) -> None:
         """Until it answers."""
         deadline = time.monotonic() + STARTS_WITHIN
-        while not self._answers():
+        client = Client(self.url, timeout=5.0, max_bytes=1000)
+        while not client.answers("/health", 5.0):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.5)
@@ -87,13 +85,6 @@ class VllmProcess:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +101,7 @@ def trained(tmp_path_factory):
 def servers(trained, tmp_path_factory):
     """Two servers that draft a token each; a test leaves both up."""
     folder = tmp_path_factory.mktemp("servers")
-    started = [VllmProcess(trained[1], folder / f"{i}.log", drafted=1) for i in range(2)]
+    started = [VllmProcess(trained[1], folder / f"{i}.log") for i in range(2)]
     try:
         for server in started:
             server.wait()
