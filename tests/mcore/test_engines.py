@@ -15,6 +15,7 @@ from megatron_occ.data.tokenizers import build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.inference.engine import MegatronEngine
 from megatron_occ.mcore.inference.graphs import CUDACapture
+from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.phases.engines import ProbeMaterial, build_engine, remote_settings
 
 SERVED = ("rl.rollout.engine=sglang", "rl.rollout.server.urls=['http://a:1','http://b:1']")
@@ -87,7 +88,7 @@ def one_token_prompts(tmp_path):
 def test_a_probe_has_the_present_weights_logprobs_of_prompts(layout, tmp_path, source):
     prompts = PromptStream(TASK) if source == "task" else one_token_prompts(tmp_path)
     actor = build(layout)
-    material = ProbeMaterial(actor, TOKENIZER, prompts)
+    material = ProbeMaterial(actor, MainRank(), TOKENIZER, prompts)
     probe = material.probe()
     assert len(probe.sequences) == 16 and len(probe.draft_prompts) <= 4
     assert all(prompt in [s[1:] for s in probe.sequences] for prompt in probe.draft_prompts)
@@ -104,7 +105,7 @@ def test_a_probe_has_the_present_weights_logprobs_of_prompts(layout, tmp_path, s
 
 def test_a_probe_fits_the_positions_of_the_model(layout, tmp_path):
     actor = build(layout, "model.max_position_embeddings=12", "rl.rollout.max_response_length=4")
-    probe = ProbeMaterial(actor, TOKENIZER, one_token_prompts(tmp_path)).probe()
+    probe = ProbeMaterial(actor, MainRank(), TOKENIZER, one_token_prompts(tmp_path)).probe()
     assert probe.draft_tokens == 4
     # the check of sampling takes eight tokens
     assert max(map(len, probe.draft_prompts)) + 8 <= 12
