@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_occ.config.options import key_of
 from megatron_occ.config.schema import Config
 from megatron_occ.config.texts import means_null, text_problem
 
@@ -110,7 +111,7 @@ def _walk(cls: type, prefix: str, text: str) -> Iterator[Section | Leaf]:
     yield Section(prefix, cls, text)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        key, hint = join(prefix, field.name), hints[field.name]
+        key, hint = join(prefix, key_of(field.name)), hints[field.name]
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, key, field.metadata["help"])
         else:
@@ -281,5 +282,5 @@ def unknown_key(key: str) -> str:
     parent = key.rpartition(".")[0]
     while parent not in sections():
         parent = parent.rpartition(".")[0]
-    names = ", ".join(field.name for field in dataclasses.fields(sections()[parent].cls))
+    names = ", ".join(key_of(field.name) for field in dataclasses.fields(sections()[parent].cls))
     return f"unknown key {key}. {f'{parent} has' if parent else 'There are'}: {names}"

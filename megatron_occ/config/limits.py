@@ -20,6 +20,7 @@ MASK_IDS = 1_024  # that a token was drawn from, 4 bytes each for every token of
 DRAFT = 1_000  # tokens of a draft: tens
 STEPS = 1_000_000_000  # updates, and counts of things that happen once in a while
 RANKS = 262_144  # the largest clusters: some 200,000 GPUs
+LAG = 1_000  # RL steps between sampling and training; beyond some ten no loss learns
 WORKERS = 1_024  # processes of a rank, or repetitions
 REQUESTS = 10_000  # at once; each is a thread
 SECONDS = 1_000_000  # eleven days

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_occ.config.errors import ConfigError
 from megatron_occ.config.keys import check_value, join, leaves, open_parent, spell
+from megatron_occ.config.options import attribute_of, key_of
 from megatron_occ.config.presets import PRESETS, preset_conflicts, preset_values
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sources import Given, dump, read_file, read_override
@@ -156,7 +157,7 @@ def _check(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, A
 def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
     arguments = {}
     for field in dataclasses.fields(cls):
-        key = join(prefix, field.name)
+        key = join(prefix, key_of(field.name))
         arguments[field.name] = (
             values[key] if key in leaves() else _build(field.default_factory, key, values)
         )
@@ -169,14 +170,14 @@ def flat_values(config: Config) -> dict[str, Any]:
     for key in leaves():
         node: Any = config
         for name in key.split("."):
-            node = getattr(node, name)
+            node = getattr(node, attribute_of(name))
         values[key] = node
     return values
 
 
 def to_yaml(config: Config) -> str:
     """The whole resolved configuration; loading it gives an equal one."""
-    return dump(_escape(dataclasses.asdict(config)))
+    return dump(_escape(_nest(flat_values(config))))
 
 
 def _escape(value: Any) -> Any:

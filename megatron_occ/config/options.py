@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import field
 from typing import Any
 
@@ -37,6 +38,16 @@ def option(
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def key_of(attribute: str) -> str:
+    """The key of a field: one that Python keeps for itself (``async``) has a ``_`` behind it."""
+    return attribute.removesuffix("_")
+
+
+def attribute_of(key: str) -> str:
+    """The field of a key, see :func:`key_of`."""
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def section(cls: type, text: str) -> Any:

@@ -152,6 +152,16 @@ class ValidationConfig:
 
 
 @dataclass
+class AsyncConfig:
+    max_lag: int = option(
+        0,
+        "steps that sampling may be ahead of training (0: each waits for the other)",
+        minimum=0,
+        maximum=limits.LAG,
+    )
+
+
+@dataclass
 class RLConfig:
     init_from: str | None = option(
         None,
@@ -215,6 +225,7 @@ class RLConfig:
         "correction by the ratio of old policy to rollout policy, exp(old - rollout log-probs)",
     )
     rollout: RolloutConfig = section(RolloutConfig, "generation")
+    async_: AsyncConfig = section(AsyncConfig, "sampling while training goes on")
     dynamic_sampling: DynamicSamplingConfig = section(DynamicSamplingConfig, "dynamic sampling")
     overlong: OverlongConfig = section(OverlongConfig, "overlong reward shaping")
     validation: ValidationConfig = section(ValidationConfig, "validation")

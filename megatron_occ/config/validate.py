@@ -13,6 +13,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.validate_async import async_problems
 from megatron_occ.config.validate_eval import eval_problems, set_problems
 from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
@@ -243,6 +244,7 @@ def _reinforcement(config: Config) -> Iterator[str]:
             "be replaced. Give at least 2, or rl.dynamic_sampling.enabled=false"
         )
     yield from loss_problems(config)
+    yield from async_problems(config)
     buffer, length = rl.overlong.buffer, rl.rollout.max_response_length
     if buffer > length:
         yield (

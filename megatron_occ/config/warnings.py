@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.validate_async import async_warnings
 
 _HIGH_RATE = 0.05  # more than twice the usual size of initial weights
 
@@ -31,7 +32,7 @@ def rl_warnings(config: Config) -> list[str]:
     """
     trunk, head = config.mtp.trunk, config.mtp.head
     clips = trunk.weighting == "ppo" and "policy" in (trunk.signal, head.signal)
-    found = rate_warnings("rl.optimizer", config.rl.optimizer)
+    found = rate_warnings("rl.optimizer", config.rl.optimizer) + async_warnings(config)
     if clips and trunk.dual_clip is None:
         found.append(
             "mtp.trunk.dual_clip=null: nothing bounds the ratio exp(m - o) of an MTP head where "

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.rollout import Generation, Request, RolloutEngine, SamplingSettings
+from megatron_occ.rollout.engine import Done, PendingGeneration
 
 
 class ServedEngine:
@@ -40,17 +41,18 @@ class ServedEngine:
         self._version: int | None = None
         main.run(lambda: self._open(connect))
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        """See ``RolloutEngine.generate``; the first share gets all counts of drafts and events.
+    def submit(self, requests: Sequence[Request], sampling: SamplingSettings) -> ServedResponses:
+        """See ``RolloutEngine.submit``.
 
         Args:
             requests: of this rank's share, the same on all ranks of it.
             sampling: the same on all ranks.
         """
-        share = self._layout.data_parallel_rank
-        sent = list(requests) if self._layout.is_model_parallel_main else None
-        parts = self._main.gather((share, sent))
-        return self._main.run(lambda: self._serve(parts, sampling))
+        return self._ask(requests, sampling, waits=False)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        """See ``RolloutEngine.generate``; with the arguments of :meth:`submit`."""
+        return self._ask(requests, sampling, waits=True).result()
 
     def update_weights(self, version: int) -> None:
         """See ``RolloutEngine.update_weights``; a version that is served already is left alone."""
@@ -75,26 +77,63 @@ class ServedEngine:
         assert self._engine is not None, "the main rank has one"
         return self._engine
 
+    def _ask(
+        self, requests: Sequence[Request], sampling: SamplingSettings, *, waits: bool
+    ) -> ServedResponses:
+        """Have the main rank ask for the responses of all shares, in their order."""
+        share = self._layout.data_parallel_rank
+        sent = list(requests) if self._layout.is_model_parallel_main else None
+        pending = ServedResponses(self._main, self._main.gather((share, sent)))
+        self._main.run(lambda: pending.begin(self._talking, sampling, waits=waits))
+        return pending
+
     def _open(self, connect: Callable[[], RolloutEngine]) -> None:
         self._engine = connect()
 
-    def _serve(
-        self, parts: Sequence[tuple[int, list[Request] | None]], sampling: SamplingSettings
-    ) -> list[Generation]:
-        """Responses for each rank, those of its share; ``parts``: share and requests by rank."""
-        requests = {share: sent for share, sent in parts if sent is not None}
-        order = sorted(requests)
-        merged = self._talking.generate([r for share in order for r in requests[share]], sampling)
+
+class ServedResponses:
+    """Responses for all ranks, see ``rollout.engine.PendingGeneration``.
+
+    Args:
+        main: the rank that talks.
+        parts: there, share and requests by rank; requests once for each share.
+    """
+
+    def __init__(self, main: MainRank, parts: Sequence[tuple[int, list[Request] | None]]) -> None:
+        self._main, self._parts = main, parts
+        self._requests = {share: sent for share, sent in parts if sent is not None}
+        self._pending: PendingGeneration | None = None
+
+    def begin(self, engine: RolloutEngine, sampling: SamplingSettings, *, waits: bool) -> None:
+        """Ask for the responses, and wait for them if ``waits``; called on the main rank."""
+        requests = [r for share in sorted(self._requests) for r in self._requests[share]]
+        if waits:
+            self._pending = Done(engine.generate(requests, sampling))
+        else:
+            self._pending = engine.submit(requests, sampling)
+
+    def result(self) -> Generation:
+        """This rank's share of them; the first share gets all counts of drafts and events.
+
+        Called by all ranks.
+        """
+        return self._main.run(self._shares)
+
+    def _shares(self) -> list[Generation]:
+        """Responses for each rank, those of its share."""
+        assert self._pending is not None, "the main rank has asked"
+        merged = self._pending.result()
         shares: dict[int, Generation] = {}
-        start = 0
+        start, order = 0, sorted(self._requests)
         for share in order:
-            shares[share] = _part(merged, slice(start, start + len(requests[share])))
-            start += len(requests[share])
+            stop = start + len(self._requests[share])
+            shares[share] = _part(merged, slice(start, stop))
+            start = stop
         shares[order[0]].drafts, shares[order[0]].events = merged.drafts, merged.events
-        return [shares[share] for share, _ in parts]
+        return [shares[share] for share, _ in self._parts]
 
 
 def _part(whole: Generation, rows: slice) -> Generation:
     """Some responses, without the counts of drafts."""
     fields: tuple[Any, ...] = (whole.tokens, whole.logprobs, whole.finish_reasons)
-    return Generation(*(field[rows] for field in fields))
+    return Generation(*(field[rows] for field in fields), versions=whole.versions[rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,12 @@ from megatron_occ.losses import (
     step_advantages,
 )
 from megatron_occ.observe.progress import Timers
+from megatron_occ.rl.ages import Ages
 from megatron_occ.rl.batch import RolloutBatch, pad_masks, pad_routes, pad_sequences
 from megatron_occ.rl.drafts import draft_metrics
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
-from megatron_occ.rl.sampler import Sampler, Samples, sample_seed
+from megatron_occ.rl.sampler import Begun, Sampler, Samples, sample_seed
 from megatron_occ.rollout.engine import LENGTH
 
 
@@ -53,6 +55,11 @@ class Rollouts:
 class RolloutSource:
     """Draws prompts and turns responses into a batch; the stream's position is its only state.
 
+    With ``rl.async.max_lag`` n the responses of the n steps after this one are asked for before it
+    trains, and those that are not finished by then go on under later weights. Steps take them in
+    the order of the prompts: what is finished first does not count first, which would prefer short
+    responses, and none is older than n steps. A run that is stopped asks for them anew.
+
     Args:
         sampler: samples and scores.
         stream: training prompts.
@@ -73,13 +80,31 @@ class RolloutSource:
         self.sampler, self.stream, self.config, self.seed = sampler, stream, config, seed
         self.keep_states = keep_states
         self.actor = sampler.actor
-        self.position = 0
+        self._position = 0
+        self._begun: deque[Begun] = deque()
+        self._ages = Ages()
+
+    @property
+    def position(self) -> int:
+        """Rounds that steps have taken."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._begun.clear()
+        self._position = value
 
     def abort(self) -> None:
         """End a generation under way; what it returns then is of no use."""
         self.sampler.engine.abort()
 
-    def generate(self, timers: Timers, after_round: Callable[[], None] = lambda: None) -> Rollouts:
+    def generate(
+        self,
+        timers: Timers,
+        after_round: Callable[[], None] = lambda: None,
+        *,
+        steps_left: int = 1,
+    ) -> Rollouts:
         """Rollouts of one step.
 
         Groups count in the order of their prompts, whichever rank drew them: the first useful ones
@@ -88,10 +113,14 @@ class RolloutSource:
         Args:
             timers: of the parts.
             after_round: called by all ranks before the responses of a round are looked at.
+            steps_left: of the run, this one included: none is asked for that has no step.
 
         Raises:
             ValueError: a prompt does not fit, or the verifier of every response of a round failed.
         """
+        self.sampler.update(timers)
+        self._ages.begin_step(self.actor.version)
+        self._ask(min(self.config.async_.max_lag + 1, steps_left), timers)
         wanted = self.config.prompts_per_step
         drawn, useful = Samples(), []
         rounds = self.config.dynamic_sampling.max_rounds if self._is_dynamic else 1
@@ -118,20 +147,33 @@ class RolloutSource:
     def _is_dynamic(self) -> bool:
         return self.config.dynamic_sampling.enabled
 
+    def _ask(self, rounds: int, timers: Timers) -> None:
+        """Have so many rounds asked for, those that are included."""
+        if len(self._begun) >= rounds:
+            return
+        with timers("rollout"):
+            while len(self._begun) < rounds:
+                self._begun.append(self._begin(self._position + len(self._begun)))
+
     def _round(self, timers: Timers) -> Samples:
-        """One response to each of this rank's share of prompts, ``samples_per_prompt`` times."""
+        """Responses to the next prompts."""
+        self._ask(1, timers)
+        begun = self._begun.popleft()
+        self._position += 1
+        return self.sampler.finish(begun, timers)
+
+    def _begin(self, position: int) -> Begun:
+        """Ask for a response to each of this rank's share of prompts, for each of its samples."""
         layout = self.actor.layout
-        records = self.stream.prompts_for_step(self.position, self.config.prompts_per_step)
-        key = mix64(mix64(self.seed) + self.position)
-        self.position += 1
+        records = self.stream.prompts_for_step(position, self.config.prompts_per_step)
+        key = mix64(mix64(self.seed) + position)
         mine = range(layout.data_parallel_rank, len(records), layout.data_parallel_size)
         copies = range(self.config.samples_per_prompt)
         pairs = [(records[i], sample_seed(key, i * len(copies) + j)) for i in mine for j in copies]
-        return self.sampler(
+        return self.sampler.begin(
             [record for record, _ in pairs],
             seeds=[seed for _, seed in pairs],
             temperature=self.config.rollout.temperature,
-            timers=timers,
             keep_states=self.keep_states,
             keep_masks=self.config.loss.sampling_mask,
             keep_routes=self.config.routing_replay == "rollout",
@@ -208,11 +250,19 @@ class RolloutSource:
         return Rollouts(
             batch,
             [g % ranks for g, _ in chosen for _ in range(size)],
-            self._metrics(drawn, rewards, dropped),
+            self._metrics(drawn, rewards, dropped) | self._lag(samples),
             self._readable(samples, rewards[rows], advantages),
             events,
             HeadRows.of(drawn, size, layout) if self.keep_states else None,
         )
+
+    def _lag(self, samples: Samples) -> dict[str, float]:
+        """How old the responses are that train; {} where each step waits for its own."""
+        if not self.config.async_.max_lag:
+            return {}
+        lags = self._ages.of(samples.versions)
+        sums = self._sum(lags.sums)
+        return lags.metrics(sums, self._maximum(lags.largest))
 
     def _valid(self, samples: Samples) -> Tensor | None:
         """[n], responses that count in baselines; None: all."""

@@ -15,6 +15,7 @@ from megatron_occ.rl.failures import Failures
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, SamplingSettings
+from megatron_occ.rollout.engine import Done, PendingGeneration
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Samples:
     it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
     ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
     engine was asked for states, none elsewhere; so have ``masks`` and ``routes``. ``events`` are
-    those of the engine.
+    those of the engine. ``versions`` are those of each token's weights.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Samples:
     masks: list[torch.Tensor] = field(default_factory=list)
     routes: list[torch.Tensor] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,6 +72,15 @@ class Samples:
 def sample_seed(key: int, index: int) -> int:
     """Seed of response ``index`` among those drawn under ``key``, in the range torch accepts."""
     return mix64(mix64(key) ^ index) >> 1
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Responses that the engine was asked for: their records, encoded prompts, and the call."""
+
+    records: list[PromptRecord]
+    prompts: list[list[int]]
+    pending: PendingGeneration
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class Sampler:
         timers: Timers,
         **kept: bool,
     ) -> Samples:
-        """One response to each record.
+        """One response to each record, under the present weights.
 
         Args:
             records: prompts and answers.
@@ -116,13 +127,32 @@ class Sampler:
         Raises:
             ValueError: a prompt does not fit, or every verifier failed.
         """
-        prompts = [self._encode(record) for record in records]
+        prompts, requests = self._requests(records, seeds)
+        self.update(timers)
         with timers("rollout"):
             sampling = replace(self.sampling, temperature=temperature, **kept)
+            pending = Done(self.engine.generate(requests, sampling))
+        return self.finish(Begun(records, prompts, pending), timers)
+
+    def update(self, timers: Timers) -> None:
+        """Have the engine serve the present weights; what was begun goes on under them."""
+        # a part of the rollout, whose time limit holds for it too
+        with timers("update_weights"), timers("rollout"):
             self.engine.update_weights(self.actor.version)
-            generation = self.engine.generate(
-                [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
-            )
+
+    def begin(
+        self, records: list[PromptRecord], *, seeds: list[int], temperature: float, **kept: bool
+    ) -> Begun:
+        """Ask for a response to each record; arguments and errors as in a call."""
+        prompts, requests = self._requests(records, seeds)
+        sampling = replace(self.sampling, temperature=temperature, **kept)
+        return Begun(records, prompts, self.engine.submit(requests, sampling))
+
+    def finish(self, begun: Begun, timers: Timers) -> Samples:
+        """Wait for the responses, and score them."""
+        records = begun.records
+        with timers("rollout"):
+            generation = begun.pending.result()
         texts = [self.tokenizer.decode(tokens) for tokens in generation.tokens]
         with timers("reward"):
             answers = [self.without_stop(text) for text in texts]
@@ -130,7 +160,7 @@ class Sampler:
         failures.check()
         return Samples(
             list(records),
-            prompts,
+            begun.prompts,
             generation.tokens,
             generation.logprobs,
             generation.finish_reasons,
@@ -144,7 +174,15 @@ class Sampler:
             generation.masks,
             generation.routes,
             generation.events,
+            generation.versions,
         )
+
+    def _requests(
+        self, records: list[PromptRecord], seeds: list[int]
+    ) -> tuple[list[list[int]], list[Request]]:
+        """Encoded prompts, and what the engine is asked for."""
+        prompts = [self._encode(record) for record in records]
+        return prompts, [Request(*pair) for pair in zip(prompts, seeds, strict=True)]
 
     def _score(
         self, records: list[PromptRecord], texts: list[str]

@@ -155,7 +155,11 @@ class GRPOTrainer:
         """Those of the step; none, and the prompts go back, where the run is asked to end."""
         position = self.rollouts.position
         try:
-            return self.rollouts.generate(self.timers, after_round=self._end_if_asked)
+            return self.rollouts.generate(
+                self.timers,
+                after_round=self._end_if_asked,
+                steps_left=self.config.rl.steps - self.step,
+            )
         except StopRequested:
             self.rollouts.position = position
             raise
@@ -209,12 +213,14 @@ class GRPOTrainer:
     def _log(self, metrics: dict[str, float]) -> None:
         times = self.timers.pop()
         tokens = metrics.pop("rollout/tokens")
-        metrics["rollout/tokens_per_second"] = tokens / max(times["time/rollout"], 1e-9)
-        metrics.update(times)
-        metrics.update(times_over_ranks(times, self.layout))
         # since the last line: validation and saving belong to the step that comes after them
         now = time.perf_counter()
         metrics["time/step"], self._logged_at = now - self._logged_at, now
+        # sampling goes on all the time, and the time of the rollout is what is waited for it
+        sampled = metrics["time/step"] if self.config.rl.async_.max_lag else times["time/rollout"]
+        metrics["rollout/tokens_per_second"] = tokens / max(sampled, 1e-9)
+        metrics.update(times)
+        metrics.update(times_over_ranks(times, self.layout))
         self.logger.log("rl", self.step, metrics)
 
     def _warn(self, step: int, events: list[str]) -> None:

@@ -139,6 +139,8 @@ class Generation:
             experts on this rank, in the order of the model's chunks, MTP layers behind those of
             their chunk; 0 where a layer did not read it. Or empty.
         events: what happened meanwhile that a person should know.
+        versions: n lists, the version of the weights that each token was drawn under, see
+            ``RolloutEngine.update_weights``.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -149,14 +151,50 @@ class Generation:
     masks: list[Tensor] = field(default_factory=list)
     routes: list[Tensor] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):
     """A rollout engine failed; the message says which, why, and what to do."""
 
 
+class PendingGeneration(Protocol):
+    """Responses that an engine was asked for."""
+
+    def result(self) -> Generation:
+        """Wait for them; called once, in the order of the ``submit`` calls.
+
+        Raises:
+            EngineError: the engine failed and could not be brought back; no response of the call
+                is to be used.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A :class:`PendingGeneration` of an engine that samples while it is asked."""
+
+    generation: Generation
+
+    def result(self) -> Generation:
+        """See ``PendingGeneration.result``."""
+        return self.generation
+
+
 class RolloutEngine(Protocol):
     """Samples responses under the policy's present weights."""
+
+    def submit(self, requests: Sequence[Request], sampling: SamplingSettings) -> PendingGeneration:
+        """Ask for a response to each request, without waiting for them where the engine can.
+
+        Weights may be updated meanwhile: responses that are not finished go on under the new
+        ones.
+
+        Raises:
+            EngineError: the engine has no weights, or can't sample like this.
+        """
+        ...
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
         """Sample a response for each request.
@@ -165,8 +203,7 @@ class RolloutEngine(Protocol):
         up to rounding in the logits.
 
         Raises:
-            EngineError: the engine failed and could not be brought back; no response of the call
-                is to be used.
+            EngineError: see :meth:`submit` and ``PendingGeneration.result``.
         """
         ...
 
@@ -182,10 +219,9 @@ class RolloutEngine(Protocol):
         ...
 
     def abort(self) -> None:
-        """End the running :meth:`generate`, from any thread; unfinished responses say ``abort``.
+        """End all calls under way, from any thread; unfinished responses say ``abort``.
 
-        Where none is running it ends the next one. It counts for one call, and is forgotten when
-        that call returns.
+        Where none is under way it ends the next one, and is then forgotten.
         """
         ...
 

@@ -82,11 +82,13 @@ class FakeServer:
         takes: parts that a weight update really changes.
         biased: draws tokens after the first that its log-probs do not say.
         seeded: a seed gives the same response each time.
+        pace: seconds that a token takes.
     """
 
     def __init__(
-        self, speculative=False, takes=("trunk", "head"), biased=False, seeded=True
+        self, speculative=False, takes=("trunk", "head"), biased=False, seeded=True, pace=0.0
     ) -> None:
+        self.pace, self.interrupted = pace, threading.Event()
         self.speculative, self.takes = speculative, takes
         self.trunk = self.head = 0
         self.faults: list[str] = []  # one for each sampled request, the first first
@@ -172,10 +174,26 @@ class FakeServer:
         tables = [log_probs(self.trunk, last, temperature or 1.0) for last in line[:-1]]
         logprobs = [table[token] for table, token in zip(tables, tokens, strict=True)]
         reason = "stop" if tokens[-1] in stops else "length"
+        done = self.until_interrupted(len(tokens))
+        if done < len(tokens):
+            tokens, logprobs, tables = tokens[:done], logprobs[:done], tables[:done]
+            reason = "abort"
         passes, accepted = drafting(self.head, prompt, tokens) if self.speculative else (0, 0)
         with self.lock:
             self.drafts, self.accepted = self.drafts + passes, self.accepted + accepted
         return tokens, logprobs, [max(table) for table in tables], reason, passes, accepted
+
+    def until_interrupted(self, count):
+        """Tokens that there is time for."""
+        ended, start = self.interrupted, time.monotonic()
+        if not self.pace or not ended.wait(count * self.pace):
+            return count
+        return int((time.monotonic() - start) / self.pace)
+
+    def interrupt(self):
+        """End the responses under way."""
+        ended, self.interrupted = self.interrupted, threading.Event()
+        ended.set()
 
     def fault(self, handler, body) -> tuple[str, tuple | None]:
         """Name of the fault of this request, and the reply if it takes the reply's place."""
@@ -232,6 +250,8 @@ class FakeVllm(FakeServer):
     def answer(self, path, body, handler):
         if path in ("/health", "/pause", "/resume"):
             self.paused = {"/pause": True, "/resume": False}.get(path, self.paused)
+            if path == "/pause":
+                self.interrupt()
             return 200, b""
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
@@ -282,6 +302,8 @@ class FakeVllm(FakeServer):
             return reply
         arguments = (body["seed"], body["max_tokens"], body["stop_token_ids"], body["temperature"])
         tokens, logprobs, tops, reason, *_ = self.respond(prompt, *arguments)
+        if not tokens:
+            return 200, {"choices": [{"token_ids": [], "finish_reason": reason, "logprobs": None}]}
         listed = {"token_logprobs": logprobs, "top_logprobs": [{"a": top} for top in tops]}
         choice = {"token_ids": tokens, "finish_reason": reason, "logprobs": listed}
         spoil_vllm(choice, fault)
@@ -310,6 +332,7 @@ def spoil_vllm(choice, fault):
     if fault == "reason":
         choice["finish_reason"] = "tired"
     if fault == "aborted":
+        del choice["token_ids"][1:], logprobs[1:]
         choice["finish_reason"] = "abort"
 
 
@@ -330,6 +353,7 @@ class FakeSglang(FakeServer):
             return 200, self.info()
         if path == "/abort_request":
             self.aborted += 1
+            self.interrupt()
             return 200, b""
         if path == "/update_weights_from_disk":
             self.load(body["model_path"])

@@ -15,6 +15,7 @@ from megatron_occ.losses import soft_cross_entropy, total_variation
 from megatron_occ.losses.heads import HeadOutputs, LossReport
 from megatron_occ.rl.batch import head_targets
 from megatron_occ.rollout import Generation, row_keys, sample_by_race, token_keys
+from megatron_occ.rollout.engine import Done
 from tests.unit.fake_gradients import FakeGradients
 from tests.unit.fake_layouts import FakeLayout
 
@@ -105,6 +106,9 @@ class FakeActor:
     def abort(self):
         self.aborted = True
 
+    def submit(self, requests, sampling):
+        return Done(self.generate(requests, sampling))
+
     def generate(self, requests, sampling):
         prompts, seeds = self._note_call(requests, sampling)
         length = sampling.max_response_length
@@ -117,6 +121,7 @@ class FakeActor:
             [row[: end or length] for row, end in zip(tokens.tolist(), ends, strict=True)],
             [row[: end or length] for row, end in zip(logprobs.tolist(), ends, strict=True)],
             ["length" if end is None else "stop" for end in ends],
+            versions=[[self.version] * (end or length) for end in ends],
         )
 
     def _note_call(self, requests, sampling):
@@ -325,4 +330,6 @@ class ScriptedActor(FakeActor):
         self.responses += tokens
         logprobs = [[-1.0] * len(row) for row in tokens]
         ends = [row[-1] in sampling.stop_ids for row in tokens]
-        return Generation(tokens, logprobs, ["stop" if end else "length" for end in ends])
+        reasons = ["stop" if end else "length" for end in ends]
+        versions = [[self.version] * len(row) for row in tokens]
+        return Generation(tokens, logprobs, reasons, versions=versions)

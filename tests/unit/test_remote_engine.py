@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_occ.rollout.engine import EngineError, Request, SamplingSettings
 from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
 from megatron_occ.rollout.remote.fleet import Member
 from megatron_occ.rollout.remote.job import Ledger, prompt_groups
+from megatron_occ.rollout.remote.parts import Part
 from megatron_occ.rollout.remote.server import Answer
 from tests.unit.fake_servers import (
     EOS,
@@ -143,20 +145,20 @@ def test_a_timeout_is_retried_and_its_late_answer_counts_for_nothing(tmp_path):
 def test_a_second_answer_is_discarded():
     first, second = Answer([1], [-1.0], "stop"), Answer([2], [-1.0], "stop")
     ledger, source = Ledger(2), (Member(None), 0)
-    assert ledger.put(0, first, source)
-    assert not ledger.put(0, second, source)
-    assert ledger.close() == [first, None]
-    assert not ledger.put(1, second, source)
+    assert ledger.put(0, [Part(first, 3, source)])
+    assert not ledger.put(0, [Part(second, 3, source)])
+    assert ledger.close() == [replace(first, versions=[3] * len(first.tokens)), None]
+    assert not ledger.put(1, [Part(second, 3, source)])
 
 
 def test_answers_of_an_epoch_with_other_weights_are_withdrawn():
     answer, member = Answer([1], [-1.0], "stop"), Member(None)
     ledger = Ledger(3)
-    ledger.put(0, answer, (member, 0))
-    ledger.put(1, answer, (member, 1))
+    ledger.put(0, [Part(answer, 1, (member, 1)), Part(answer, 2, (member, 0))])
+    ledger.put(1, [Part(answer, 2, (member, 1))])
     member.stale.add(0)
     assert ledger.withdraw_stale() == [0, 2]
-    assert ledger.put(0, answer, (member, 1))
+    assert ledger.put(0, [Part(answer, 2, (member, 1))])
     assert ledger.withdraw_stale() == [2]
 
 

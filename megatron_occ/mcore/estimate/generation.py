@@ -46,14 +46,15 @@ def host_memory(config: Config, held: Held, rows: int, command: str) -> dict[str
     """What lies on the host between the phases of a step of so many rows, at its peak.
 
     As it was drawn, as it was dealt to this rank, and as one tensor for the pass that computes old
-    log-probs; experts that this pass takes down are there once.
+    log-probs; experts that this pass takes down are there once. Steps that are sampled ahead lie
+    there too, as they were drawn.
     """
-    found = {
-        name: 3 * size for name, size in mask_memory(config, held.vocabulary, rows, command).items()
-    }
+    drawn = 3 + config.rl.async_.max_lag
+    masks = mask_memory(config, held.vocabulary, rows, command)
+    found = {name: drawn * size for name, size in masks.items()}
     choices = routed_choices(config, held, rows, command)
     if choices:
-        copies = 3 if config.rl.routing_replay == "rollout" else 1
+        copies = drawn if config.rl.routing_replay == "rollout" else 1
         width = route_dtype(config.model.moe.num_experts).itemsize
         found["experts of tokens"] = copies * choices * width
     return found

@@ -23,7 +23,7 @@ from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.rollout import Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
-from megatron_occ.rollout.engine import check_finite, merge_shares
+from megatron_occ.rollout.engine import Done, check_finite, merge_shares
 from megatron_occ.rollout.text import StopText
 
 
@@ -83,9 +83,13 @@ class MegatronEngine:
         self.speculation, self.decode, self.capture = speculation, decode, capture
         self.company = Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
-        self._aborted = threading.Event()
+        self._aborted, self._version = threading.Event(), 0
         # chosen where the model is known
         self._attention: Attention | None = None
+
+    def submit(self, requests: Sequence[Request], sampling: SamplingSettings) -> Done:
+        """See ``RolloutEngine.submit``: sampled at once, by the processes that train."""
+        return Done(self.generate(requests, sampling))
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
         """See ``RolloutEngine.generate``; context-parallel ranks take a share of the requests each.
@@ -111,10 +115,12 @@ class MegatronEngine:
             self._aborted.clear()
         found = merge_shares(gather_shares(self.layout, mine), len(requests))
         check_finite(found)
+        found.versions = [[self._version] * len(tokens) for tokens in found.tokens]
         return found
 
     def update_weights(self, version: int) -> None:
         """Nothing is copied: the engine reads the trained weights at the next call."""
+        self._version = version
 
     def abort(self) -> None:
         """See ``RolloutEngine.abort``; on one rank it counts for all that share the model with it.

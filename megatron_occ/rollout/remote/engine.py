@@ -14,13 +14,17 @@ from megatron_occ.rollout.engine import (
     Request,
     SamplingSettings,
 )
+from megatron_occ.rollout.remote.draft_counter import DraftCounter
 from megatron_occ.rollout.remote.fleet import Fleet
-from megatron_occ.rollout.remote.job import Job
-from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport, difference
+from megatron_occ.rollout.remote.gate import Gate
+from megatron_occ.rollout.remote.job import Company, Job
+from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport
 from megatron_occ.rollout.remote.publish import drop_others, publish
 from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.stops import check_stops
+from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.text import StopText
 
 
 class RemoteEngine:
@@ -49,9 +53,14 @@ class RemoteEngine:
     ) -> None:
         self._settings, self._export, self._decode = settings, export, decode
         self._fleet = Fleet(settings, Prober(probe, settings) if probe is not None else None)
+        self._gate, self._workers = Gate(), Workers(settings.concurrency)
+        self._company = Company(self._fleet, self._gate, self._workers, settings)
+        self._counter = DraftCounter(self._fleet)
+        # one change of the weights at a time
         self._lock = threading.Lock()
-        self._job: Job | None = None
-        self._job_lock = threading.Lock()
+        self._jobs: set[Job] = set()
+        self._jobs_lock = threading.Lock()
+        self._asked = 0
         self._aborted = False  # before there was a job
         self._newest, self._loaded = -1, False
 
@@ -60,41 +69,60 @@ class RemoteEngine:
         """What the last probe measured, by URL."""
         return dict(self._fleet.reports)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
-        """See ``RolloutEngine.generate``.
-
-        Unfinished responses of an aborted call are empty. Draft counts are those of the servers
-        between start and end of the call, events those since the call before.
+    def submit(self, requests: Sequence[Request], sampling: SamplingSettings) -> PendingResponses:
+        """See ``RolloutEngine.submit``; what was asked for first is sent first.
 
         Raises:
-            EngineError: no weights were loaded, the settings can't be served, a request failed for
-                good, or the servers have another tokenizer.
+            EngineError: no weights were loaded, or the settings can't be served.
         """
-        with self._lock:
-            if not self._loaded:
-                raise EngineError("the servers have no weights of this run: call update_weights")
-            for member in self._fleet.members:
-                member.server.check_sampling(sampling)
-            job = Job(self._fleet, requests, sampling, self._settings)
-            with self._job_lock:
-                self._job = job
-                if self._aborted:
-                    job.stop.set()
-            try:
-                before = self._fleet.drafts()
-                answers = job.run()
-                drafts = between(before, self._fleet.drafts())
-            finally:
-                with self._job_lock:
-                    self._job, self._aborted = None, False
-            if self._decode is not None:
-                self._fleet.events += check_stops(answers, sampling, self._decode)
-            result = collect(answers, drafts)
-            result.events, self._fleet.events = self._fleet.events, []
-            return result
+        self._asked += 1
+        return PendingResponses(self, self._begin(requests, sampling, rank=self._asked), sampling)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> Generation:
+        """See ``RolloutEngine.generate``; sent before what :meth:`submit` was asked for.
+
+        Raises:
+            EngineError: see :meth:`submit` and :meth:`PendingResponses.result`.
+        """
+        return PendingResponses(self, self._begin(requests, sampling, rank=0), sampling).result()
+
+    def _begin(self, requests: Sequence[Request], sampling: SamplingSettings, rank: int) -> Job:
+        self._check_loaded()
+        for member in self._fleet.members:
+            member.server.check_sampling(sampling)
+        stop = None
+        if self._decode is not None and sampling.stop_strings:
+            stop = StopText(self._decode, tuple(sampling.stop_strings))
+        job = Job(self._company, requests, sampling, rank=rank, stop=stop)
+        with self._jobs_lock:
+            self._jobs.add(job)
+            if self._aborted:
+                job.stop.set()
+            self._aborted = False
+        job.start()
+        return job
+
+    def _check_loaded(self) -> None:
+        if not self._loaded:
+            raise EngineError("the servers have no weights of this run: call update_weights")
+
+    def collect(self, job: Job, sampling: SamplingSettings) -> Generation:
+        """The responses of a job; see :meth:`PendingResponses.result`."""
+        try:
+            self._check_loaded()
+            answers = job.result()
+        finally:
+            with self._jobs_lock:
+                self._jobs.discard(job)
+        events = self._fleet.pop_events()
+        if self._decode is not None:
+            events += check_stops(answers, sampling, self._decode)
+        return as_generation(answers, self._counter.pop(), events)
 
     def update_weights(self, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
+
+        What servers are working on is interrupted, and goes on under the new weights.
 
         Raises:
             EngineError: the version does not grow, the export failed, or a server did not take the
@@ -103,43 +131,70 @@ class RemoteEngine:
         with self._lock:
             if version <= self._newest:
                 raise EngineError(f"version {version} is not newer than version {self._newest}")
-            self._loaded = False
+            was_loaded, self._loaded = self._loaded, False
             self._newest = version
             folder = publish(self._export, self._settings.weights_dir, version)
+            self._gate.close()
+            self._fleet.drain(self._gate.is_empty)
+            if was_loaded:
+                self._look_at_parts()
             self._fleet.load(folder, version)
+            self._counter.skip()
             self._loaded = True
+            self._gate.open(version)
             drop_others(self._settings.weights_dir, keep=folder)
+
+    def _look_at_parts(self) -> None:
+        """Before servers get other weights: did what is under way come from the present ones?"""
+        self._counter.keep()
+        with self._jobs_lock:
+            is_any = bool(self._jobs)
+        if is_any:
+            self._fleet.verify(threading.Event())
 
     def abort(self) -> None:
         """See ``RolloutEngine.abort``."""
-        with self._job_lock:
-            job, self._aborted = self._job, True
-        if job is not None:
+        with self._jobs_lock:
+            jobs = list(self._jobs)
+            self._aborted = not jobs
+        for job in jobs:
             job.abort()
 
     def close(self) -> None:
-        """See ``RolloutEngine.close``: ends a running call; servers and weights stay."""
+        """See ``RolloutEngine.close``: ends calls under way; servers and weights stay."""
         self.abort()
+        self._workers.close()
 
 
-def between(
-    before: Sequence[DraftStatistics | None], after: Sequence[DraftStatistics | None]
-) -> DraftStatistics:
-    """Counts of all servers in between; a server that was down at one end is left out."""
-    total = DraftStatistics()
-    for old, new in zip(before, after, strict=True):
-        if old is not None and new is not None:
-            total.add(difference(new, old))
-    return total
+class PendingResponses:
+    """Responses that servers work on, see ``rollout.engine.PendingGeneration``."""
+
+    def __init__(self, engine: RemoteEngine, job: Job, sampling: SamplingSettings) -> None:
+        self._engine, self._job, self._sampling = engine, job, sampling
+
+    def result(self) -> Generation:
+        """See ``PendingGeneration.result``.
+
+        Unfinished responses of an aborted call are empty. Draft counts are those of the servers
+        since the result before, other calls' included, and so are events.
+
+        Raises:
+            EngineError: a request failed for good, the weights were lost, or the servers have
+                another tokenizer.
+        """
+        return self._engine.collect(self._job, self._sampling)
 
 
-def collect(answers: Sequence[Answer | None], drafts: DraftStatistics) -> Generation:
+def as_generation(
+    answers: Sequence[Answer | None], drafts: DraftStatistics, events: list[str]
+) -> Generation:
     """Answers as a ``Generation``; without speculative decoding a pass is a token."""
-    result = Generation(drafts=drafts)
+    result = Generation(drafts=drafts, events=events)
     for answer in answers:
         result.tokens.append(answer.tokens if answer else [])
         result.logprobs.append(answer.logprobs if answer else [])
         result.finish_reasons.append(answer.finish_reason if answer else ABORT)
+        result.versions.append(answer.versions if answer else [])
     if not drafts.passes:
         # the prefill gives the first token
         drafts.passes = drafts.tokens = sum(max(len(tokens) - 1, 0) for tokens in result.tokens)

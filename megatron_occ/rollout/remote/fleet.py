@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError
@@ -19,6 +20,11 @@ from megatron_occ.rollout.remote.sglang import SglangServer
 from megatron_occ.rollout.remote.vllm import VllmServer
 
 POLL = 0.5
+# requests at a server beyond which the others of its groups go elsewhere: so many times those at
+# the server with the fewest, and some
+UNEVEN, SLACK = 2, 16
+# seconds for requests that were told to end, before they are told again
+ENDING = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +40,24 @@ class Member:
         # those at whose end the server was found with other weights: its answers do not count
         self.stale: set[int] = set()
         self.lock = threading.Lock()
+        self.queue = 0
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While it answers a request."""
+        with self.lock:
+            self.queue += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.queue -= 1
 
 
 class Fleet:
     """All servers; they start out with weights of nobody knows which version.
 
     A server that is lost is left out until it answers again.
-
-    Attributes:
-        events: what became of servers, for people.
 
     Raises:
         EngineError: a server does not come up in ``update_timeout``, or can't do the work.
@@ -68,9 +83,15 @@ class Fleet:
         return Client(url, s.timeout, s.max_answer_bytes, s.api_key)
 
     def pick(self, group: int, attempt: int) -> Member:
-        """Server for an attempt; the requests of a group share a server's prefix cache."""
+        """Server for an attempt.
+
+        The requests of a group share a server's prefix cache, unless that one has far more to do
+        than another.
+        """
         up = [member for member in self.members if not member.down] or self.members
-        return up[(group + attempt) % len(up)]
+        home = up[(group + attempt) % len(up)]
+        least = min(up, key=lambda member: member.queue)
+        return least if home.queue > UNEVEN * least.queue + SLACK else home
 
     def load(self, folder: Path, version: int) -> None:
         """Load weights on all servers at once and probe each; those that are lost are left out.
@@ -88,6 +109,18 @@ class Fleet:
             assert back is not None, "only a stop ends the waiting"
             patiently(lambda: self._update(back), self._settings)
             self._mark(back, True)
+
+    def drain(self, is_empty: Callable[[float], bool]) -> None:
+        """Have servers end what they work on, with the tokens that there are.
+
+        Args:
+            is_empty: whether all answers are in, after a wait of so many seconds.
+        """
+        while not is_empty(0.0):
+            # again for those that were still on their way to a server
+            self._each(_interrupt)
+            if is_empty(ENDING):
+                return
 
     def verify(self, stop: threading.Event) -> None:
         """Find out which servers are up and whether they still serve the loaded weights."""
@@ -122,6 +155,11 @@ class Fleet:
     def drafts(self) -> list[DraftStatistics | None]:
         """Counts of each server; None where it does not answer."""
         return [_drafts(member, self._settings) for member in self.members]
+
+    def pop_events(self) -> list[str]:
+        """What became of servers since the last call, for people."""
+        events, self.events = self.events, []
+        return events
 
     def abort(self) -> None:
         """End all requests."""
@@ -215,6 +253,12 @@ class Fleet:
                 raise error
         if errors:
             raise EngineError("; ".join(str(error) for error in errors))
+
+
+def _interrupt(member: Member) -> None:
+    # one that does not answer ends its requests by that
+    with suppress(TransportError):
+        member.server.interrupt()
 
 
 def _drafts(member: Member, settings: RemoteSettings) -> DraftStatistics | None:

@@ -1,134 +1,213 @@
-"""One call of ``generate``: every request is answered exactly once, or the call fails."""
+"""One call of ``submit``: every request is answered exactly once, or the call fails."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
 
-from megatron_occ.rollout.engine import EngineError, Request, SamplingSettings
+from megatron_occ.rollout.engine import ABORT, EngineError, Request, SamplingSettings
 from megatron_occ.rollout.remote.fleet import Fleet, Member
+from megatron_occ.rollout.remote.gate import Gate
 from megatron_occ.rollout.remote.http import Cancelled, TransportError
-from megatron_occ.rollout.remote.server import Answer, StaleWeights
+from megatron_occ.rollout.remote.parts import Part, fresh, joined, rest_of
+from megatron_occ.rollout.remote.server import Aborted, Answer, StaleWeights
 from megatron_occ.rollout.remote.settings import RemoteSettings
-
-# who answered: a server between two looks at its weights
-Source = tuple[Member, int]
+from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.text import StopText
 
 
 class Ledger:
     """Answers by index of the request; the first one counts."""
 
     def __init__(self, size: int) -> None:
-        self._answers: list[tuple[Answer, Source] | None] = [None] * size
+        self._answers: list[Sequence[Part] | None] = [None] * size
         self._closed = False
         self._lock = threading.Lock()
 
-    def put(self, index: int, answer: Answer, source: Source) -> bool:
+    def put(self, index: int, parts: Sequence[Part]) -> bool:
         """Enter an answer; False if it came too late: there is one, or the ledger is closed."""
         with self._lock:
             if self._closed or self._answers[index] is not None:
                 return False
-            self._answers[index] = (answer, source)
+            self._answers[index] = parts
             return True
 
     def withdraw_stale(self) -> list[int]:
         """Take out answers of servers that turned out to have had other weights; what is open."""
         with self._lock:
-            for index, entry in enumerate(self._answers):
-                if entry is not None and entry[1][1] in entry[1][0].stale:
+            for index, parts in enumerate(self._answers):
+                if parts is not None and any(part.is_stale for part in parts):
                     self._answers[index] = None
-            return [index for index, entry in enumerate(self._answers) if entry is None]
+            return [index for index, parts in enumerate(self._answers) if parts is None]
 
-    def close(self) -> list[Answer | None]:
-        """All answers; None where there is none."""
+    def close(self, stop: StopText | None = None) -> list[Answer | None]:
+        """All answers; None where there is none.
+
+        Args:
+            stop: finds the run's stop strings.
+        """
         with self._lock:
             self._closed = True
-            return [entry[0] if entry is not None else None for entry in self._answers]
+            return [None if parts is None else joined(parts, stop) for parts in self._answers]
+
+
+@dataclass(frozen=True)
+class Company:
+    """What the jobs of an engine share."""
+
+    fleet: Fleet
+    gate: Gate
+    workers: Workers
+    settings: RemoteSettings
 
 
 class Job:
-    """Sends requests to the servers, each with its own retries."""
+    """Sends requests to the servers, each with its own retries, in a thread of its own.
+
+    Args:
+        company: servers, threads and limits.
+        requests: wanted responses.
+        sampling: of all.
+        rank: what waits with a lower one is sent first.
+        stop: finds the stop strings of ``sampling``.
+    """
 
     def __init__(
         self,
-        fleet: Fleet,
+        company: Company,
         requests: Sequence[Request],
         sampling: SamplingSettings,
-        settings: RemoteSettings,
+        *,
+        rank: int = 0,
+        stop: StopText | None = None,
     ) -> None:
-        self._fleet, self._requests, self._sampling = fleet, requests, sampling
-        self._settings = settings
+        self._fleet, self._gate = company.fleet, company.gate
+        self._workers, self._settings = company.workers, company.settings
+        self._requests, self._sampling = requests, sampling
+        self._rank, self._stop_text = rank, stop
         self._groups = prompt_groups(requests)
         self._ledger = Ledger(len(requests))
+        self._done: Future[list[Answer | None]] = Future()
         self.stop = threading.Event()
 
-    def run(self) -> list[Answer | None]:
-        """Answers in the requests' order; None for those that :meth:`abort` left unfinished.
+    def start(self) -> None:
+        """Begin, without waiting."""
+        threading.Thread(target=self._settle, name="rollout job", daemon=True).start()
 
-        The servers' weights are looked at again at the end: answers of one that was restarted in
-        between are asked for anew.
+    def result(self) -> list[Answer | None]:
+        """Answers in the requests' order; None for those that :meth:`abort` left unfinished.
 
         Raises:
             EngineError: a request failed for good; the others are ended.
         """
-        left = list(range(len(self._requests)))
         try:
-            for _ in range(self._settings.retries + 1):
-                if not left or self.stop.is_set():
-                    break
-                self._send(left)
-                self._fleet.verify(self.stop)
-                left = self._ledger.withdraw_stale()
+            return self._done.result()
         except BaseException:
+            # an interrupt of the waiting ends the work too
             self.abort()
             raise
-        if left and not self.stop.is_set():
-            raise EngineError(f"{len(left)} requests were answered with other weights each time")
-        return self._ledger.close()
-
-    def _send(self, indices: Sequence[int]) -> None:
-        workers = min(self._settings.concurrency, len(indices))
-        with ThreadPoolExecutor(workers, thread_name_prefix="rollout") as pool:
-            futures = [pool.submit(self._answer, index) for index in indices]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self.abort()
-                raise
 
     def abort(self) -> None:
-        """End the job, from any thread."""
+        """End the job, from any thread; servers end what they work on."""
         self.stop.set()
         self._fleet.abort()
 
+    def _settle(self) -> None:
+        try:
+            self._done.set_result(self._run())
+        except BaseException as error:
+            self.stop.set()
+            self._done.set_exception(error)
+
+    def _run(self) -> list[Answer | None]:
+        """All answers.
+
+        The servers' weights are looked at again at the end: answers of one that was restarted in
+        between are asked for anew.
+        """
+        left = list(range(len(self._requests)))
+        for _ in range(self._settings.retries + 1):
+            if not left or self.stop.is_set():
+                break
+            self._send(left)
+            with self._gate.passing(self.stop) as version:
+                # whoever closed the gate has looked at the weights
+                if version is not None:
+                    self._fleet.verify(self.stop)
+            left = self._ledger.withdraw_stale()
+        if left and not self.stop.is_set():
+            raise EngineError(f"{len(left)} requests were answered with other weights each time")
+        return self._ledger.close(self._stop_text)
+
+    def _send(self, indices: Sequence[int]) -> None:
+        futures = [
+            self._workers.submit(self._rank, lambda index=index: self._answer(index))
+            for index in indices
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            self.abort()
+            raise
+
     def _answer(self, index: int) -> None:
-        last: EngineError | None = None
-        for attempt in range(self._settings.retries + 1):
-            if attempt:
-                self.stop.wait(self._settings.backoff * 2 ** (attempt - 1))
-            if self.stop.is_set():
+        parts: list[Part] = []
+        failures, last = 0, None
+        while failures <= self._settings.retries:
+            if failures:
+                self.stop.wait(self._settings.backoff * 2 ** (failures - 1))
+            with self._gate.passing(self.stop) as version:
+                if version is None or self.stop.is_set():
+                    return
+                parts = fresh(parts)
+                try:
+                    part = self._part(index, parts, failures, version)
+                except Lost as error:
+                    last, failures = error, failures + 1
+                    continue
+            parts.append(part)
+            if part.answer.finish_reason != ABORT:
+                self._ledger.put(index, parts)
                 return
-            member = self._fleet.pick(self._groups[index], attempt)
-            if member.down:  # all are: this one must be looked at before it is asked
-                self._fleet.recover(member, member.epoch, self.stop)
-            epoch = member.epoch
-            try:
-                answer = member.server.sample(self._requests[index], self._sampling, self.stop)
-                self._ledger.put(index, answer, (member, epoch))
-                return
-            except Cancelled as error:
-                last = error
-            except TransportError as error:
-                if not error.retry:
-                    raise
-                last = error
-            if self.stop.is_set():
-                return
-            self._fleet.recover(member, epoch, self.stop, isinstance(last, StaleWeights))
-        tries = self._settings.retries + 1
-        raise EngineError(f"request {index} failed {tries} times, the last time: {last}")
+        raise EngineError(f"request {index} failed {failures} times, the last time: {last}")
+
+    def _part(self, index: int, parts: Sequence[Part], attempt: int, version: int) -> Part:
+        """What a server adds to the parts; the end, or what there is where weights will change.
+
+        Raises:
+            Lost: the server was looked at, and another attempt may succeed.
+            TransportError: none will.
+        """
+        request = rest_of(self._requests[index], parts, self._sampling)
+        member = self._fleet.pick(self._groups[index], attempt)
+        if member.down:  # all are: this one must be looked at before it is asked
+            self._fleet.recover(member, member.epoch, self.stop)
+        epoch = member.epoch
+        try:
+            with member.at_work():
+                answer = member.server.sample(request, self._sampling, self.stop)
+        except Aborted as error:
+            if self._gate.is_closed:
+                return Part(error.answer, version, (member, epoch))
+            raise self._lost(member, epoch, error) from error
+        except (Cancelled, TransportError) as error:
+            if isinstance(error, TransportError) and not error.retry:
+                raise
+            raise self._lost(member, epoch, error) from error
+        return Part(answer, version, (member, epoch))
+
+    def _lost(self, member: Member, epoch: int, error: EngineError) -> Lost:
+        """The failure of an attempt, after a look at the server."""
+        if not self.stop.is_set():
+            self._fleet.recover(member, epoch, self.stop, isinstance(error, StaleWeights))
+        return Lost(str(error))
+
+
+class Lost(EngineError):
+    """A request was not answered, and may be sent again."""
 
 
 def prompt_groups(requests: Sequence[Request]) -> list[int]:

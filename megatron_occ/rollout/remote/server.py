@@ -35,14 +35,29 @@ class Answer:
     Args:
         tokens: ids, stop token included.
         logprobs: of each token, see ``Generation``.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: ``stop`` or ``length``; ``abort`` in :class:`Aborted`.
         top_logprobs: log-prob of the likeliest token at each position, where asked for.
+        versions: of each token's weights; of a whole response.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
     top_logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+class Aborted(TransportError):
+    """The server ended the request, as it was told to or by itself.
+
+    Args:
+        url: of the request.
+        answer: tokens that there are, none perhaps.
+    """
+
+    def __init__(self, url: str, answer: Answer) -> None:
+        super().__init__(f"{url}: the server aborted the request", retry=True)
+        self.answer = answer
 
 
 class Server(Protocol):
@@ -79,7 +94,11 @@ class Server(Protocol):
         stop: threading.Event | None = None,
         top: bool = False,
     ) -> Answer:
-        """Sample one response, with ``top_logprobs`` if ``top``; ``stop`` as in ``Client.post``."""
+        """Sample one response, with ``top_logprobs`` if ``top``; ``stop`` as in ``Client.post``.
+
+        Raises:
+            Aborted: the request was ended before the response.
+        """
         ...
 
     def score(self, tokens: Sequence[int]) -> list[float]:
@@ -92,6 +111,10 @@ class Server(Protocol):
 
     def drafts(self) -> DraftStatistics:
         """Counts since the server was started or first asked; only differences mean something."""
+        ...
+
+    def interrupt(self) -> None:
+        """End all requests; they are answered with the tokens that there are."""
         ...
 
     def abort(self) -> None:
@@ -109,13 +132,13 @@ def finished(reason: Field, tokens: list[int], request: Request, sampling: Sampl
     """Finish reason of a response, checked against its tokens.
 
     Raises:
-        TransportError: reason and tokens contradict each other, or the server aborted by itself.
+        TransportError: reason and tokens contradict each other.
         EngineError: the server ends responses by rules of its own.
     """
     limit, said, where = response_limit(request, sampling), reason.text(), reason.url
-    if said == ABORT:
-        raise TransportError(f"{where}: the server aborted the request", retry=True)
-    if said not in (STOP, LENGTH):
+    if said == ABORT and not tokens:
+        return ABORT
+    if said not in (STOP, LENGTH, ABORT):
         raise reason.wrong("stop or length")
     if not 0 < len(tokens) <= limit:
         raise TransportError(f"{where}: {len(tokens)} tokens, asked for 1 to {limit}", retry=True)
@@ -123,6 +146,8 @@ def finished(reason: Field, tokens: list[int], request: Request, sampling: Sampl
         raise TransportError(f"{where}: tokens follow a stop token in {tokens}", retry=True)
     if tokens[-1] in sampling.stop_ids:
         return STOP
+    if said == ABORT:
+        return LENGTH if len(tokens) == limit else ABORT
     if said == LENGTH and len(tokens) < limit:
         raise EngineError(
             f"{where}: cut at {len(tokens)} of {limit} tokens: raise the context length that the "

@@ -20,17 +20,25 @@ Sources, read in ``sglang/srt`` of the releases named:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.rollout.engine import DraftStatistics, EngineError, Request, SamplingSettings
+from megatron_occ.rollout.engine import (
+    ABORT,
+    DraftStatistics,
+    EngineError,
+    Request,
+    SamplingSettings,
+)
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
 from megatron_occ.rollout.remote.server import (
     SEED_MASK,
+    Aborted,
     Answer,
     StaleWeights,
     finished,
@@ -110,7 +118,11 @@ class SglangServer:
         meta = answer["meta_info"]
         tokens = answer["output_ids"].tokens(self._settings.vocab_size)
         reason = finished(meta["finish_reason"]["type"], tokens, request, sampling)
+        if not tokens:
+            raise Aborted(answer.url, Answer([], [], ABORT))
         logprobs = _logprobs(meta["output_token_logprobs"], tokens)
+        if reason == ABORT:
+            raise Aborted(answer.url, Answer(tokens, logprobs, ABORT))
         tops = _tops(meta, logprobs) if top else []
         self._count(meta)
         return Answer(tokens, logprobs, reason, tops)
@@ -143,13 +155,16 @@ class SglangServer:
             total.add(self._counts)
         return total
 
+    def interrupt(self) -> None:
+        """See ``Server``."""
+        body = {"rid": "", "abort_all": True}
+        self.client.raw("POST", "/abort_request", body, min(10.0, self._settings.timeout))
+
     def abort(self) -> None:
         """See ``Server``."""
-        try:
-            body = {"rid": "", "abort_all": True}
-            self.client.raw("POST", "/abort_request", body, min(10.0, self._settings.timeout))
-        except TransportError:
-            pass  # the connections are closed all the same, which ends the requests as well
+        # the connections are closed all the same, which ends the requests as well
+        with contextlib.suppress(TransportError):
+            self.interrupt()
         self.client.cancel()
 
     def _check_release(self, version: str) -> None:

@@ -26,10 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_occ.rollout.engine import DraftStatistics, EngineError, Request, SamplingSettings
+from megatron_occ.rollout.engine import (
+    ABORT,
+    DraftStatistics,
+    EngineError,
+    Request,
+    SamplingSettings,
+)
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
-from megatron_occ.rollout.remote.server import SEED_MASK, Answer, finished, response_limit
+from megatron_occ.rollout.remote.server import SEED_MASK, Aborted, Answer, finished, response_limit
 from megatron_occ.rollout.remote.settings import RemoteSettings
 
 COMPLETIONS = "/v1/completions"
@@ -132,8 +138,12 @@ class VllmServer:
         choice = self._complete(body, stop)
         tokens = choice["token_ids"].tokens(self._settings.vocab_size)
         reason = finished(choice["finish_reason"], tokens, request, sampling)
+        if not tokens:
+            raise Aborted(choice.url, Answer([], [], ABORT))
         listed = choice["logprobs"]["token_logprobs"].of_length(len(tokens))
         logprobs = [listed[i].logprob() for i in range(len(tokens))]
+        if reason == ABORT:
+            raise Aborted(choice.url, Answer(tokens, logprobs, ABORT))
         return Answer(tokens, logprobs, reason, self._tops(choice, logprobs) if top else [])
 
     def score(self, tokens: Sequence[int]) -> list[float]:
@@ -178,6 +188,11 @@ class VllmServer:
                 retry=False,
             )
         return _statistics(totals, accepted)
+
+    def interrupt(self) -> None:
+        """See ``Server``: a pause ends the requests that are under way."""
+        self._post("/pause?mode=abort&clear_cache=false")
+        self._post("/resume")
 
     def abort(self) -> None:
         """See ``Server``: vLLM ends a request whose connection is closed."""
