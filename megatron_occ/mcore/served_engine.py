@@ -113,7 +113,7 @@ class ServedResponses:
             self._pending = engine.submit(requests, sampling)
 
     def result(self) -> Generation:
-        """This rank's share of them; the first share gets all counts of drafts and events.
+        """This rank's share of them; the first share gets all counts and events.
 
         Called by all ranks.
         """
@@ -129,7 +129,8 @@ class ServedResponses:
             stop = start + len(self._requests[share])
             shares[share] = _part(merged, slice(start, stop))
             start = stop
-        shares[order[0]].drafts, shares[order[0]].events = merged.drafts, merged.events
+        first = shares[order[0]]
+        first.drafts, first.events, first.servers = merged.drafts, merged.events, merged.servers
         return [shares[share] for share, _ in self._parts]
 
 

@@ -29,6 +29,7 @@ from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Begun, Sampler, Samples, sample_seed
 from megatron_occ.rollout.engine import LENGTH
+from megatron_occ.rollout.remote.workload import server_metrics
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,7 @@ class RolloutSource:
             "verifier/timeouts": float(samples.failures.timeouts),
             "verifier/failed": samples.failures.share,
             **draft_metrics(samples.drafts, self.actor.layout),
+            **server_metrics(samples.servers),
         }
 
     def _readable(

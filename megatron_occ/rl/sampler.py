@@ -16,6 +16,7 @@ from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, SamplingSettings
 from megatron_occ.rollout.engine import Done, PendingGeneration
+from megatron_occ.rollout.remote.workload import ServerWork
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Samples:
     it could, and on ranks that did not ask the verifiers. ``drafts`` is how drafts fared,
     ``failures`` those of verifiers on all ranks. ``states`` has an entry a response too where the
     engine was asked for states, none elsewhere; so have ``masks`` and ``routes``. ``events`` are
-    those of the engine. ``versions`` are those of each token's weights.
+    those of the engine. ``versions`` are those of each token's weights. ``servers``
+    is what each server did, of every round, and empty without servers.
     """
 
     records: list[PromptRecord] = field(default_factory=list)
@@ -45,13 +47,14 @@ class Samples:
     routes: list[torch.Tensor] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
+    servers: list[ServerWork] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def take(self, rows: list[int]) -> Samples:
         """The given responses, without states and what holds for all."""
-        others = ("failures", "drafts", "states", "events")
+        others = ("failures", "drafts", "states", "events", "servers")
         names = [f.name for f in fields(self) if f.name not in others and getattr(self, f.name)]
         return Samples(**{name: [getattr(self, name)[row] for row in rows] for name in names})
 
@@ -175,6 +178,7 @@ class Sampler:
             generation.routes,
             generation.events,
             generation.versions,
+            generation.servers,
         )
 
     def _requests(

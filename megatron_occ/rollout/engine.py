@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_occ.rollout.remote.workload import ServerWork
 
 STOP, LENGTH, ABORT = "stop", "length", "abort"
 
@@ -141,6 +144,7 @@ class Generation:
         events: what happened meanwhile that a person should know.
         versions: n lists, the version of the weights that each token was drawn under, see
             ``RolloutEngine.update_weights``.
+        servers: what each server did since the generation before; none without servers.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -152,6 +156,7 @@ class Generation:
     routes: list[Tensor] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
+    servers: list[ServerWork] = field(default_factory=list)
 
 
 class EngineError(RuntimeError):

@@ -83,12 +83,20 @@ class FakeServer:
         biased: draws tokens after the first that its log-probs do not say.
         seeded: a seed gives the same response each time.
         pace: seconds that a token takes.
+        held: a request waits to be interrupted, and has so many tokens by then; None: it does not.
     """
 
     def __init__(
-        self, speculative=False, takes=("trunk", "head"), biased=False, seeded=True, pace=0.0
+        self,
+        speculative=False,
+        takes=("trunk", "head"),
+        biased=False,
+        seeded=True,
+        pace=0.0,
+        held=None,
     ) -> None:
-        self.pace, self.interrupted = pace, threading.Event()
+        self.pace, self.held, self.interrupted = pace, held, threading.Event()
+        self.waiting = 0  # requests that are held
         self.speculative, self.takes = speculative, takes
         self.trunk = self.head = 0
         self.faults: list[str] = []  # one for each sampled request, the first first
@@ -147,6 +155,7 @@ class FakeServer:
         self.thread.start()
 
     def close(self) -> None:
+        self.interrupt()
         self.http.shutdown()
         self.http.server_close()
 
@@ -185,7 +194,14 @@ class FakeServer:
 
     def until_interrupted(self, count):
         """Tokens that there is time for."""
-        ended, start = self.interrupted, time.monotonic()
+        with self.lock:
+            ended, start, held = self.interrupted, time.monotonic(), self.held
+            self.waiting += held is not None
+        if held is not None:
+            ended.wait(30)
+            with self.lock:
+                self.waiting -= 1
+            return min(held, count)
         if not self.pace or not ended.wait(count * self.pace):
             return count
         return int((time.monotonic() - start) / self.pace)

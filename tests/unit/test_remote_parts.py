@@ -7,14 +7,15 @@ import time
 
 import pytest
 
-from megatron_occ.rollout.engine import EngineError, Request, SamplingSettings
+from megatron_occ.rollout.engine import DraftStatistics, EngineError, Request, SamplingSettings
 from megatron_occ.rollout.remote.fleet import Member
 from megatron_occ.rollout.remote.gate import Gate
 from megatron_occ.rollout.remote.parts import Part, fresh, joined, rest_of
 from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.remote.workload import ServerWork, Workload, server_metrics
 from megatron_occ.rollout.text import StopText
-from tests.unit.fake_servers import EOS, log_probs
+from tests.unit.fake_servers import log_probs
 from tests.unit.test_remote_engine import KINDS, REQUESTS, SAMPLING, check, fleet
 
 LONG = SamplingSettings(1.0, max_response_length=60)
@@ -42,24 +43,34 @@ def wait_for(condition, seconds=5.0):
         time.sleep(0.005)
 
 
+def asked(servers):
+    return sum(len(server.sampled()) for server in servers)
+
+
+def all_held(servers):
+    """Every request is with a server."""
+    wait_for(lambda: sum(server.waiting for server in servers) == len(REQUESTS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_responses_go_on_under_new_weights(tmp_path, kind, count):
-    with fleet(tmp_path, kind, count, pace=0.01) as (engine, servers, weights):
+    with fleet(tmp_path, kind, count, held=20) as (engine, servers, weights):
         pending = engine.submit(REQUESTS, LONG)
         for version in (2, 3):
-            # of 60 tokens that take 10 ms each
-            time.sleep(0.15)
+            all_held(servers)
+            for server in servers:
+                server.held = 20 if version == 2 else None
             weights["trunk"] = TRUNKS[version]
             engine.update_weights(version)
         result = pending.result()
         check_parts(result)
-        assert {version for row in result.versions for version in row} == {1, 2, 3}
+        assert result.versions == [[1] * 20 + [2] * 20 + [3] * 20] * len(REQUESTS)
         assert set(result.finish_reasons) == {"length"}
+        # what was there is prompt now, and is not sampled again
         bodies = [body for server in servers for body in server.sampled()]
         prompts = [body.get("prompt", body.get("input_ids")) for body in bodies]
-        # what was there is prompt now, and is not sampled again
-        assert max(map(len, prompts)) > 10
+        assert sorted(map(len, prompts)) == [2] * 12 + [22] * 12 + [42] * 12
 
 
 def test_an_update_without_anything_under_way_interrupts_nothing(tmp_path):
@@ -75,23 +86,28 @@ def test_an_update_without_anything_under_way_interrupts_nothing(tmp_path):
 
 def test_what_was_asked_for_first_is_sent_first_and_a_call_that_waits_before_it(tmp_path):
     requests = [[Request([first], seed) for seed in range(4)] for first in (2, 3, 4)]
-    with fleet(tmp_path, options={"concurrency": 1}, pace=0.01) as (engine, (server,), _):
-        short = SamplingSettings(1.0, max_response_length=5)
-        pending = [engine.submit(each, short) for each in requests[:2]]
-        wait_for(server.sampled)
-        engine.generate(requests[2], short)
+    with fleet(tmp_path, options={"concurrency": 1}, held=5) as (engine, (server,), _):
+        pending = [engine.submit(each, LONG) for each in requests[:2]]
+        wait_for(lambda: server.waiting)
+        call = threading.Thread(target=engine.generate, args=(requests[2], LONG))
+        call.start()
+        wait_for(lambda: engine._workers._waiting.qsize() == 11)
+        server.held = None
+        server.interrupt()
+        call.join(5)
         for each in pending:
             each.result()
         order = [body["prompt"][0] for body in server.sampled()]
-    assert order == [2, 4, 4, 4, 4, 2, 2, 2, 3, 3, 3, 3]
+    # the first request was ended by the server itself, and is asked for again
+    assert order == [2, 2, 4, 4, 4, 4, 2, 2, 2, 3, 3, 3, 3]
 
 
 def test_parts_of_a_server_with_other_weights_are_sampled_again(tmp_path):
-    with fleet(tmp_path, pace=0.01) as (engine, (server,), weights):
+    with fleet(tmp_path, held=20) as (engine, (server,), weights):
         server.trunk = 0  # restarted, unnoticed so far
         pending = engine.submit(REQUESTS, LONG)
-        wait_for(lambda: len(server.sampled()) == len(REQUESTS))
-        time.sleep(0.1)
+        all_held([server])
+        server.held = None
         weights["trunk"] = 8
         engine.update_weights(2)
         result = pending.result()
@@ -103,11 +119,11 @@ def test_parts_of_a_server_with_other_weights_are_sampled_again(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path, kind):
     options = {"retries": 2, "update_timeout": 2.0}
-    with fleet(tmp_path, kind, count=2, options=options, pace=0.01) as (engine, servers, weights):
+    with fleet(tmp_path, kind, count=2, options=options, held=20) as (engine, servers, weights):
         one, other = servers
         pending = engine.submit(REQUESTS, LONG)
-        wait_for(lambda: one.sampled() and other.sampled())
-        time.sleep(0.1)
+        all_held(servers)
+        one.held = other.held = None
         gone = ["drop"] * 1000
         other.faults, other.lost = gone, {path: gone for path in PATHS}
         other.interrupt()
@@ -123,13 +139,13 @@ PATHS += ("/update_weights_from_disk", "/flush_cache", "/collective_rpc", "/rese
 
 
 def test_abort_ends_all_calls_under_way(tmp_path):
-    with fleet(tmp_path, pace=0.01) as (engine, (server,), _):
+    with fleet(tmp_path, held=20) as (engine, (server,), _):
         pending = [engine.submit(REQUESTS, LONG) for _ in range(3)]
         wait_for(server.sampled)
         engine.abort()
         for each in pending:
             assert each.result().finish_reasons == ["abort"] * len(REQUESTS)
-        server.pace = 0.0
+        server.held = None
         check(engine.generate(REQUESTS, SAMPLING))
 
 
@@ -144,7 +160,7 @@ def test_a_request_that_fails_for_good_is_told_by_its_own_call(tmp_path):
 
 
 def test_an_update_that_fails_ends_what_is_under_way(tmp_path):
-    with fleet(tmp_path, pace=0.01) as (engine, (server,), weights):
+    with fleet(tmp_path, held=20) as (engine, (server,), weights):
         pending = engine.submit(REQUESTS, LONG)
         wait_for(server.sampled)
         weights["trunk"], server.takes = 8, ()
@@ -233,10 +249,51 @@ def test_workers_take_the_most_urgent_first():
 
 def test_far_more_work_than_elsewhere_is_shared(tmp_path):
     same = [Request([2, 3], seed) for seed in range(60)]
-    options = {"concurrency": 60}
-    with fleet(tmp_path, count=2, options=options, pace=0.01) as (engine, servers, _):
-        engine.generate(same, LONG)
-        shares = sorted(len(server.sampled()) for server in servers)
-    # all of them are one group
-    assert shares[0] >= 15
-    assert EOS not in LONG.stop_ids
+    with fleet(tmp_path, count=2, options={"concurrency": 60}, held=5) as (engine, servers, _):
+        pending = engine.submit(same, LONG)
+        wait_for(lambda: asked(servers) == 60)
+        # all of them are one group
+        assert min(len(server.sampled()) for server in servers) >= 10
+        engine.abort()
+        pending.result()
+
+
+def test_what_each_server_did_is_told(tmp_path):
+    with fleet(tmp_path, count=2, speculative=True) as (engine, servers, _):
+        result = engine.generate(REQUESTS, SAMPLING)
+        assert [work.url for work in result.servers] == [server.url for server in servers]
+        assert sum(work.requests for work in result.servers) == len(REQUESTS)
+        assert sum(work.tokens for work in result.servers) == sum(map(len, result.tokens))
+        assert {work.version for work in result.servers} == {1}
+        assert sum(work.drafts.passes for work in result.servers) == result.drafts.passes > 0
+        again = engine.generate(REQUESTS[:1], SAMPLING).servers
+        assert sorted(work.requests for work in again) == [0, 1]
+
+
+def test_work_is_counted_on_the_clients_clock():
+    now = [0.0]
+    load = Workload(lambda: now[0])
+    now[0] = 2.0
+    with load.request() as answered:
+        now[0] = 5.0
+        with load.request() as other:
+            assert load.queue == 2
+            now[0] = 6.0
+            other(30)
+        now[0] = 7.0
+        answered(20)
+    now[0] = 10.0
+    work = load.pop("http://a", 4)
+    assert (work.span, work.busy, work.requests, work.tokens) == (10.0, 5.0, 2, 50)
+    assert work.waited == 1.0 + 5.0
+    work.drafts = DraftStatistics([10], [5], 10, 15)
+    now[0] = 12.0
+    later = load.pop("http://a", 6)
+    assert (later.span, later.busy, later.requests) == (2.0, 0.0, 0)
+    found = server_metrics([work, ServerWork("http://b", 6), later, ServerWork("http://b", 6)])
+    assert found["server/1/version"] == 6 and found["server/2/tokens_per_second"] == 0
+    assert found["server/1/tokens_per_second"] == 10
+    assert found["server/1/idle"] == pytest.approx(1 - 5 / 12)
+    assert found["server/1/request_seconds"] == 3
+    assert found["server/1/acceptance_length"] == 1.5
+    assert "server/2/acceptance_length" not in found

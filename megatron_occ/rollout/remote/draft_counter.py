@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_occ.rollout.engine import DraftStatistics
 from megatron_occ.rollout.remote.fleet import Fleet
 from megatron_occ.rollout.remote.probe import difference
 
 
 class DraftCounter:
-    """Counts since they were asked for last.
+    """Counts since they were asked for last, by server.
 
     Args:
         fleet: the servers.
     """
 
     def __init__(self, fleet: Fleet) -> None:
-        self._fleet, self._kept = fleet, DraftStatistics()
+        self._fleet = fleet
+        self._kept = [DraftStatistics() for _ in fleet.members]
         self._before: list[DraftStatistics | None] = [None] * len(fleet.members)
 
     def keep(self) -> None:
-        """Before a probe: what was counted so far counts."""
+        """Before a probe: what was counted so far counts.
+
+        A server that was down at one end is left out.
+        """
         now = self._fleet.drafts()
-        self._kept.add(between(self._before, now))
+        for kept, old, new in zip(self._kept, self._before, now, strict=True):
+            if old is not None and new is not None:
+                kept.add(difference(new, old))
         self._before = now
 
     def skip(self) -> None:
         """After a probe: what was counted since does not."""
         self._before = self._fleet.drafts()
 
-    def pop(self) -> DraftStatistics:
+    def pop(self) -> list[DraftStatistics]:
         """What was counted."""
         self.keep()
-        kept, self._kept = self._kept, DraftStatistics()
+        kept, self._kept = self._kept, [DraftStatistics() for _ in self._kept]
         return kept
-
-
-def between(
-    before: Sequence[DraftStatistics | None], after: Sequence[DraftStatistics | None]
-) -> DraftStatistics:
-    """Counts of all servers in between; a server that was down at one end is left out."""
-    total = DraftStatistics()
-    for old, new in zip(before, after, strict=True):
-        if old is not None and new is not None:
-            total.add(difference(new, old))
-    return total

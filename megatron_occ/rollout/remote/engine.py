@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_occ.rollout.engine import (
     ABORT,
-    DraftStatistics,
     EngineError,
     Generation,
     Request,
@@ -24,6 +23,7 @@ from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.stops import check_stops
 from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.remote.workload import ServerWork
 from megatron_occ.rollout.text import StopText
 
 
@@ -117,7 +117,14 @@ class RemoteEngine:
         events = self._fleet.pop_events()
         if self._decode is not None:
             events += check_stops(answers, sampling, self._decode)
-        return as_generation(answers, self._counter.pop(), events)
+        return as_generation(answers, self._work(), events)
+
+    def _work(self) -> list[ServerWork]:
+        """What each server did since the last call."""
+        found = self._fleet.pop_work()
+        for work, drafts in zip(found, self._counter.pop(), strict=True):
+            work.drafts = drafts
+        return found
 
     def update_weights(self, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
@@ -186,10 +193,13 @@ class PendingResponses:
 
 
 def as_generation(
-    answers: Sequence[Answer | None], drafts: DraftStatistics, events: list[str]
+    answers: Sequence[Answer | None], work: list[ServerWork], events: list[str]
 ) -> Generation:
     """Answers as a ``Generation``; without speculative decoding a pass is a token."""
-    result = Generation(drafts=drafts, events=events)
+    result = Generation(events=events, servers=work)
+    drafts = result.drafts
+    for each in work:
+        drafts.add(each.drafts)
     for answer in answers:
         result.tokens.append(answer.tokens if answer else [])
         result.logprobs.append(answer.logprobs if answer else [])

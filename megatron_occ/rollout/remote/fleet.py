@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError
@@ -18,6 +18,7 @@ from megatron_occ.rollout.remote.server import Server, StaleWeights
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.sglang import SglangServer
 from megatron_occ.rollout.remote.vllm import VllmServer
+from megatron_occ.rollout.remote.workload import ServerWork, Workload
 
 POLL = 0.5
 # requests at a server beyond which the others of its groups go elsewhere: so many times those at
@@ -40,18 +41,8 @@ class Member:
         # those at whose end the server was found with other weights: its answers do not count
         self.stale: set[int] = set()
         self.lock = threading.Lock()
-        self.queue = 0
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While it answers a request."""
-        with self.lock:
-            self.queue += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.queue -= 1
+        self.load = Workload()
+        self.version = -1
 
 
 class Fleet:
@@ -90,8 +81,8 @@ class Fleet:
         """
         up = [member for member in self.members if not member.down] or self.members
         home = up[(group + attempt) % len(up)]
-        least = min(up, key=lambda member: member.queue)
-        return least if home.queue > UNEVEN * least.queue + SLACK else home
+        least = min(up, key=lambda member: member.load.queue)
+        return least if home.load.queue > UNEVEN * least.load.queue + SLACK else home
 
     def load(self, folder: Path, version: int) -> None:
         """Load weights on all servers at once and probe each; those that are lost are left out.
@@ -156,6 +147,10 @@ class Fleet:
         """Counts of each server; None where it does not answer."""
         return [_drafts(member, self._settings) for member in self.members]
 
+    def pop_work(self) -> list[ServerWork]:
+        """What each server did since the last call, without its drafts."""
+        return [m.load.pop(m.server.client.url, m.version) for m in self.members]
+
     def pop_events(self) -> list[str]:
         """What became of servers since the last call, for people."""
         events, self.events = self.events, []
@@ -217,6 +212,7 @@ class Fleet:
         member.server.load_weights(*self.weights)
         if self._prober is not None:
             self.reports[member.server.client.url] = self._prober.check(member.server)
+        member.version = self.weights[1]
 
     def _mark(self, member: Member, is_up: bool, cause: str = "") -> None:
         if member.down and is_up:

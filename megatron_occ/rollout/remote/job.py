@@ -187,8 +187,9 @@ class Job:
             self._fleet.recover(member, member.epoch, self.stop)
         epoch = member.epoch
         try:
-            with member.at_work():
+            with member.load.request() as answered:
                 answer = member.server.sample(request, self._sampling, self.stop)
+                answered(len(answer.tokens))
         except Aborted as error:
             if self._gate.is_closed:
                 return Part(error.answer, version, (member, epoch))
