@@ -119,7 +119,8 @@ class Sampler:
         prompts = [self._encode(record) for record in records]
         with timers("rollout"):
             sampling = replace(self.sampling, temperature=temperature, **kept)
-            self.engine.update_weights(self.actor.version)
+            with timers("update_weights"):
+                self.engine.update_weights(self.actor.version)
             generation = self.engine.generate(
                 [Request(*pair) for pair in zip(prompts, seeds, strict=True)], sampling
             )
