@@ -101,9 +101,11 @@ class MemoryCarrier:
         self._take = take
         self._server = BucketServer() if over == "network" else None
         self._kept: dict[int, Store] = {}
+        self._served: int | None = None
 
     def publish(self, version: int) -> Shipment:
-        """See ``Carrier``."""
+        """See ``Carrier``; a version that servers did not take is given up first."""
+        self._drop_all_but(self._served)
         store = self._take()
         manifest = store.seal(version)
         self._kept[version] = store
@@ -121,17 +123,17 @@ class MemoryCarrier:
     def keep(self, weights: Weights) -> None:
         """See ``Carrier``."""
         assert isinstance(weights, Shipment), "this carrier's"
-        for version in [v for v in self._kept if v != weights.manifest.version]:
-            self._drop(version)
+        self._served = weights.manifest.version
+        self._drop_all_but(self._served)
 
     def close(self) -> None:
         """See ``Carrier``."""
-        for version in list(self._kept):
-            self._drop(version)
+        self._drop_all_but(None)
         if self._server is not None:
             self._server.close()
 
-    def _drop(self, version: int) -> None:
-        if self._server is not None:
-            self._server.drop(version)
-        self._kept.pop(version).close()
+    def _drop_all_but(self, kept: int | None) -> None:
+        for version in [version for version in self._kept if version != kept]:
+            if self._server is not None:
+                self._server.drop(version)
+            self._kept.pop(version).close()

@@ -4,7 +4,7 @@ What servers are told of a version, as JSON (no pickle):
 
 - ``tensors``: name, dtype, shape and first byte of each, in the names and shapes of a Hugging Face
   folder, little-endian and contiguous. Each begins at a multiple of ``ALIGNMENT``; what lies in
-  between is zeros. ``drafter``: whether a drafter may want it, as MTP layers, embedding and output layer.
+  between is zeros. ``drafter``: a drafter may want it, as MTP layers, embedding and output layer.
 - ``bucket``: bytes of a bucket; the last one may be shorter. A tensor may lie in several.
 - ``checksums``: CRC-32 of each bucket (as of zip and Ethernet): it tells damage, and is no
   protection against somebody who means harm.
