@@ -22,6 +22,7 @@ from megatron_occ.mcore.memory_export import MemoryExport
 from megatron_occ.mcore.served_engine import ServedEngine
 from megatron_occ.rollout import RolloutEngine
 from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
+from megatron_occ.rollout.remote.bucket_server import BucketServer
 from megatron_occ.rollout.remote.carriers import MemoryCarrier
 from megatron_occ.rollout.remote.fingerprint import fingerprint
 from megatron_occ.rollout.remote.probe import SAMPLE_LENGTH
@@ -77,7 +78,8 @@ def _served(
 
     def connect() -> RemoteEngine:
         if isinstance(export, MemoryExport):
-            carried = MemoryCarrier(export.take, settings.transfer)
+            over_network = settings.transfer == "network"
+            carried = MemoryCarrier(export.take, BucketServer() if over_network else None)
         else:
             carried = export.write
         return RemoteEngine(settings, carried, probe.probe(), tokenizer.decode)

@@ -25,7 +25,12 @@ from tests.mcore.test_export import TOKENIZER, build
 
 # bytes: less than the largest tensor has
 BUCKET = 1000
-EXPERTS = {"num_experts": 4, "ffn_hidden_size": 16, "expert_bias": True, "score_function": "sigmoid"}
+EXPERTS = {
+    "num_experts": 4,
+    "ffn_hidden_size": 16,
+    "expert_bias": True,
+    "score_function": "sigmoid",
+}
 CASES = {
     "one process": (1, {}, {}),
     "TP2": (2, {"tensor": 2}, {}),
@@ -76,7 +81,7 @@ def both_ways(folder, parallel, settings):
     if not main.is_this:
         return None
     written.write(folder)
-    carrier = MemoryCarrier(gathered.take, "memory")
+    carrier = MemoryCarrier(gathered.take)
     found, drafter = arrived(carrier.publish(3))
     carrier.close()
     return found, sorted(drafter)

@@ -16,6 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_occ.rollout.remote.arrival import ArrivalError, opened, tensors_of
+from megatron_occ.rollout.remote.manifest import read_manifest
+
 VOCAB, EOS = 16, 1
 EXTENSION = "megatron_occ.rollout.remote.vllm_worker.ReloadExtension"
 
@@ -96,6 +99,8 @@ class FakeServer:
         self.calls: list[tuple[str, dict]] = []
         self.drafts = self.accepted = 0
         self.version, self.biased, self.seeded = "default", biased, seeded
+        self.held = ""  # identity of what was fetched
+        self.ends: list[str] = []  # what becomes of a fetch in the middle: "die" or "stop"
         self.lock = threading.Lock()
         outer = self
 
@@ -242,12 +247,42 @@ class FakeVllm(FakeServer):
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         if path == "/collective_rpc":
+            if body["method"] == "held_weights":
+                return 200, {"results": [{"identity": self.held}]}
             assert self.paused
+            if body["method"] == "fetch_weights":
+                return self.fetch(**body["kwargs"])
             self.load(body["kwargs"]["weights_path"])
             both = body["method"] == "reload_trunk_and_head"
             return 200, {"results": [{"drafter": 3, "held": self.head} if both else None]}
         assert path == "/v1/completions", path
         return self.complete(body, handler)
+
+    def fetch(self, manifest, source):
+        """As the worker extension: tensor by tensor, so that an end in the middle leaves half."""
+        self.held, wanted = "", read_manifest(manifest)
+        end = self.ends.pop(0) if self.ends else ""
+        given = 0
+        try:
+            with opened(wanted, source) as arrived:
+                for name, tensor in tensors_of(wanted, arrived):
+                    given += 1
+                    if name in self.takes:
+                        setattr(self, name, int(tensor[0]))
+                    if end and name == "trunk":
+                        return self.cut_short(end)
+        except ArrivalError as error:
+            return 500, str(error).encode()
+        self.held = wanted.identity
+        held = {"trunk": given, "drafter": 1, "held": self.head, "identity": self.held}
+        return 200, {"results": [held]}
+
+    def cut_short(self, end):
+        """It is killed and started again, or told that the trainer is gone."""
+        if end == "stop":
+            return 500, b"did not arrive"
+        self.trunk, self.head, self.paused = 0, 0, False
+        return 0, None
 
     def config(self):
         speculative = {"method": "mtp", "num_speculative_tokens": 1} if self.speculative else None

@@ -59,9 +59,9 @@ def test_an_update_that_leaves_out_a_part_is_refused(
         put(self, name, tensor)
 
     monkeypatch.setattr(Store, "put", put_partly)
+    # whose head moves with the first step
+    start = (f"rl.init_from={trained[0]}", "mtp.preset=detach")
     with pytest.raises(SystemExit, match=f"{servers[0].url} {says}"):
-        # whose head moves with the first step
-        start = (f"rl.init_from={trained[0]}", "mtp.preset=detach")
         run("rl", "run", *start, *over("memory", servers[0]))
     assert len(metrics(run.folder / "run", "rl")) == 1
 

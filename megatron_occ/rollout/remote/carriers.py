@@ -94,12 +94,11 @@ class MemoryCarrier:
 
     Args:
         take: gives the present weights, all of them entered.
-        over: ``memory`` or ``network``.
+        server: hands it out over the network; None: servers map it.
     """
 
-    def __init__(self, take: Callable[[], Store], over: str) -> None:
-        self._take = take
-        self._server = BucketServer() if over == "network" else None
+    def __init__(self, take: Callable[[], Store], server: BucketServer | None = None) -> None:
+        self._take, self._server = take, server
         self._kept: dict[int, Store] = {}
         self._served: int | None = None
 
