@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from megatron_occ.mcore.memory_export import MemoryExport
+from megatron_occ.rl import trainer
 from megatron_occ.rollout.remote.arrival import TRIES
 from megatron_occ.rollout.remote.bucket_server import BucketServer
 from megatron_occ.rollout.remote.store import Store
 from tests.e2e.conftest import metrics, read_lines
-from tests.vllm.test_vllm import at
+from tests.vllm.test_vllm import at, events
 
 WAYS = ("memory", "network")
 
@@ -107,3 +108,47 @@ def test_buckets_that_stay_damaged_are_refused_and_the_next_run_is_served(
             run("rl", "bad", f"rl.init_from={trained[0]}", once, *over("network", servers[0]))
     folder = run("rl", "good", f"rl.init_from={trained[0]}", *over("network", servers[0]))
     assert max(line["logprob_gap/mean"] for line in metrics(folder, "rl")) < 1e-5
+
+
+class KillInTheMiddle:
+    """Kills and starts a server again when it is asked for a bucket in a later update.
+
+    Args:
+        server: to kill.
+        buckets: after so many, of all updates together.
+    """
+
+    def __init__(self, server, buckets):
+        self.server, self.left = server, buckets
+
+    def __call__(self, found):
+        self.left -= 1
+        if not self.left:
+            self.server.kill()
+            self.server.start()
+        return found
+
+
+def test_a_server_that_is_killed_while_it_fetches_comes_back_whole(
+    run, trained, servers, monkeypatch
+):
+    small_buckets(monkeypatch)
+    step, server = trainer.GRPOTrainer.run_step, servers[0]
+    # in the second update: one takes about 80 for each of two servers
+    kill = KillInTheMiddle(server, 250)
+    damaging(monkeypatch, kill)
+
+    def step_with_both(self):
+        if self.step == 2:
+            server.wait()
+        return step(self)
+
+    monkeypatch.setattr(trainer.GRPOTrainer, "run_step", step_with_both)
+    folder = run(
+        "rl", "run", f"rl.init_from={trained[0]}", "rl.steps=3", *over("network", *servers)
+    )
+    assert kill.left < 0
+    assert max(line["logprob_gap/mean"] for line in metrics(folder, "rl")) < 1e-5
+    told = [text.split(f"{server.url} ")[1] for text in events(folder) if server.url in text]
+    assert told[0].startswith("is left out: lost in an update of its weights")
+    assert "is back" in told
