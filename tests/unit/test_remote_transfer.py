@@ -106,6 +106,12 @@ def test_updates_reach_all_servers_and_old_ones_are_given_up(tmp_path, way, coun
     assert not (tmp_path / "weights").exists()
 
 
+def test_the_log_says_how_much_it_was(tmp_path, caplog):
+    with caplog.at_level("INFO"), fleet(tmp_path) as (engine, _, _, _):
+        engine.update_weights(2)
+    assert "weights of version 2: 0.0 MB in 8 buckets; offered in " in caplog.text
+
+
 @pytest.mark.parametrize("part", ["trunk", "head"])
 def test_a_part_that_is_left_old_is_noticed(tmp_path, part):
     with fleet(tmp_path, speculative=True) as (engine, (server,), weights, _):

@@ -102,7 +102,8 @@ def test_a_profiler_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capl
 def test_the_trainer_traces_its_steps(tmp_path):
     trainer, _ = four_updates("rl.steps=2", "profile.steps=[2,2]", f"run_dir={tmp_path}")
     trainer.fit()
-    assert annotations(tmp_path) == ["rl step 2", "rollout", "reward", "logprobs", "train"]
+    parts = ["rollout", "update_weights", "reward", "logprobs", "train"]
+    assert annotations(tmp_path) == ["rl step 2", *parts]
 
 
 @dataclass

@@ -92,6 +92,9 @@ class _Listener(ThreadingHTTPServer):
     # of workers that connect at once
     request_queue_size = 128
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A server that is gone, which its own call tells."""
+
 
 class _ListenerV6(_Listener):
     address_family = socket.AF_INET6
