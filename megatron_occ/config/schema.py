@@ -52,6 +52,12 @@ class ServerConfig:
         "folder for weights, the same path on all machines (null: rollout_weights in run_dir)",
         reads="path",
     )
+    transfer: str = option(
+        "folder",
+        "how weights get there: a folder in weights_dir, or out of the main rank's memory, mapped "
+        "by servers of its machine (memory) or fetched by others (network)",
+        choices=("folder", "memory", "network"),
+    )
     timeout: float = option(600.0, "seconds a response may take", above=0, maximum=limits.SECONDS)
     update_timeout: float = option(
         900.0,

@@ -105,6 +105,12 @@ SWITCHES = (
         "rl.rollout.engine=vllm or sglang",
     ),
     Switch(
+        "rl.rollout.server.transfer",
+        is_one_of("memory", "network"),
+        ("rl.rollout.server.weights_dir",),
+        "rl.rollout.server.transfer=folder",
+    ),
+    Switch(
         "rl.rollout.engine",
         is_one_of("vllm", "sglang"),
         (

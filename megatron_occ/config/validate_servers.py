@@ -30,6 +30,11 @@ def server_problems(config: Config) -> Iterator[str]:
     if rollout.engine == "megatron":
         return
     yield from _urls(rollout.engine, rollout.server.urls)
+    if rollout.engine == "sglang" and rollout.server.transfer != "folder":
+        yield (
+            f"rl.rollout.server.transfer={rollout.server.transfer}: SGLang reads weights from "
+            "folders alone. Give rl.rollout.server.transfer=folder, or rl.rollout.engine=vllm"
+        )
     yield from architecture_problems(config)
 
 

@@ -178,7 +178,7 @@ class DistributedReader:
             entry = self._tensors.get(slot.key)
             if entry is None:
                 problems[slot.key] = f"{self.folder}: {slot.key} is missing"
-            elif not _fits(tuple(entry.size), slot):
+            elif not fits(tuple(entry.size), slot):
                 problems[slot.key] = (
                     f"{self.folder}: {slot.key} has the shape {list(entry.size)}, the model "
                     f"{list(slot.whole)}"
@@ -207,10 +207,10 @@ class DistributedReader:
         result = torch.empty(slot.box, dtype=entry.properties.dtype)
         covered = 0
         for chunk in entry.chunks:
-            overlap = _overlap(slot, chunk)
-            if overlap is None:
+            found = overlap(slot, chunk.offsets, chunk.sizes)
+            if found is None:
                 continue
-            ours, theirs = overlap
+            ours, theirs = found
             part = self._part(slot.key, chunk)[theirs]
             result[ours] = part
             covered += part.numel()
@@ -251,8 +251,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-def _fits(found: tuple[int, ...], slot: Slot) -> bool:
-    """The vocabulary may have rows of padding that a layout needed."""
+def fits(found: tuple[int, ...], slot: Slot) -> bool:
+    """Whether a checkpoint's tensor has the shape that a slot wants.
+
+    The vocabulary may have rows of padding that a layout needed.
+    """
     if slot.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         return found[0] >= slot.whole[0] and found[1:] == slot.whole[1:]
     return found == slot.whole
@@ -262,13 +265,18 @@ def _chunk(slot: Slot) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(slot.offset), torch.Size(slot.box))
 
 
-def _overlap(
-    slot: Slot, chunk: ChunkStorageMetadata
+def overlap(
+    slot: Slot, offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where slot and chunk overlap, counted in each of them."""
+    """Where a slot and a part of its checkpoint's tensor overlap, counted in each of them.
+
+    Args:
+        slot: a parameter.
+        offsets, sizes: first entry of the part, and its shape.
+    """
     ours, theirs = [], []
-    sizes = zip(slot.offset, slot.box, chunk.offsets, chunk.sizes, strict=True)
-    for first, count, start, length in sizes:
+    both = zip(slot.offset, slot.box, offsets, sizes, strict=True)
+    for first, count, start, length in both:
         low, high = max(first, start), min(first + count, start + length)
         if low >= high:
             return None

@@ -228,6 +228,24 @@ def write_weights(
     return len(shards)
 
 
+def sent_outputs(plan: ExportPlan) -> list[Output]:
+    """Tensors of a plan that a server reads, in order: without those beside."""
+    apart = {output.name for output in plan.beside}
+    return [output for output in plan.outputs if output.name not in apart]
+
+
+def drafter_wants(plan: ExportPlan, name: str) -> bool:
+    """Whether a drafter may want a tensor: all but the trunk's layers."""
+    return not plan.places[name][0].slot.name.startswith("decoder.layers.")
+
+
+def each_tensor(plan: ExportPlan, reader: Reader) -> Iterator[tuple[Output, Tensor]]:
+    """The tensors of :func:`sent_outputs`, one after the other, of the reader's dtype."""
+    parts = _Parts(plan, BeforeFinalNorm(reader) if plan.fits_head else reader)
+    for output in sent_outputs(plan):
+        yield output, parts.tensor(output.name)
+
+
 class _Parts:
     """The tensors of a plan; a parameter that several come from is read once."""
 

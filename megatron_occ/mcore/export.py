@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_occ.config.schema import Config
 from megatron_occ.convert.distributed import DistributedReader
-from megatron_occ.convert.exporting import plan_export, write_weights
+from megatron_occ.convert.exporting import ExportPlan, plan_export, write_weights
+from megatron_occ.convert.reader import Reader
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
 from megatron_occ.data.tokenizers import CharTokenizer, Tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
@@ -54,15 +56,7 @@ class HuggingFaceExport:
         """
         config, tokenizer = self._actor.config, self._tokenizer
         reader = DistributedReader(self._scratch)
-        vocab_size = config.model.vocab_size or tokenizer.vocab_size
-        plan = plan_export(
-            reader,
-            config.model,
-            config.mtp.num_layers,
-            vocab_size,
-            tokenizer=tokenizer.state(),
-            for_sglang=config.rl.rollout.engine == "sglang",
-        )
+        plan = plan_for_servers(reader, config, tokenizer)
         write_weights(plan, reader, folder, quiet=True)
         if isinstance(tokenizer, CharTokenizer):
             write_characters(tokenizer.alphabet, folder)
@@ -79,3 +73,21 @@ class HuggingFaceExport:
             raise EngineError(
                 f"rl.rollout.server.weights_dir: {self._scratch} can't be written: {error}"
             ) from error
+
+
+def plan_for_servers(reader: Reader, config: Config, tokenizer: Tokenizer) -> ExportPlan:
+    """What servers of a run are given.
+
+    Args:
+        reader: of the weights.
+        config: of the run.
+        tokenizer: of the run.
+    """
+    return plan_export(
+        reader,
+        config.model,
+        config.mtp.num_layers,
+        config.model.vocab_size or tokenizer.vocab_size,
+        tokenizer=tokenizer.state(),
+        for_sglang=config.rl.rollout.engine == "sglang",
+    )

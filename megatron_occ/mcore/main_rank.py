@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_occ.mcore.layout import PATIENCE
 from megatron_occ.rollout import EngineError
 
 
 class MainRank:
-    """Rank 0 among all ranks; every method is called by all of them.
+    """Rank 0 among all ranks; every method but ``send`` and ``receive`` is called by all of them.
 
     The messages go over gloo: NCCL's time limit would end a long wait, and its waiting keeps the
     device busy.
@@ -30,6 +31,22 @@ class MainRank:
             value, values if self.is_this else None, dst=0, group=self._group
         )
         return values
+
+    def share(self, value: Any) -> list[Any]:
+        """Python objects of all ranks, on all of them."""
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def send(self, tensor: Tensor) -> None:
+        """Send a tensor to the main rank, which calls :meth:`receive` meanwhile."""
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        torch.distributed.send(data, dst=0, group=self._group)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill a contiguous tensor of the CPU with what another rank sends."""
+        data = tensor.view(-1).view(torch.uint8)
+        torch.distributed.recv(data, src=rank, group=self._group)
 
     def run(self, work: Callable[[], Sequence[Any] | None]) -> Any:
         """Call ``work`` on the main rank.

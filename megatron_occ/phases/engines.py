@@ -18,9 +18,12 @@ from megatron_occ.mcore.export import HuggingFaceExport
 from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.inference.graphs import CUDACapture
 from megatron_occ.mcore.main_rank import MainRank
+from megatron_occ.mcore.memory_export import MemoryExport
 from megatron_occ.mcore.served_engine import ServedEngine
 from megatron_occ.rollout import RolloutEngine
 from megatron_occ.rollout.remote import Probe, RemoteEngine, RemoteSettings
+from megatron_occ.rollout.remote.bucket_server import BucketServer
+from megatron_occ.rollout.remote.carriers import MemoryCarrier
 from megatron_occ.rollout.remote.fingerprint import fingerprint
 from megatron_occ.rollout.remote.probe import SAMPLE_LENGTH
 
@@ -63,14 +66,23 @@ def _served(
     settings = remote_settings(config, tokenizer.vocab_size)
     main = MainRank()
     probe = ProbeMaterial(actor, main, tokenizer, prompts)
-    export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
+    export: HuggingFaceExport | MemoryExport
+    if settings.transfer == "folder":
+        export = HuggingFaceExport(actor, main, settings.weights_dir / "staged", tokenizer)
+    else:
+        export = MemoryExport(actor, main, tokenizer)
 
     def prepare() -> None:
         export.stage()
         probe.score()
 
     def connect() -> RemoteEngine:
-        return RemoteEngine(settings, export.write, probe.probe(), tokenizer.decode)
+        if isinstance(export, MemoryExport):
+            over_network = settings.transfer == "network"
+            carried = MemoryCarrier(export.take, BucketServer() if over_network else None)
+        else:
+            carried = export.write
+        return RemoteEngine(settings, carried, probe.probe(), tokenizer.decode)
 
     return ServedEngine(actor.layout, main, prepare, connect)
 
@@ -98,6 +110,7 @@ def remote_settings(config: Config, token_ids: int) -> RemoteSettings:
         draft_share=server.draft_share,
         require_seeds=server.require_seeds,
         api_key=os.environ.get(API_KEY) or None,
+        transfer=server.transfer,
     )
 
 

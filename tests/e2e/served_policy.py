@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_occ.rollout.remote.arrival import opened, tensors_of
+from megatron_occ.rollout.remote.manifest import read_manifest
 from tests.unit.fake_servers import FakeVllm
 
 # it tells of the MTP layer, which is not part of the model
@@ -20,10 +25,14 @@ LOADING = threading.Lock()
 
 
 class ServedPolicy(FakeVllm):
-    """No drafts; ``stuck`` after so many updates: later ones are answered, and not made."""
+    """No drafts; ``stuck`` after so many updates: later ones are answered, and not made.
 
-    def __init__(self, stuck: int | None = None) -> None:
-        self.updates, self.stuck = [], stuck
+    ``model`` is the folder that it was started with: weights out of memory come without its
+    configuration.
+    """
+
+    def __init__(self, stuck: int | None = None, model: Path | None = None) -> None:
+        self.updates, self.stuck, self.folder = [], stuck, model
         self.model, self.model_lock = None, threading.Lock()
         super().__init__()
 
@@ -33,6 +42,17 @@ class ServedPolicy(FakeVllm):
             return
         with self.model_lock, LOADING:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def fetch(self, manifest: str, source: str):
+        self.held, wanted = "", read_manifest(manifest)
+        with opened(wanted, source) as arrived, tempfile.TemporaryDirectory() as name:
+            tensors = dict(tensors_of(wanted, arrived))
+            shutil.copy(self.folder / "config.json", name)
+            save_file(tensors, Path(name) / "model.safetensors", {"format": "pt"})
+            self.load(name)
+        self.held = wanted.identity
+        given = {"trunk": len(tensors), "drafter": 0, "held": 0, "identity": self.held}
+        return 200, {"results": [given]}
 
     @torch.no_grad()
     def rows(self, tokens: list[int]) -> torch.Tensor:

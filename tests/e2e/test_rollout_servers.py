@@ -133,6 +133,21 @@ def test_processes_share_the_server(run, pretrained, serve):
     assert sent[0] == sent[1]
 
 
+@pytest.mark.parametrize(
+    ("way", "layout"), [("memory", "pipeline"), ("network", "tensor")], ids=["memory", "network"]
+)
+def test_processes_send_weights_without_a_disk(run, pretrained, serve, tmp_path, way, layout):
+    start, folder = f"rl.init_from={pretrained(1)}", tmp_path / "exported"
+    main(["convert", "export", str(pretrained(1)), str(folder)])
+    one = run("rl", "one", start, *at(serve()))
+    server, several = serve(model=folder), run.folder / "several"
+    given = (start, f"parallel.{layout}=2", *at(server, transfer=way))
+    done = forked(several, 2, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_numbers(several, one)
+    assert len(server.updates) == 3 and not (several / "rollout_weights").exists()
+
+
 def test_every_process_ends_with_the_message(run, pretrained, serve):
     start, server = f"rl.init_from={pretrained(1)}", serve(stuck=1)
     folder, settings = run.folder / "run", ("parallel.pipeline=2", "rl.optimizer.lr=0.01")

@@ -47,6 +47,9 @@ def test_settings_are_those_of_the_configuration(monkeypatch):
     assert settings.server == "sglang" and settings.urls == ("http://a:1", "http://b:1")
     assert settings.weights_dir == Path.cwd() / "some" / "run" / "rollout_weights"
     assert settings.vocab_size == 17 and settings.api_key is None
+    assert settings.transfer == "folder"
+    network = ["rl.rollout.engine=vllm", "rl.rollout.server.transfer=network"]
+    assert remote_settings(load_config([], [*SERVED, *network]), 17).transfer == "network"
     monkeypatch.setenv("ROLLOUT_API_KEY", "word")
     other = ["model.vocab_size=20", "rl.rollout.server.weights_dir=/shared"]
     settings = remote_settings(load_config([], [*SERVED, *other]), 17)

@@ -16,6 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_occ.rollout.remote.arrival import ArrivalError, opened, tensors_of
+from megatron_occ.rollout.remote.manifest import read_manifest
+
 VOCAB, EOS = 16, 1
 EXTENSION = "megatron_occ.rollout.remote.vllm_worker.ReloadExtension"
 
@@ -83,7 +86,7 @@ class FakeServer:
         biased: draws tokens after the first that its log-probs do not say.
         seeded: a seed gives the same response each time.
         pace: seconds that a token takes.
-        held: a request waits to be interrupted, and has so many tokens by then; None: it does not.
+        stuck: a request waits to be interrupted, and has so many tokens by then; None: it does not.
     """
 
     def __init__(
@@ -93,9 +96,9 @@ class FakeServer:
         biased=False,
         seeded=True,
         pace=0.0,
-        held=None,
+        stuck=None,
     ) -> None:
-        self.pace, self.held, self.interrupted = pace, held, threading.Event()
+        self.pace, self.stuck, self.interrupted = pace, stuck, threading.Event()
         self.waiting = 0  # requests that are held
         self.speculative, self.takes = speculative, takes
         self.trunk = self.head = 0
@@ -106,6 +109,8 @@ class FakeServer:
         self.calls: list[tuple[str, dict]] = []
         self.drafts = self.accepted = 0
         self.version, self.biased, self.seeded = "default", biased, seeded
+        self.held = ""  # identity of what was fetched
+        self.ends: list[str] = []  # what becomes of a fetch in the middle: "die" or "stop"
         self.lock = threading.Lock()
         outer = self
 
@@ -195,13 +200,13 @@ class FakeServer:
     def until_interrupted(self, count):
         """Tokens that there is time for."""
         with self.lock:
-            ended, start, held = self.interrupted, time.monotonic(), self.held
-            self.waiting += held is not None
-        if held is not None:
+            ended, start, stuck = self.interrupted, time.monotonic(), self.stuck
+            self.waiting += stuck is not None
+        if stuck is not None:
             ended.wait(30)
             with self.lock:
                 self.waiting -= 1
-            return min(held, count)
+            return min(stuck, count)
         if not self.pace or not ended.wait(count * self.pace):
             return count
         return int((time.monotonic() - start) / self.pace)
@@ -278,12 +283,42 @@ class FakeVllm(FakeServer):
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         if path == "/collective_rpc":
+            if body["method"] == "held_weights":
+                return 200, {"results": [{"identity": self.held}]}
             assert self.paused
+            if body["method"] == "fetch_weights":
+                return self.fetch(**body["kwargs"])
             self.load(body["kwargs"]["weights_path"])
             both = body["method"] == "reload_trunk_and_head"
             return 200, {"results": [{"drafter": 3, "held": self.head} if both else None]}
         assert path == "/v1/completions", path
         return self.complete(body, handler)
+
+    def fetch(self, manifest, source):
+        """As the worker extension: tensor by tensor, so that an end in the middle leaves half."""
+        self.held, wanted = "", read_manifest(manifest)
+        end = self.ends.pop(0) if self.ends else ""
+        given = 0
+        try:
+            with opened(wanted, source) as arrived:
+                for name, tensor in tensors_of(wanted, arrived):
+                    given += 1
+                    if name in self.takes:
+                        setattr(self, name, int(tensor[0]))
+                    if end and name == "trunk":
+                        return self.cut_short(end)
+        except ArrivalError as error:
+            return 500, str(error).encode()
+        self.held = wanted.identity
+        held = {"trunk": given, "drafter": 1, "held": self.head, "identity": self.held}
+        return 200, {"results": [held]}
+
+    def cut_short(self, end):
+        """It is killed and started again, or told that the trainer is gone."""
+        if end == "stop":
+            return 500, b"did not arrive"
+        self.trunk, self.head, self.paused = 0, 0, False
+        return 0, None
 
     def config(self):
         speculative = {"method": "mtp", "num_speculative_tokens": 1} if self.speculative else None

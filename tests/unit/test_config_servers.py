@@ -83,3 +83,14 @@ def test_a_resumed_run_may_go_on_with_other_servers_but_not_without():
     assert "http://a:1" in change and "http://b:1" in change
     with pytest.raises(ConfigError, match=r"rl\.rollout\.engine was 'vllm'"):
         check_resumed(before, load_config([TINY], []))
+
+
+@pytest.mark.parametrize("way", ["memory", "network"])
+def test_weights_out_of_memory_are_refused_where_nobody_fetches_them(way):
+    transfer = f"rl.rollout.server.transfer={way}"
+    assert problems(URL, transfer) == []
+    (message,) = problems(URL, transfer, "rl.rollout.engine=sglang")
+    assert message == (
+        f"{transfer}: SGLang reads weights from folders alone. Give "
+        "rl.rollout.server.transfer=folder, or rl.rollout.engine=vllm"
+    )

@@ -25,6 +25,7 @@ def problems(overrides: list[str], command: str = "rl") -> list[str]:
 SERVER = {
     "urls": "['http://a:1']",
     "weights_dir": "/shared",
+    "transfer": "memory",
     "timeout": 5,
     "update_timeout": 5,
     "retries": 1,
@@ -222,6 +223,12 @@ SWITCHED_OFF = [
     *(
         ("", f"rl.rollout.server.{key}={value}", "rl.rollout.engine=megatron", "=vllm or sglang")
         for key, value in SERVER.items()
+    ),
+    (
+        f"{SERVED} rl.rollout.server.transfer=network",
+        "rl.rollout.server.weights_dir=/shared",
+        "rl.rollout.server.transfer=network",
+        "transfer=folder",
     ),
     (SERVED, "rl.rollout.batch_size=32", "rl.rollout.engine=vllm", "rl.rollout.engine=megatron"),
     (SERVED, "rl.rollout.cuda_graphs=false", "rl.rollout.engine=vllm", "cuda_graphs=true"),

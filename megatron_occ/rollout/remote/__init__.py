@@ -1,4 +1,4 @@
-"""Rollouts by vLLM or SGLang servers: requests over HTTP, weights over a shared disk."""
+"""Rollouts by vLLM or SGLang servers: requests over HTTP, weights over a disk or out of memory."""
 
 from megatron_occ.rollout.remote.engine import RemoteEngine
 from megatron_occ.rollout.remote.probe import Probe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,18 +15,20 @@ from megatron_occ.rollout.engine import (
     Request,
     SamplingSettings,
 )
+from megatron_occ.rollout.remote.carriers import Carrier, FolderCarrier, described
 from megatron_occ.rollout.remote.draft_counter import DraftCounter
 from megatron_occ.rollout.remote.fleet import Fleet
 from megatron_occ.rollout.remote.gate import Gate
 from megatron_occ.rollout.remote.job import Company, Job
 from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport
-from megatron_occ.rollout.remote.publish import drop_others, publish
 from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.stops import check_stops
 from megatron_occ.rollout.remote.workers import Workers
 from megatron_occ.rollout.remote.workload import ServerWork
 from megatron_occ.rollout.text import StopText
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteEngine:
@@ -35,7 +39,8 @@ class RemoteEngine:
 
     Args:
         settings: servers, limits, tolerances.
-        export: writes the policy's present weights, trunk and head, as a Hugging Face folder.
+        export: writes the policy's present weights, trunk and head, as a Hugging Face folder; or
+            a carrier of them, which ``settings.transfer`` other than ``folder`` takes.
         probe: material to check the servers with; without one, old weights go unnoticed.
         decode: the trainer's text of token ids; without it, nobody sees that a server has another
             tokenizer, which is what ends responses at stop strings.
@@ -47,11 +52,12 @@ class RemoteEngine:
     def __init__(
         self,
         settings: RemoteSettings,
-        export: Callable[[Path], None],
+        export: Callable[[Path], None] | Carrier,
         probe: Probe | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        self._settings, self._export, self._decode = settings, export, decode
+        self._settings, self._decode = settings, decode
+        self._carrier = _carrier(export, settings)
         self._fleet = Fleet(settings, Prober(probe, settings) if probe is not None else None)
         self._gate, self._workers = Gate(), Workers(settings.concurrency)
         self._company = Company(self._fleet, self._gate, self._workers, settings)
@@ -140,16 +146,22 @@ class RemoteEngine:
                 raise EngineError(f"version {version} is not newer than version {self._newest}")
             was_loaded, self._loaded = self._loaded, False
             self._newest = version
-            folder = publish(self._export, self._settings.weights_dir, version)
+            begin = time.perf_counter()
+            weights = self._carrier.publish(version)
+            ready = time.perf_counter()
             self._gate.close()
             self._fleet.drain(self._gate.is_empty)
             if was_loaded:
                 self._look_at_parts()
-            self._fleet.load(folder, version)
+            self._fleet.load(weights, version)
             self._counter.skip()
             self._loaded = True
             self._gate.open(version)
-            drop_others(self._settings.weights_dir, keep=folder)
+            self._carrier.keep(weights)
+            logger.info(
+                "weights of version %d: %s; offered in %.2f s, on all servers and probed in %.2f s",
+                *(version, described(weights), ready - begin, time.perf_counter() - ready),
+            )
 
     def _look_at_parts(self) -> None:
         """Before servers get other weights: did what is under way come from the present ones?"""
@@ -168,9 +180,18 @@ class RemoteEngine:
             job.abort()
 
     def close(self) -> None:
-        """See ``RolloutEngine.close``: ends calls under way; servers and weights stay."""
+        """See ``RolloutEngine.close``: ends calls under way; servers and folders stay."""
         self.abort()
         self._workers.close()
+        self._carrier.close()
+
+
+def _carrier(export: Callable[[Path], None] | Carrier, settings: RemoteSettings) -> Carrier:
+    if settings.transfer == "folder":
+        assert callable(export), "writes a folder"
+        return FolderCarrier(export, settings.weights_dir)
+    assert not callable(export), "carries weights"
+    return export
 
 
 class PendingResponses:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError
+from megatron_occ.rollout.remote.carriers import Weights
 from megatron_occ.rollout.remote.http import Client, TransportError
 from megatron_occ.rollout.remote.patience import patiently
 from megatron_occ.rollout.remote.probe import Prober, ProbeReport
@@ -56,7 +56,7 @@ class Fleet:
 
     def __init__(self, settings: RemoteSettings, prober: Prober | None) -> None:
         self._settings, self._prober = settings, prober
-        self.weights: tuple[Path, int] | None = None
+        self.weights: tuple[Weights, int] | None = None
         self.events: list[str] = []
         self.reports: dict[str, ProbeReport] = {}
         kinds = {"vllm": VllmServer, "sglang": SglangServer}
@@ -84,14 +84,14 @@ class Fleet:
         least = min(up, key=lambda member: member.load.queue)
         return least if home.load.queue > UNEVEN * least.load.queue + SLACK else home
 
-    def load(self, folder: Path, version: int) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """Load weights on all servers at once and probe each; those that are lost are left out.
 
         Raises:
             EngineError: a server that answers has not taken them, or none came up; none of them is
                 to be used.
         """
-        self.weights = (folder, version)
+        self.weights = (weights, version)
         if self._prober is not None:
             self._prober.begin()
         self._each(self._bring_up_to_date)
@@ -181,6 +181,10 @@ class Fleet:
             self._prober.check_head(member.server)
 
     def _serves_present(self, member: Member) -> bool:
+        assert self.weights is not None, "there is something to hold"
+        weights, _ = self.weights
+        if patiently(lambda: member.server.holds(weights), self._settings) is False:
+            return False
         prober = self._prober
         if prober is None:
             return True

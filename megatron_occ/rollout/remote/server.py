@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from megatron_occ.rollout.engine import (
@@ -17,6 +16,7 @@ from megatron_occ.rollout.engine import (
     Request,
     SamplingSettings,
 )
+from megatron_occ.rollout.remote.carriers import Weights
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
 
@@ -105,8 +105,12 @@ class Server(Protocol):
         """Log-probs under softmax(logits) of all tokens but the first, n - 1 for n tokens."""
         ...
 
-    def load_weights(self, folder: Path, version: int) -> None:
-        """Load trunk and head from a Hugging Face folder and drop the caches of older ones."""
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Load trunk and head and drop the caches of older ones."""
+        ...
+
+    def holds(self, weights: Weights) -> bool | None:
+        """Whether it has loaded these as the last thing, to their end; None: it can't tell."""
         ...
 
     def drafts(self) -> DraftStatistics:

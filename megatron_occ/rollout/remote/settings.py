@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_occ.rollout.engine import EngineError
 
 SERVERS = ("vllm", "sglang")
+TRANSFERS = ("folder", "memory", "network")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RemoteSettings:
             from its probability; 0 switches the check off.
         require_seeds: refuse a server that ignores the seeds of requests.
         api_key: sent as a bearer token, if the servers were started with one.
+        transfer: how weights get to servers: by ``folder`` in ``weights_dir``, or out of this
+            process's memory, which vLLM maps (``memory``, on one machine) or fetches (``network``).
 
     Raises:
         EngineError: a value out of its range.
@@ -57,10 +60,15 @@ class RemoteSettings:
     sampling_z: float = 5.0
     require_seeds: bool = True
     api_key: str | None = field(default=None, repr=False)
+    transfer: str = "folder"
 
     def __post_init__(self) -> None:
         if self.server not in SERVERS:
             raise EngineError(f"unknown server {self.server!r}: one of {', '.join(SERVERS)}")
+        if self.transfer not in TRANSFERS:
+            raise EngineError(f"transfer = {self.transfer!r}: one of {', '.join(TRANSFERS)}")
+        if self.server == "sglang" and self.transfer != "folder":
+            raise EngineError(f"transfer = {self.transfer}: SGLang reads folders alone: use folder")
         if not self.urls or len(set(self.urls)) != len(self.urls):
             raise EngineError(f"urls = {self.urls!r}: name each server once, at least one")
         if not Path(self.weights_dir).is_absolute():

@@ -24,7 +24,6 @@ import contextlib
 import re
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_occ.rollout.engine import (
@@ -34,6 +33,7 @@ from megatron_occ.rollout.engine import (
     Request,
     SamplingSettings,
 )
+from megatron_occ.rollout.remote.carriers import Weights
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
 from megatron_occ.rollout.remote.server import (
@@ -133,10 +133,10 @@ class SglangServer:
         answer = self._generate(tokens, params, {"logprob_start_len": 0})
         return _logprobs(answer["meta_info"]["input_token_logprobs"], tokens, first=1)
 
-    def load_weights(self, folder: Path, version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         """See ``Server``; running requests are aborted."""
         body = {
-            "model_path": str(folder),
+            "model_path": str(weights),
             "abort_all_requests": True,
             "flush_cache": True,
             "weight_version": str(version),
@@ -147,6 +147,10 @@ class SglangServer:
             raise EngineError(f"{self.client.url}{UPDATE}: failed: {str(answer)[:300]}")
         self.client.raw("POST", "/flush_cache", timeout=self._settings.update_timeout)
         self._version = version
+
+    def holds(self, weights: Weights) -> bool | None:
+        """See ``Server``: its answers to requests name a version."""
+        return None
 
     def drafts(self) -> DraftStatistics:
         """See ``Server``: counted from the answers."""

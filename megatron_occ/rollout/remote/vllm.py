@@ -33,12 +33,15 @@ from megatron_occ.rollout.engine import (
     Request,
     SamplingSettings,
 )
+from megatron_occ.rollout.remote.carriers import Shipment, Weights
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
 from megatron_occ.rollout.remote.server import SEED_MASK, Aborted, Answer, finished, response_limit
 from megatron_occ.rollout.remote.settings import RemoteSettings
+from megatron_occ.rollout.remote.vllm_shipment import deliver, holds
 
 COMPLETIONS = "/v1/completions"
+RPC = "/collective_rpc"
 EXTENSION = "megatron_occ.rollout.remote.vllm_worker.ReloadExtension"
 # vllm/sampling_params.py raises smaller positive temperatures to this value
 SMALLEST_TEMPERATURE = 0.01
@@ -86,6 +89,13 @@ class VllmServer:
             raise EngineError(
                 f"{self.client.url}: vLLM reloads no drafter by itself: start it with "
                 f"--worker-extension-cls {EXTENSION}"
+            )
+        wants_extension = self._settings.transfer != "folder"
+        if wants_extension and (extension is None or extension.text() != EXTENSION):
+            raise EngineError(
+                f"{self.client.url}: rl.rollout.server.transfer={self._settings.transfer} needs "
+                f"the worker extension: start vLLM with --worker-extension-cls {EXTENSION}, or use "
+                "transfer=folder"
             )
 
     def check_sampling(self, sampling: SamplingSettings) -> None:
@@ -152,11 +162,16 @@ class VllmServer:
         listed = self._complete(body)["prompt_logprobs"].of_length(len(tokens))
         return [listed[i][str(tokens[i])]["logprob"].logprob() for i in range(1, len(tokens))]
 
-    def load_weights(self, folder: Path, version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         """See ``Server``; the server is paused meanwhile, which aborts its requests."""
         self._post("/pause?mode=abort")
         try:
-            self._reload(folder)
+            if isinstance(weights, Shipment):
+                drafting = bool(self.speculative_tokens)
+                head = deliver(self._ask, self.client.url, weights, drafting=drafting)
+                self.head = head if drafting else None
+            else:
+                self._reload(weights)
             reset = self._post("/reset_prefix_cache")
             if b'"success":false' in reset.replace(b" ", b""):
                 raise EngineError(f"{self.client.url}/reset_prefix_cache: refused: {reset!r}")
@@ -166,6 +181,10 @@ class VllmServer:
                 self._post("/resume")
             raise
         self._post("/resume")
+
+    def holds(self, weights: Weights) -> bool | None:
+        """See ``Server``: the extension knows what it has fetched."""
+        return holds(self._ask, weights) if isinstance(weights, Shipment) else None
 
     def drafts(self) -> DraftStatistics:
         """See ``Server``: Prometheus counters, added over the engines of the server."""
@@ -201,9 +220,8 @@ class VllmServer:
     def _reload(self, folder: Path) -> None:
         method = "reload_trunk_and_head" if self.speculative_tokens else "reload_weights"
         body = {"method": method, "kwargs": {"weights_path": str(folder)}}
-        path = "/collective_rpc"
         try:
-            found = self.client.post(path, body, self._settings.update_timeout)
+            found = self.client.post(RPC, body, self._settings.update_timeout)
         except TransportError as error:
             if error.status is None:
                 raise
@@ -213,15 +231,21 @@ class VllmServer:
                 error.retry,
                 error.status,
             ) from None
-        answer = self._field(path, found)
-        results = answer["results"]
-        if not results.items():
-            raise results.wrong("an entry for each worker")
+        workers = self._workers(found)
         if self.speculative_tokens:
-            workers = [results[worker] for worker in range(len(results.value))]
             for worker in workers:
                 worker["drafter"].integer(1)
             self.head = tuple(worker["held"].integer() for worker in workers)
+
+    def _ask(self, body: dict[str, Any]) -> list[Field]:
+        """What each worker answers to a call of the extension."""
+        return self._workers(self.client.post(RPC, body, self._settings.update_timeout))
+
+    def _workers(self, found: Any) -> list[Field]:
+        results = self._field(RPC, found)["results"]
+        if not results.items():
+            raise results.wrong("an entry for each worker")
+        return [results[worker] for worker in range(len(results.value))]
 
     def _complete(self, body: dict[str, Any], stop: threading.Event | None = None) -> Field:
         """The only choice of a completion, and defaults of a model's generation_config undone."""

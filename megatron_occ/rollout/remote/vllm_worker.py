@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: loads the weights of the drafter too.
+"""Runs inside vLLM's workers: loads the weights of the drafter too, and fetches them from memory.
 
 ``--worker-extension-cls megatron_occ.rollout.remote.vllm_worker.ReloadExtension`` adds the class
 to vLLM's ``Worker``; ``/collective_rpc`` calls its method by name. vLLM's own ``reload_weights``
@@ -16,7 +16,47 @@ from megatron_occ.rollout.remote.fingerprint import fingerprint
 
 
 class ReloadExtension:
-    """A base class of vLLM's ``Worker``; uses its ``model_runner`` and ``vllm_config``."""
+    """A base class of vLLM's ``Worker``; uses its ``model_runner`` and ``vllm_config``.
+
+    Attributes:
+        held_identity: of the weights that were fetched last, to their end; "" for others.
+    """
+
+    held_identity = ""
+
+    def fetch_weights(self, manifest: str, source: str) -> dict[str, Any]:
+        """Load target and drafter from the trainer's memory.
+
+        Args:
+            manifest: of ``Manifest.to_json``.
+            source: see ``arrival.opened``.
+
+        Returns:
+            Tensors for the trunk under ``trunk``, their identity under ``identity``, and as
+            :meth:`reload_trunk_and_head` ``drafter`` (0 without one) and ``held``.
+
+        Raises:
+            RuntimeError: they did not arrive, or hold none of the drafter's weights.
+        """
+        from vllm.config import set_current_vllm_config
+
+        from megatron_occ.rollout.remote.manifest import read_manifest
+        from megatron_occ.rollout.remote.vllm_fetch import fetch_into
+
+        self.held_identity = ""
+        wanted, config = read_manifest(manifest), self.vllm_config
+        drafter = _drafter(self.model_runner) if config.speculative_config else None
+        with set_current_vllm_config(config):
+            loaded = fetch_into(self.model_runner, config, drafter, wanted, source)
+        if drafter is not None and not loaded["drafter"]:
+            raise RuntimeError(f"version {wanted.version} holds no weights of the drafter")
+        held = _held(self.model_runner) if drafter is not None else 0
+        self.held_identity = wanted.identity
+        return {**loaded, "held": held, "identity": self.held_identity}
+
+    def held_weights(self) -> dict[str, str]:
+        """What this worker has fetched, under ``identity``."""
+        return {"identity": self.held_identity}
 
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
@@ -30,6 +70,7 @@ class ReloadExtension:
         """
         from vllm.config import set_current_vllm_config
 
+        self.held_identity = ""
         if not Path(weights_path).is_dir():
             raise RuntimeError(f"{weights_path}: no such folder on {socket.gethostname()}")
         with set_current_vllm_config(self.vllm_config):
