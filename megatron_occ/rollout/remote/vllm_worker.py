@@ -33,6 +33,7 @@ class ReloadExtension:
         if not Path(weights_path).is_dir():
             raise RuntimeError(f"{weights_path}: no such folder on {socket.gethostname()}")
         with set_current_vllm_config(self.vllm_config):
+            _lay_out_experts_anew(self.model_runner)
             self.model_runner.reload_weights(weights_path=weights_path)
             loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
         if not loaded:
@@ -47,6 +48,13 @@ def _drafter(runner: Any) -> Any:
     if model is None:
         raise RuntimeError("the server has no drafter that owns weights")
     return model.unwrap() if hasattr(model, "unwrap") else model
+
+
+def _lay_out_experts_anew(runner: Any) -> None:
+    for module in [*runner.model.modules(), *_drafter(runner).modules()]:
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _held(runner: Any) -> int:
