@@ -10,9 +10,9 @@ test needs. What this build needs to run at all, mended in this environment alon
 - Its stand-in for the Triton kernel that hands each drafted token its request's temperature writes
   into a copy, so that above temperature 0 drafts are judged by uninitialised memory. The stand-in
   is replaced. Unmended, the probe of rollout servers refuses such a server.
-- Its kernel of the rotary embedding takes the distance between two heads for that between two tokens
-  where heads have a dimension of their own, as those of latent attention do: all heads but the first
-  token's are turned by wrong angles, and log-probs are off by nats. It is given them in one dimension.
+- Its kernel of the rotary embedding takes the distance between two heads for that between two
+  tokens where heads have a dimension of their own, as in latent attention: heads are turned by
+  wrong angles, and log-probs are off by nats. It is given them in one dimension.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_occ.config.served import architecture, served_depths
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.exporting import plan_export, write_weights
 from megatron_occ.convert.tokenizer_files import copy_side_files, write_characters
@@ -58,8 +59,9 @@ class HuggingFaceExport:
         plan = plan_export(
             reader,
             config.model,
-            config.mtp.num_layers,
+            served_depths(config),
             vocab_size,
+            architecture=architecture(config),
             tokenizer=tokenizer.state(),
             for_sglang=config.rl.rollout.engine == "sglang",
         )

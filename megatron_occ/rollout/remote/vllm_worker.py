@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: loads the weights of the drafter too.
+"""Runs inside vLLM's workers: loads the weights of the drafter too, and those of experts rightly.
 
 ``--worker-extension-cls megatron_occ.rollout.remote.vllm_worker.ReloadExtension`` adds the class
 to vLLM's ``Worker``; ``/collective_rpc`` calls its method by name. vLLM's own ``reload_weights``
@@ -8,6 +8,7 @@ loads the target model alone (``GPUModelRunner.reload_weights``, 0.16.0 to 0.32.
 from __future__ import annotations
 
 import copy
+import itertools
 import socket
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from megatron_occ.rollout.remote.fingerprint import fingerprint
 
 class ReloadExtension:
     """A base class of vLLM's ``Worker``; uses its ``model_runner`` and ``vllm_config``."""
+
+    def reload_trunk(self, weights_path: str) -> None:
+        """Load the target, of a server without a drafter, from a Hugging Face folder.
+
+        Raises:
+            RuntimeError: no such folder.
+        """
+        from vllm.config import set_current_vllm_config
+
+        _must_be_there(weights_path)
+        with set_current_vllm_config(self.vllm_config):
+            _pack_experts_again(self.model_runner.model)
+            self.model_runner.reload_weights(weights_path=weights_path)
 
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
@@ -30,15 +44,19 @@ class ReloadExtension:
         """
         from vllm.config import set_current_vllm_config
 
-        if not Path(weights_path).is_dir():
-            raise RuntimeError(f"{weights_path}: no such folder on {socket.gethostname()}")
+        _must_be_there(weights_path)
         with set_current_vllm_config(self.vllm_config):
-            _lay_out_experts_anew(self.model_runner)
+            _pack_experts_again(self.model_runner.model, _drafter(self.model_runner))
             self.model_runner.reload_weights(weights_path=weights_path)
             loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
         return {"drafter": loaded, "held": _held(self.model_runner)}
+
+
+def _must_be_there(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise RuntimeError(f"{folder}: no such folder on {socket.gethostname()}")
 
 
 def _drafter(runner: Any) -> Any:
@@ -50,8 +68,19 @@ def _drafter(runner: Any) -> Any:
     return model.unwrap() if hasattr(model, "unwrap") else model
 
 
-def _lay_out_experts_anew(runner: Any) -> None:
-    for module in [*runner.model.modules(), *_drafter(runner).modules()]:
+def _pack_experts_again(*models: Any) -> None:
+    """Have vLLM's build for CPUs pack the experts that are loaded next, as it did at the start.
+
+    Its method packs them for its kernel only when it makes that kernel
+    (``UnquantizedFusedMoEMethod._setup_kernel``, 0.32.0): later weights would be read as if they
+    were packed. Without a kernel it makes one. On GPUs nothing is packed in this way, and recorded
+    graphs hold on to the kernel.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in itertools.chain.from_iterable(model.modules() for model in models):
         method = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
