@@ -8,8 +8,8 @@ loads the target model alone (``GPUModelRunner.reload_weights``, 0.16.0 to 0.32.
 from __future__ import annotations
 
 import copy
-import itertools
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class ReloadExtension:
         with set_current_vllm_config(self.vllm_config):
             _pack_experts_again(self.model_runner.model)
             self.model_runner.reload_weights(weights_path=weights_path)
+            _pack_output_layer_again(self.model_runner.model)
 
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
@@ -48,6 +49,7 @@ class ReloadExtension:
         with set_current_vllm_config(self.vllm_config):
             _pack_experts_again(self.model_runner.model, _drafter(self.model_runner))
             self.model_runner.reload_weights(weights_path=weights_path)
+            _pack_output_layer_again(self.model_runner.model)
             loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
@@ -69,21 +71,38 @@ def _drafter(runner: Any) -> Any:
 
 
 def _pack_experts_again(*models: Any) -> None:
-    """Have vLLM's build for CPUs pack the experts that are loaded next, as it did at the start.
+    """Before weights are loaded on a CPU: have vLLM pack the experts, as it did at the start.
 
     Its method packs them for its kernel only when it makes that kernel
     (``UnquantizedFusedMoEMethod._setup_kernel``, 0.32.0): later weights would be read as if they
     were packed. Without a kernel it makes one. On GPUs nothing is packed in this way, and recorded
     graphs hold on to the kernel.
     """
+    for method in _methods(models):
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _pack_output_layer_again(model: Any) -> None:
+    """After weights were loaded on a CPU: an output layer that is tied to the embedding.
+
+    It has a packed copy of the embedding, which vLLM makes anew only for an output layer that is
+    loaded itself (``UnquantizedEmbeddingMethod.process_weights_after_loading``, 0.32.0).
+    """
+    layer = getattr(model, "lm_head", None)
+    if next(_methods([layer]), None) is not None:
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def _methods(models: Iterable[Any]) -> Iterator[Any]:
+    """How the layers of models compute and load; none on a GPU."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    for module in itertools.chain.from_iterable(model.modules() for model in models):
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
+    for model in models:
+        modules = model.modules() if model is not None else ()
+        yield from filter(None, (getattr(module, "quant_method", None) for module in modules))
 
 
 def _held(runner: Any) -> int:
