@@ -38,8 +38,8 @@ def architecture(config: Config) -> str:
 def served_depths(config: Config) -> int:
     """MTP depths that servers are given: the first one, if the architecture has any.
 
-    They draft further tokens with the first depth again: that of MiMo in vLLM has no other, and
-    SGLang loads no second one of any family.
+    They draft further tokens with the first depth again: MiMo's drafter in vLLM uses no other, and
+    SGLang's of DeepSeek takes no folder with two.
     """
     return min(1, config.mtp.num_layers) if architecture(config) in WITH_HEAD else 0
 
