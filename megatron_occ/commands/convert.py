@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_occ.convert.errors import FolderError
 
 HELP = "convert checkpoints from and to Hugging Face folders"
+# of an export, by --mtp
+_MOST_DEPTHS = {"keep": None, "first": 1, "drop": 0}
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -67,7 +69,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("export", help=text, description=text)
     command.add_argument("source", type=Path, help="checkpoint folder, e.g. .../step_000100")
     command.add_argument("target", type=Path, help="folder to write")
-    command.add_argument("--mtp", default="keep", choices=("keep", "drop"), help="MTP layers")
+    command.add_argument(
+        "--mtp", default="keep", choices=tuple(_MOST_DEPTHS), help="MTP layers (default: keep)"
+    )
     command.add_argument(
         "--architecture", help="e.g. MiMoForCausalLM (default: where it came from, or what fits)"
     )
@@ -144,7 +148,7 @@ def _export(options: argparse.Namespace) -> None:
         options.target,
         architecture=options.architecture,
         like=options.like,
-        drop_mtp=options.mtp == "drop",
+        most_depths=_MOST_DEPTHS[options.mtp],
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         shard=_bytes(options.shard_size),
         force=options.force,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.served import served_warnings
 from megatron_occ.config.validate_async import async_warnings
 
 _HIGH_RATE = 0.05  # more than twice the usual size of initial weights
@@ -59,6 +60,7 @@ def rl_warnings(config: Config) -> list[str]:
             f"rl.loss.clip_low={loss.clip_low}: CISPO as published has no lower bound of the "
             "weight, rl.loss.clip_low=1, and a wide upper one; rl.algorithm=cispo sets both"
         )
+    found += served_warnings(config)
     if config.rl.rollout.engine == "sglang" and config.model.mtp_reads == "before":
         found.append(
             "model.mtp_reads=before: SGLang hands MTP layers the trunk's state after its final "

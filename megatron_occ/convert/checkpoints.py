@@ -78,7 +78,7 @@ def export_checkpoint(
     *,
     architecture: str | None = None,
     like: Path | None = None,
-    drop_mtp: bool = False,
+    most_depths: int | None = None,
     dtype: torch.dtype | None = None,
     shard: int = SHARD,
     force: bool = False,
@@ -93,7 +93,7 @@ def export_checkpoint(
         architecture: family; None: that of ``like``, or the one that fits the model.
         like: folder whose config and tokenizer files to keep; None: those that came with the
             weights, see :func:`origin_of`.
-        drop_mtp: leave the MTP layers behind.
+        most_depths: MTP layers beyond the first so many are left behind; None: none is.
         dtype: of the weights; None: as they are.
         shard: bytes of a file at most.
         force: replace the target.
@@ -110,11 +110,11 @@ def export_checkpoint(
     if like is None and folder is not None:
         logger.info("config.json and the files beside it are those of %s", folder)
     like = folder
-    reader = DistributedReader(checkpoint)
+    reader, depths = DistributedReader(checkpoint), found.config.mtp.num_layers
     plan = plan_export(
         reader,
         found.config.model,
-        0 if drop_mtp else found.config.mtp.num_layers,
+        depths if most_depths is None else min(depths, most_depths),
         found.vocab_size,
         architecture=architecture,
         like=kept,

@@ -137,11 +137,11 @@ def plan_export(
     dtypes = _dtypes(reader, slots, present, dtype, expert_bias)
     places = {name: (move, place) for move in moves for place, name in enumerate(move.theirs)}
     outputs = [output for move in moves for output in _outputs(move, dtypes, wanted)]
-    if family.writes_duplicates if duplicates is None else duplicates:
-        by_name = {output.name: output for output in outputs}
-        for name, original in family.duplicate_names(wanted, depths).items():
-            outputs.append(replace(by_name[original], name=name))
-            places[name] = places[original]
+    by_name = {output.name: output for output in outputs}
+    repeated = _repeated(family, wanted, depths, duplicates)
+    for name, original in repeated.items():
+        outputs.append(replace(by_name[original], name=name))
+        places[name] = places[original]
     if tokenizer is not None and (like is None or tokenizer["kind"] == "char"):
         content |= special_ids(tokenizer)
     content["torch_dtype"] = dtype_name(usual_dtype(o.dtype for o in outputs))
@@ -157,6 +157,17 @@ def _family(
     if architecture is not None or like is None:
         return family_for(architecture or default_architecture(model, depths))
     return family_of(like)
+
+
+def _repeated(
+    family: Family, model: ModelConfig, depths: int, duplicates: bool | None
+) -> dict[str, str]:
+    """Tensors that are written a second time, by their second name."""
+    wanted = family.writes_duplicates if duplicates is None else duplicates
+    found = family.duplicate_names(model, depths) if wanted else {}
+    if family.repeats_tied and model.tie_embeddings:
+        found["lm_head.weight"] = family.embedding
+    return found
 
 
 def _dtypes(

@@ -59,6 +59,8 @@ class Family:
         writes_duplicates: whether checkpoints of this family have the duplicates.
         always_biased: queries, keys and values have a bias, be it of zeros.
         always_untied: the output layer is written, be it a copy of the embedding.
+        repeats_tied: an output layer that is tied to the embedding is written too, and stays tied:
+            servers of this architecture know no tied one, and would run with one of random numbers.
         mtp_beside: MTP layers are written to a file of their own (``source.MTP_FILE``), and only
             this project reads them: the architecture has none.
     """
@@ -78,6 +80,7 @@ class Family:
     writes_duplicates: bool = False
     always_biased: bool = False
     always_untied: bool = False
+    repeats_tied: bool = False
     mtp_beside: bool = False
 
     def read(self, content: Mapping[str, Any]) -> dict[str, Any]:

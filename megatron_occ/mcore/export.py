@@ -9,6 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.served import architecture, served_depths
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.exporting import ExportPlan, plan_export, write_weights
 from megatron_occ.convert.reader import Reader
@@ -86,8 +87,9 @@ def plan_for_servers(reader: Reader, config: Config, tokenizer: Tokenizer) -> Ex
     return plan_export(
         reader,
         config.model,
-        config.mtp.num_layers,
+        served_depths(config),
         config.model.vocab_size or tokenizer.vocab_size,
+        architecture=architecture(config),
         tokenizer=tokenizer.state(),
         for_sglang=config.rl.rollout.engine == "sglang",
     )

@@ -31,6 +31,8 @@ API_KEY = "ROLLOUT_API_KEY"
 # of a probe: prompts, tokens of each, prompts that drafts are tried on, tokens of these responses
 PROBE_PROMPTS, PROBE_TOKENS = 16, 32
 DRAFT_PROMPTS, DRAFT_TOKENS = 4, 32
+# servers are given no other depth
+SERVED_HEAD = "mtp.layers.0."
 
 
 def build_engine(
@@ -155,7 +157,7 @@ class ProbeMaterial:
     def score(self) -> None:
         """Take log-probs and fingerprint of the present weights; called by all ranks."""
         named = [chunk.named_parameters() for chunk in self._actor.chunks]
-        head = [p.data for part in named for name, p in part if name.startswith("mtp.")]
+        head = [p.data for part in named for name, p in part if name.startswith(SERVED_HEAD)]
         self._head = self._main.gather(fingerprint(head))
         ids, count = self._padded(), self._actor.micro_batch_multiple
         size = len(ids) // count

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_occ.commands.convert import main
 from megatron_occ.convert.checkpoints import export_checkpoint, read_checkpoint
 from megatron_occ.convert.distributed import DistributedReader
 from megatron_occ.convert.errors import FolderError
@@ -46,8 +47,20 @@ def test_drop_leaves_the_layers_behind_and_says_so(tmp_path, name):
     export_checkpoint(tmp_path / "drop", tmp_path / "back")
     content = json.loads((tmp_path / "back" / "config.json").read_text())
     assert content["num_nextn_predict_layers"] == 0
-    export_checkpoint(tmp_path / "keep", tmp_path / "also", drop_mtp=True)
+    export_checkpoint(tmp_path / "keep", tmp_path / "also", most_depths=0)
     assert read_tensors(tmp_path / "also").keys() == read_tensors(tmp_path / "back").keys()
+
+
+@pytest.mark.parametrize(("name", "second"), [("mimo", "mtp_layers.1."), ("deepseek", "layers.4.")])
+def test_a_folder_for_servers_has_the_first_layer_alone(tmp_path, name, second):
+    folder = make_folder(tmp_path / "hf", name, 2)
+    convert(folder, tmp_path / "mcore", "keep")
+    main(["export", str(tmp_path / "mcore"), str(tmp_path / "back"), "--mtp", "first"])
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert content["num_nextn_predict_layers"] == 1
+    left, whole = read_tensors(tmp_path / "back"), read_tensors(folder)
+    assert left.keys() == {key for key in whole if f"model.{second}" not in key}
+    assert all(torch.equal(left[key], whole[key]) for key in left)
 
 
 def mtp_file(folder, name="mtp.safetensors"):
@@ -199,7 +212,7 @@ def test_added_depths_leave_beside_the_model_and_come_back(tmp_path, name, shard
 
 def test_without_added_depths_a_folder_says_nothing_of_them(tmp_path):
     convert(make_folder(tmp_path / "hf", "llama"), tmp_path / "mcore", "init:1")
-    export_checkpoint(tmp_path / "mcore", tmp_path / "back", drop_mtp=True)
+    export_checkpoint(tmp_path / "mcore", tmp_path / "back", most_depths=0)
     assert not (tmp_path / "back" / "mtp.safetensors").exists()
     assert "predict_layers" not in (tmp_path / "back" / "config.json").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_occ.config.schema_model import MLAConfig, MoEConfig
 from megatron_occ.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.export import HuggingFaceExport
@@ -21,12 +23,41 @@ from tests.mcore.convert_folders import chosen, mimo_heads
 from tests.mcore.distributed import run_ranks
 
 TOKENIZER = build_tokenizer("char", alphabet="abcdefghijklmnopqrstu")
+EXPERTS = {"num_experts": 4, "ffn_hidden_size": 16}
+SIGMOID = EXPERTS | {
+    "score_function": "sigmoid",
+    "expert_bias": True,
+    "shared_ffn_hidden_size": 32,
+    "first_dense_layers": 1,
+    "scaling_factor": 1.5,
+}
+SIZES = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_head_dim": 8}
+LATENT = {
+    "mla": MLAConfig(True, v_head_dim=6, norm_epsilon=1e-6, **SIZES),
+    "qk_layernorm": True,
+    "num_query_groups": None,
+}
+# in the folder: tensors of MTP layers, and of an output layer that repeats the embedding
+HEADS = {
+    "mimo_two_depths": "model.mtp_layers.0.",
+    "qwen3_and_a_head": None,
+    "qwen3_moe_and_a_head": None,
+    "glm": "model.layers.{n}.",
+    "deepseek": "model.layers.{n}.",
+    "deepseek_untied": "model.layers.{n}.",
+}
 MODELS = {
     "mimo": (1, {}),
     "mimo_untied_biased": (1, {"tie_embeddings": False, "qkv_bias": True}),
     "mimo_before": (1, {"mtp_reads": "before"}),
     "qwen2": (0, {"qkv_bias": True, "num_query_groups": None}),
     "llama_wide_heads": (0, {"tie_embeddings": False, "kv_channels": 16}),
+    "mimo_two_depths": (2, {}),
+    "qwen3_and_a_head": (1, {"qk_layernorm": True}),
+    "qwen3_moe_and_a_head": (1, {"qk_layernorm": True, "moe": MoEConfig(**EXPERTS)}),
+    "glm": (2, {"moe": MoEConfig(**SIGMOID), "rotary_percent": 0.5, "qkv_bias": True}),
+    "deepseek": (1, {"moe": MoEConfig(**SIGMOID), **LATENT}),
+    "deepseek_untied": (1, {"moe": MoEConfig(**SIGMOID), **LATENT, "tie_embeddings": False}),
 }
 
 
@@ -105,6 +136,24 @@ def test_the_trunk_gives_our_logprobs(layout, tmp_path, name):
     assert HFTokenizer(tmp_path).decode([*TOKENIZER.encode(text), TOKENIZER.eos_id]) == text
     assert HFTokenizer(tmp_path).eos_id == TOKENIZER.eos_id
     assert not (tmp_path / "staged").exists()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_servers_get_the_first_depth_and_an_output_layer_that_they_find(layout, tmp_path, name):
+    config = configure(name)
+    tensors = load_file(export(build(config, layout), tmp_path) / "model.safetensors")
+    layers = config.model.num_layers
+    stated = json.loads((tmp_path / "config.json").read_text()).get("num_nextn_predict_layers", 0)
+    projections = [key for key in tensors if key.endswith(("eh_proj.weight", "input_proj.weight"))]
+    expected = HEADS[name] and HEADS[name].format(n=layers)
+    assert len(projections) == stated == (expected is not None)
+    assert all(key.startswith(expected) for key in projections)
+    # a folder of servers has no file beside, which is for this project alone
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"model.safetensors"}
+    tied = config.model.tie_embeddings
+    if expected is not None and tied:
+        assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert ("lm_head.weight" in tensors) == (expected is not None)
 
 
 @pytest.mark.parametrize("name", ["mimo", "mimo_untied_biased"])

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: by hand, and what changes them."""
+"""Fingerprints of weights: by hand, and what changes them; the extension that takes them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from megatron_occ.rollout.remote.fingerprint import _CHUNK, _PRIME, fingerprint
+from megatron_occ.rollout.remote.http import Client
+from megatron_occ.rollout.remote.settings import RemoteSettings
+from megatron_occ.rollout.remote.vllm import EXTENSION, VllmServer
+from tests.unit.fake_servers import FakeVllm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,3 +52,31 @@ def test_the_extension_of_vllm_needs_nothing_but_torch():
     code += "import megatron_occ.rollout.remote.vllm_worker"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("drafting", "extension", "method"),
+    [
+        (True, EXTENSION, "reload_trunk_and_head"),
+        (False, EXTENSION, "reload_trunk"),
+        (False, None, "reload_weights"),
+        (False, "another.Extension", "reload_weights"),
+    ],
+)
+def test_weights_are_loaded_by_the_extension_where_there_is_one(
+    tmp_path, monkeypatch, drafting, extension, method
+):
+    fake = FakeVllm(speculative=drafting, extension=extension)
+    settings = RemoteSettings("vllm", (fake.url,), tmp_path, 16)
+    server = VllmServer(Client(fake.url, 5.0, 10**6), settings)
+    server.inspect()
+    fake.close()
+    asked = []
+
+    def post(path, body, timeout):
+        asked.append((path, body["method"]))
+        return {"results": [{"drafter": 3, "held": 5} if drafting else None]}
+
+    monkeypatch.setattr(server.client, "post", post)
+    server._reload(tmp_path)
+    assert asked == [("/collective_rpc", method)]

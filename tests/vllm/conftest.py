@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ ENVIRONMENT = os.environ.get("VLLM_ENVIRONMENT")
 # the narrowest heads that vLLM's CPU kernels take
 MODEL = ("model.hidden_size=64", "model.num_attention_heads=2", "model.ffn_hidden_size=128")
 EXTENSION = "megatron_occ.rollout.remote.vllm_worker.ReloadExtension"
+MTP = {"method": "mtp", "num_speculative_tokens": 1}
 STARTS_WITHIN = 300.0
 
 
@@ -33,15 +37,26 @@ def pytest_collection_modifyitems(items):
 
 
 class VllmProcess:
-    """A server, drafting a token, that can be killed and started again under its URL.
+    """A server that can be killed and started again under its URL.
 
     Args:
         model: Hugging Face folder.
         log: file of its output.
+        drafting: what it drafts a token with.
+        more: options of its command.
     """
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        drafting: Mapping[str, Any] | None = MTP,
+        more: Sequence[str] = (),
+    ) -> None:
         self.model, self.log = model, log
+        self.more = list(more)
+        if drafting is not None:
+            self.more += ["--speculative-config", json.dumps(drafting)]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
@@ -52,7 +67,7 @@ class VllmProcess:
         command = [f"{ENVIRONMENT}/bin/vllm", "serve", str(self.model), "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-num-seqs", "64", "--worker-extension-cls", EXTENSION]
-        command += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+        command += self.more
         settings = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -87,14 +102,26 @@ class VllmProcess:
         self.process.wait()
 
 
+def at(*servers: VllmProcess, model: Sequence[str] = MODEL) -> list[str]:
+    """Overrides that name the servers, and the model that they serve."""
+    urls = json.dumps([server.url for server in servers])
+    keys = {"urls": urls, "update_timeout": 300}
+    own = ["rl.rollout.engine=vllm", "rl.rollout.batch_size=512", *model]
+    return [*own, *(f"rl.rollout.server.{key}={value}" for key, value in keys.items())]
+
+
+def train(folder: Path, steps: int, *model: str) -> tuple[Path, Path]:
+    """A pretrained checkpoint, and its Hugging Face folder."""
+    run = Runner(folder)("pretrain", "run", f"pretrain.steps={steps}", *model)
+    checkpoint = run / "checkpoints" / "pretrain" / f"step_{steps:06}"
+    main(["convert", "export", str(checkpoint), str(folder / "exported")])
+    return checkpoint, folder / "exported"
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A checkpoint that earns some reward, and its Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    run = Runner(folder)("pretrain", "run", "pretrain.steps=150", *MODEL)
-    checkpoint = run / "checkpoints" / "pretrain" / "step_000150"
-    main(["convert", "export", str(checkpoint), str(folder / "exported")])
-    return checkpoint, folder / "exported"
+    return train(tmp_path_factory.mktemp("trained"), 150, *MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -16,15 +15,7 @@ from megatron_occ.mcore.export import HuggingFaceExport
 from megatron_occ.rl import trainer
 from megatron_occ.rollout.remote.vllm import VllmServer
 from tests.e2e.conftest import ROOT, metrics, read_lines
-from tests.vllm.conftest import MODEL
-
-
-def at(*servers):
-    """Overrides that name the servers."""
-    urls = json.dumps([server.url for server in servers])
-    keys = {"urls": urls, "update_timeout": 300}
-    own = ["rl.rollout.engine=vllm", "rl.rollout.batch_size=512", *MODEL]
-    return [*own, *(f"rl.rollout.server.{key}={value}" for key, value in keys.items())]
+from tests.vllm.conftest import MODEL, at
 
 
 def seconds(folder):

@@ -70,6 +70,7 @@ def _family(architecture: str, model_type: str, settings: Any, describe: Any) ->
         duplicates=MTP_DUPLICATES,
         ignored=ROTARY_TABLES,
         writes_duplicates=True,
+        repeats_tied=True,
     )
 
 

@@ -63,4 +63,5 @@ GLM4_MOE = Family(
     duplicates=MTP_DUPLICATES,
     ignored=ROTARY_TABLES,
     writes_duplicates=True,
+    repeats_tied=True,
 )

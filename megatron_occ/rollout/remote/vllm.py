@@ -62,6 +62,7 @@ class VllmServer:
         self.head: tuple[int, ...] | None = None
         self._model = ""
         self._logprobs_mode = ""
+        self._extended = False
 
     def inspect(self) -> None:
         """See ``Server``.
@@ -85,7 +86,8 @@ class VllmServer:
         drafting = config.get("speculative_config")
         self.speculative_tokens = drafting["num_speculative_tokens"].integer() if drafting else 0
         extension = config["parallel_config"].get("worker_extension_cls")
-        if self.speculative_tokens and (extension is None or extension.text() != EXTENSION):
+        self._extended = extension is not None and extension.text() == EXTENSION
+        if self.speculative_tokens and not self._extended:
             raise EngineError(
                 f"{self.client.url}: vLLM reloads no drafter by itself: start it with "
                 f"--worker-extension-cls {EXTENSION}"
@@ -218,7 +220,9 @@ class VllmServer:
         self.client.cancel()
 
     def _reload(self, folder: Path) -> None:
-        method = "reload_trunk_and_head" if self.speculative_tokens else "reload_weights"
+        method = "reload_trunk" if self._extended else "reload_weights"
+        if self.speculative_tokens:
+            method = "reload_trunk_and_head"
         body = {"method": method, "kwargs": {"weights_path": str(folder)}}
         try:
             found = self.client.post(RPC, body, self._settings.update_timeout)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_occ.rollout.remote.arrival import opened, tensors_of
 from megatron_occ.rollout.remote.manifest import Manifest
+from megatron_occ.rollout.remote.vllm_packing import pack_experts_again, pack_output_layer_again
 
 Tensors = Iterable[tuple[str, Tensor]]
 
@@ -43,8 +44,10 @@ def fetch_into(runner: Any, config: Any, drafter: Any, manifest: Manifest, sourc
             yield each
 
     with opened(manifest, source) as arrived:
+        pack_experts_again(runner.model, drafter)
         with _put_in_order(runner.model, config.model_config):
             runner.reload_weights(weights_iterator=counted(tensors_of(manifest, arrived)))
+        pack_output_layer_again(runner.model)
         loaded = 0
         if drafter is not None:
             weights = tensors_of(manifest, arrived, for_drafter=True)

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: loads the weights of the drafter too, and fetches them from memory.
+"""Runs inside vLLM's workers: loads trunk and drafter rightly, from a folder or out of memory.
 
 ``--worker-extension-cls megatron_occ.rollout.remote.vllm_worker.ReloadExtension`` adds the class
 to vLLM's ``Worker``; ``/collective_rpc`` calls its method by name. vLLM's own ``reload_weights``
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_occ.rollout.remote.fingerprint import fingerprint
+from megatron_occ.rollout.remote.vllm_packing import pack_experts_again, pack_output_layer_again
 
 
 class ReloadExtension:
@@ -58,6 +59,20 @@ class ReloadExtension:
         """What this worker has fetched, under ``identity``."""
         return {"identity": self.held_identity}
 
+    def reload_trunk(self, weights_path: str) -> None:
+        """Load the target, of a server without a drafter, from a Hugging Face folder.
+
+        Raises:
+            RuntimeError: no such folder.
+        """
+        from vllm.config import set_current_vllm_config
+
+        _must_be_there(weights_path)
+        with set_current_vllm_config(self.vllm_config):
+            pack_experts_again(self.model_runner.model)
+            self.model_runner.reload_weights(weights_path=weights_path)
+            pack_output_layer_again(self.model_runner.model)
+
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
 
@@ -71,14 +86,20 @@ class ReloadExtension:
         from vllm.config import set_current_vllm_config
 
         self.held_identity = ""
-        if not Path(weights_path).is_dir():
-            raise RuntimeError(f"{weights_path}: no such folder on {socket.gethostname()}")
+        _must_be_there(weights_path)
         with set_current_vllm_config(self.vllm_config):
+            pack_experts_again(self.model_runner.model, _drafter(self.model_runner))
             self.model_runner.reload_weights(weights_path=weights_path)
+            pack_output_layer_again(self.model_runner.model)
             loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
         return {"drafter": loaded, "held": _held(self.model_runner)}
+
+
+def _must_be_there(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise RuntimeError(f"{folder}: no such folder on {socket.gethostname()}")
 
 
 def _drafter(runner: Any) -> Any:
