@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_occ.observe import report_plots, report_tables
 from megatron_occ.observe.html_page import grid, html_page, section, write_page
 from megatron_occ.observe.run_data import RunData, load_run, started_text
+from megatron_occ.observe.servers_section import servers_section
 from megatron_occ.observe.text import escape
 from megatron_occ.observe.trunk_section import trunk_section
 
@@ -53,6 +54,7 @@ def _sections(run: RunData) -> str:
         section("Reinforcement learning", grid(report_plots.rl_cards(run))),
         section("Does MTP move the trunk?", trunk_section(run)),
         section("Time", report_plots.time_card(run)),
+        section("Rollout servers", servers_section(run)),
         section("Pretraining", grid(report_plots.pretrain_cards(run))),
         section(
             "Sample responses",

@@ -16,6 +16,7 @@ from megatron_occ.observe.cards import (
 from megatron_occ.observe.plot import Series
 from megatron_occ.observe.plot_bars import plot_stacked_bars_svg
 from megatron_occ.observe.run_data import RunData, acceptance_lengths
+from megatron_occ.observe.servers_section import server_numbers
 from megatron_occ.observe.text import escape, format_duration, format_percent
 
 _TIME_PHASES = (
@@ -50,6 +51,7 @@ def rl_cards(run: RunData) -> list[str]:
         "Correction for the rollout's policy": _correction_panels(run),
         "Response length": _length_panels(run),
         "Rollout": _rollout_panels(run),
+        "Weights of the rollout": _weights_panels(run),
     }
     cards = [_accuracy_card(run), _sets_card(run)]
     cards += [card(title, group) for title, group in panels.items()]
@@ -146,6 +148,20 @@ def _rollout_panels(run: RunData) -> list[Panel]:
     return [
         Panel(some_series(run, speed), include_zero=True),
         Panel(some_series(run, dropped), include_zero=True),
+    ]
+
+
+def _weights_panels(run: RunData) -> list[Panel]:
+    """How old the weights were that responses come from, and how long new ones take."""
+    lag = [("lag/max", "largest", 7), ("lag/mean", "mean over tokens", MAIN_COLOR)]
+    several = [("lag/straddling", "responses over several versions", 4)]
+    update = [("time/update_weights", "seconds of an update", 5)]
+    # an engine in the training processes has its weights at once
+    times = some_series(run, update) if server_numbers(run) else []
+    return [
+        Panel(some_series(run, lag), include_zero=True, caption="RL steps behind training"),
+        Panel(some_series(run, several), percent=True, include_zero=True),
+        Panel(times, include_zero=True),
     ]
 
 
