@@ -2,8 +2,8 @@
 
 The tokens of the earlier parts become prompt, so the server computes its cache for them anew, and
 each token keeps the log-prob of the weights that it was drawn under. Source: partial rollouts of
-Kimi k1.5 (arXiv 2501.12599, section 2.6.2) and interruptible generation of AReaL (arXiv 2505.24298,
-section 4.1).
+Kimi k1.5 (arXiv 2501.12599, section 2.6.2) and interruptible generation of AReaL (arXiv
+2505.24298).
 """
 
 from __future__ import annotations
