@@ -75,7 +75,7 @@ def test_nothing_else_is_refused(tmp_path):
         ("length", [2] * 7, True, "7 tokens, asked for 1 to 6"),
         ("stop", [], True, "0 tokens"),
         ("length", [2, EOS, 2, 2, 2, 2], True, "tokens follow a stop token"),
-        ("stop", [2, 4], False, "ended with token 4, which is none of the stop ids"),
+        ("stop", [2, 4], False, "ended after 2 of 6 tokens with token 4, which is none of"),
     ],
 )
 def test_reason_and_tokens_agree(reason, tokens, retry, says):
