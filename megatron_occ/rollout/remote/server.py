@@ -159,8 +159,8 @@ def finished(reason: Field, tokens: list[int], request: Request, sampling: Sampl
         )
     if said == STOP and not sampling.stop_strings:
         raise EngineError(
-            f"{where}: ended after {len(tokens)} of {limit} tokens with token {tokens[-1]}, which is "
-            f"none of the stop ids {sampling.stop_ids}. If this is the server's own end-of-text "
+            f"{where}: ended after {len(tokens)} of {limit} tokens with token {tokens[-1]}, which "
+            f"is none of the stop ids {sampling.stop_ids}. If this is the server's own end-of-text "
             "token, name it in rl.rollout.stop_ids; if it differs from response to response, "
             "something on the way cuts answers short"
         )
