@@ -3,7 +3,7 @@
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
     python tools/local_slurm.py [--folder DIR]
 
-Needs root, Debian's Slurm and the Python of an installed checkout; takes about ten minutes. Both
+Needs root, Debian's Slurm and the Python of an installed checkout; takes some ten minutes. Both
 nodes are this host, under the addresses 127.0.0.1 and 127.0.0.2. Configuration, keys and logs lie
 in the folder; nothing outside is changed, and all daemons are gone afterwards.
 
