@@ -1,11 +1,14 @@
 # What the .sbatch files share. `launch COMMAND ARGUMENTS...` and `evaluate ARGUMENTS...` run megatron-occ
 # on all nodes of the job, `convert ARGUMENTS...` and `compare ARGUMENTS...` one process of it.
+# `launch_with_servers ARGUMENTS...` is in servers.sh.
 # shellcheck shell=bash
 
 # shellcheck source=slurm/site.sh
 source "${OCC_SITE:-slurm/site.sh}"
 # shellcheck source=slurm/step.sh
 source slurm/step.sh
+# shellcheck source=slurm/servers.sh
+source slurm/servers.sh
 
 launch() {
     local command=$1 run_dir
@@ -61,6 +64,7 @@ run_on_all_nodes() {
     mkdir -p "$logs"
     require_healthy_nodes "$run_dir"
     say "megatron-occ $*"
+    [[ -z $SERVER_NODELIST ]] || start_servers "$logs"
     say "$WORLD_SIZE processes on $SLURM_JOB_NUM_NODES nodes, a log of each in $logs"
     train "$run_dir" --output="$logs/rank_%4t.log" --open-mode=append bash slurm/rank.sh "$@"
 }
@@ -127,7 +131,7 @@ require_job() {
 # A process for each GPU; without GPUs as many as sbatch --ntasks-per-node says.
 count_gpus() {
     # as asked for; an exclusive job may hold more than its steps get. "a100:8" is 8
-    GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_ON_NODE:-}}}
     GPUS=${GPUS##*:}
     if [[ -n ${SBATCH_GPUS_PER_NODE:-} && -z $GPUS ]]; then
         fail "this job has no GPUs: \`source slurm/site.sh\` before sbatch, or delete" \
@@ -151,6 +155,7 @@ step_options() {
     local cpus=$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))
     ((cpus > 0)) || fail "$TASKS_PER_NODE processes on $SLURM_CPUS_ON_NODE CPUs of a node"
     OPTIONS=(--cpus-per-task="$cpus")
+    [[ -z $SERVER_NODELIST ]] || OPTIONS+=(--het-group=0)
     [[ -z $GPUS ]] || OPTIONS+=(--gpus-per-node="$GPUS" --gpu-bind=none)
     OPTIONS+=("${SRUN_OPTIONS[@]}")
 }

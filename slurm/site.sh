@@ -23,6 +23,11 @@ PYTHON=.venv/bin/python # as seen from the folder you submit in
 SRUN_OPTIONS=()
 # SRUN_OPTIONS=(--container-image=image.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
 
+# The command of rollout servers (slurm/rl_servers.sbatch), and options of srun for them: vLLM may be in
+# an environment or image of its own.
+VLLM=vllm
+SERVER_SRUN_OPTIONS=("${SRUN_OPTIONS[@]}")
+
 # Called in every process before Python starts, inside the container.
 site_environment() {
     # module load cuda nccl

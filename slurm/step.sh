@@ -34,6 +34,7 @@ train() {
     STEP_PID=""
     ! ranks_ended_with "$STOPPED" || status=$((status ? status : STOPPED))
     say "ended with exit status $status"
+    [[ -z $SERVERS_PID ]] || end_servers
     settle "$folder" "$before" "$status"
 }
 
@@ -141,19 +142,17 @@ checkpoints() {
 # Check all nodes at once, a step for each, and name in BAD_NODES those that fail or do not answer. If
 # all of several fail, it is not the nodes.
 check_nodes() {
-    local folder=$1.logs/$SLURM_JOB_ID/health host hosts step steps=() bad=()
+    local folder=$1.logs/$SLURM_JOB_ID/health host hosts=() step steps=() bad=()
     BAD_NODES=""
     [[ ${HEALTH_SECONDS:-300} != 0 ]] || return 0
     mkdir -p "$folder"
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     step_options
-    for host in "${hosts[@]}"; do
-        timeout --kill-after=30 "${HEALTH_SECONDS:-300}" srun "${OPTIONS[@]}" --nodes=1 --ntasks=1 \
-            --nodelist="$host" bash slurm/health.sh --folder "$folder" --gpus "${GPUS:-0}" \
-            --free-memory "${HEALTH_FREE_MEMORY:-50}" \
-            --free-gpu-memory "${HEALTH_FREE_GPU_MEMORY:-90}" >"$folder/$host" 2>&1 &
-        steps+=($!)
-    done
+    start_checks "$SLURM_JOB_NODELIST" "${GPUS:-0}"
+    if [[ -n $SERVER_NODELIST ]]; then
+        server_step_options 1
+        OPTIONS+=("${SRUN_OPTIONS[@]}")
+        start_checks "$SERVER_NODELIST" "${SERVER_NODE_GPUS:-0}"
+    fi
     for step in "${steps[@]}"; do
         finish "$step" || true
     done
@@ -168,6 +167,20 @@ check_nodes() {
         return 1
     fi
     BAD_NODES=$(IFS=,; echo "${bad[*]}")
+}
+
+# start_checks NODES GPUS: with OPTIONS, in the folder, hosts and steps of check_nodes.
+start_checks() {
+    local host found
+    mapfile -t found < <(scontrol show hostnames "$1")
+    for host in "${found[@]}"; do
+        timeout --kill-after=30 "${HEALTH_SECONDS:-300}" srun "${OPTIONS[@]}" --nodes=1 --ntasks=1 \
+            --nodelist="$host" bash slurm/health.sh --folder "$folder" --gpus "$2" \
+            --free-memory "${HEALTH_FREE_MEMORY:-50}" \
+            --free-gpu-memory "${HEALTH_FREE_GPU_MEMORY:-90}" >"$folder/$host" 2>&1 &
+        steps+=($!)
+    done
+    hosts+=("${found[@]}")
 }
 
 # Before the job starts: a node that fails the check is left out of the next attempt.

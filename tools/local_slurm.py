@@ -3,13 +3,14 @@
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
     python tools/local_slurm.py [--folder DIR]
 
-Needs root, Debian's Slurm and the Python of an installed checkout; takes about eight minutes. Both
+Needs root, Debian's Slurm and the Python of an installed checkout; takes some ten minutes. Both
 nodes are this host, under the addresses 127.0.0.1 and 127.0.0.2. Configuration, keys and logs lie
 in the folder; nothing outside is changed, and all daemons are gone afterwards.
 
 ``slurm/rl.sbatch`` runs ``conf/rl/tiny.yaml`` over both nodes, a process on each: once left alone,
 and again as each scenario below has it. In the end all must have the same
-checkpoint, bit for bit, and the same rollouts. Exits with 1 if not.
+checkpoint, bit for bit, and the same rollouts. ``slurm/rl_servers.sbatch`` runs it with a stand-in
+for vLLM. Exits with 1 if not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from compare_runs import compare, records
@@ -44,6 +46,7 @@ def main() -> None:
         runs = [scenario(cluster) for scenario in (interrupted, hung, started_twice)]
         sick_node(cluster)
         evaluated(cluster, folder / "whole")
+        served(cluster, folder / "whole")
     equal = [compare(run, folder / "whole", "rl") for run in runs]
     sys.exit(0 if all(equal) else 1)
 
@@ -135,6 +138,45 @@ def evaluated(cluster: Cluster, run_dir: Path) -> None:
     cluster.wait_for_end(job)
     (log,) = (cluster.folder / "evaluated.logs" / job).glob("rank_0000.log")
     print(*log.read_text().splitlines()[-4:], sep="\n", flush=True)
+
+
+def served(cluster: Cluster, run_dir: Path) -> None:
+    """A job of trainer and server, a node for each, whose server is killed, and which is requeued.
+
+    A stand-in for vLLM serves.
+    """
+    (start,) = (run_dir / "checkpoints" / "pretrain").glob("step_*")
+    model, served_run = cluster.folder / "model", cluster.folder / "served"
+    export = ("-m", "megatron_occ", "convert", "export", str(start), str(model))
+    cluster.command(sys.executable, *export)
+    cluster.environment["SERVER_MODEL"] = str(model)
+    words = ["--config", "conf/rl/tiny.yaml", f"run_dir={served_run}", f"rl.init_from={start}"]
+    words += [f"rl.steps={STEPS}", "rl.async.max_lag=1", "rl.rollout.batch_size=512"]
+    job = cluster.sbatch(1, ":", "--nodes=1", "slurm/rl_servers.sbatch", *words)
+    cluster.wait_for_steps(job, served_run, "rl", STEPS // 4)
+    (server,) = servers_of(model)
+    os.kill(server, signal.SIGKILL)
+    cluster.wait_for_steps(job, served_run, "rl", STEPS // 2)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: cluster.state(job) == "PENDING", "the job's requeueing itself")
+    cluster.wait_for_end(job)
+    report_attempts(served_run, attempts=2)
+    (log,) = Path(f"{served_run}.logs").glob("*/server_0000.log")
+    starts = lines_with(log.read_text(), ": server on")
+    print(*starts, sep="\n", flush=True)
+    wait_for(lambda: not servers_of(model), "the end of the server")
+    if len(starts) != 3 or len(records(served_run, "rl")) != STEPS:
+        sys.exit(f"{served_run}: not {STEPS} steps with three starts of a server, see its logs")
+
+
+def servers_of(model: Path) -> list[int]:
+    """Processes of the stand-in for vLLM."""
+    wanted, found = f"\0serve\0{model}\0".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone by now
+            if wanted in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def process_of(job: str, rank: int) -> int:

@@ -21,6 +21,11 @@ STEPS = 12
 PATIENCE = 300  # seconds
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
 
+VLLM = """\
+#!/bin/bash
+exec {python} -m tests.e2e.served_policy "$@"
+"""
+
 CONFIGURATION = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -53,6 +58,8 @@ unset SBATCH_GPUS_PER_NODE SBATCH_EXCLUSIVE
 # both nodes are this host, which may have other things to do
 HEALTH_FREE_MEMORY=1
 PYTHON={python}
+# in place of vLLM, a server that computes on the CPU with transformers
+VLLM={folder}/vllm
 site_environment() {{
     export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
     # a node that is to fail the health check
@@ -152,6 +159,8 @@ def local_slurm(folder: Path) -> Iterator[Cluster]:
     settings = {"folder": folder, "host": socket.gethostname(), "ports": free_ports(3)}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(nodes=NODES, **settings))
     (folder / "site.sh").write_text(SITE.format(python=sys.executable, folder=folder))
+    (folder / "vllm").write_text(VLLM.format(python=sys.executable))
+    (folder / "vllm").chmod(0o755)
     files = ("key", "socket", "pid", "log", "seed")
     munge = [f"--{n}{'' if n == 'socket' else '-file'}={folder}/munge.{n}" for n in files]
     cluster = Cluster(folder)

@@ -1,7 +1,11 @@
-"""A server like vLLM that serves what it is given, by transformers: the exported weights."""
+"""A server like vLLM that serves what it is given, by transformers: the exported weights.
+
+``python -m tests.e2e.served_policy serve MODEL --port N ...`` stands in for the command ``vllm``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import random
 import shutil
@@ -31,10 +35,10 @@ class ServedPolicy(FakeVllm):
     configuration.
     """
 
-    def __init__(self, stuck: int | None = None, model: Path | None = None) -> None:
+    def __init__(self, stuck: int | None = None, model: Path | None = None, **options) -> None:
         self.updates, self.stuck, self.folder = [], stuck, model
         self.model, self.model_lock = None, threading.Lock()
-        super().__init__()
+        super().__init__(**options)
 
     def load(self, folder: str) -> None:
         self.updates.append(Path(folder).name)
@@ -75,3 +79,19 @@ class ServedPolicy(FakeVllm):
             tops.append(row.max().item())
         reason = "stop" if tokens[-1] in stops else "length"
         return tokens, logprobs, tops, reason, 0, 0
+
+
+def main() -> None:
+    """Serve until killed; options of ``vllm serve`` that are not known here are not read."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--port", type=int, required=True)
+    options, _ = parser.parse_known_args()
+    server = ServedPolicy(model=options.model, address=("", options.port))
+    server.load(str(options.model))
+    server.thread.join()
+
+
+if __name__ == "__main__":
+    main()

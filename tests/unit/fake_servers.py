@@ -87,6 +87,7 @@ class FakeServer:
         seeded: a seed gives the same response each time.
         pace: seconds that a token takes.
         stuck: a request waits to be interrupted, and has so many tokens by then; None: it does not.
+        address: to listen on; port 0: any.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class FakeServer:
         seeded=True,
         pace=0.0,
         stuck=None,
+        address=("127.0.0.1", 0),
     ) -> None:
         self.pace, self.stuck, self.interrupted = pace, stuck, threading.Event()
         self.waiting = 0  # requests that are held
@@ -154,7 +156,7 @@ class FakeServer:
                 except OSError:
                     pass
 
-        self.http = Http(("127.0.0.1", 0), Handler)
+        self.http = Http(address, Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()

@@ -16,7 +16,7 @@ needs_bash = pytest.mark.skipif(
 )
 
 # srun: the step with --dry-run answers with the run folder, those of the health check do what
-# HEALTH says, the other what STEP says
+# HEALTH says, that of servers starts one of them, the other what STEP says
 FAKES = {
     "srun": """
 if [[ "$*" == *slurm/health.sh* ]]; then
@@ -29,16 +29,25 @@ if [[ "$*" == *--dry-run* ]]; then
     echo "folder             $RUN_DIR"
     printf 'command            rl\\nrun_dir            %s\\n%s' "$RUN_DIR" "${PLAN:-}"; exit
 fi
+if [[ "$*" == *slurm/server.sh* ]]; then
+    echo "$*" >"$CALLS.servers"
+    SLURM_LOCALID=${LOCAL:-0} exec bash slurm/server.sh
+fi
 echo "$WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >>"$CALLS"
 eval "${STEP:-}"
 """,
     "scontrol": """
-case "$1 $2" in
-"show hostnames") printf 'node7\\nnode8\\n' ;;
-"show job") echo "JobId=$4 PreemptTime=${PREEMPTED:-None} ExcNodeList=${EXCLUDED:-(null)} X=1" ;;
+case "$*" in
+"show hostnames node[1-2]") printf 'node1\\nnode2\\n' ;;
+"show hostnames node[7-8]") printf 'node7\\nnode8\\n' ;;
+"show job"*) echo "JobId=$4 PreemptTime=${PREEMPTED:-None} ExcNodeList=${EXCLUDED:-(null)} X=1" ;;
 requeue*) echo "requeue $2" >>"$CALLS"; exit "${REFUSED:-0}" ;;
 update*) echo "$*" >>"$CALLS" ;;
 esac
+""",
+    "vllm": """
+echo "$$ $CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $VLLM_API_KEY $PYTHONPATH $*" >>"$CALLS.vllm"
+eval "${SERVE:-sleep 60}"
 """,
     "squeue": """[[ "$*" != *"--jobs=${QUEUED:-none}" ]] || echo "$QUEUED RUNNING" """,
 }

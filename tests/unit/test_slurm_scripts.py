@@ -160,7 +160,7 @@ def test_the_share_of_an_array_element_is_not_given_twice(job):
     assert "an array gives --share" in done.stderr
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare", "eval"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "rl_servers", "convert", "compare", "eval"])
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_CPUS_ON_NODE"])
 def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     del job.environment[missing]
@@ -171,7 +171,7 @@ def test_outside_a_job_a_script_says_how_to_submit_it(job, script, missing):
     assert job.calls == []
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "convert", "compare", "eval"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "rl_servers", "convert", "compare", "eval"])
 def test_outside_a_job_help_is_the_head_of_the_script(job, script):
     del job.environment["SLURM_JOB_ID"]
     done = job("--help", script=script)
