@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,14 @@ def pretrained(tmp_path_factory):
     return checkpoint
 
 
+# of servers: idle is a share of the time, and requests go to the one that is free
+CLOCK = re.compile("per_second|request_seconds|/idle$|/requests$")
+
+
 def metrics(folder: Path, phase: str) -> list[dict]:
     """Lines of one phase without clocks."""
     return [
-        {k: v for k, v in line.items() if not k.startswith("time") and "per_second" not in k}
+        {k: v for k, v in line.items() if not (k.startswith("time") or CLOCK.search(k))}
         for line in read_lines(folder / "metrics.jsonl")
         if line["phase"] == phase
     ]

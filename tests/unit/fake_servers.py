@@ -86,7 +86,8 @@ class FakeServer:
         biased: draws tokens after the first that its log-probs do not say.
         seeded: a seed gives the same response each time.
         pace: seconds that a token takes.
-        stuck: a request waits to be interrupted, and has so many tokens by then; None: it does not.
+        frozen: a request waits to be interrupted, and has so many tokens by then; None: it
+            does not.
         address: to listen on; port 0: any.
     """
 
@@ -97,10 +98,10 @@ class FakeServer:
         biased=False,
         seeded=True,
         pace=0.0,
-        stuck=None,
+        frozen=None,
         address=("127.0.0.1", 0),
     ) -> None:
-        self.pace, self.stuck, self.interrupted = pace, stuck, threading.Event()
+        self.pace, self.frozen, self.interrupted = pace, frozen, threading.Event()
         self.waiting = 0  # requests that are held
         self.speculative, self.takes = speculative, takes
         self.trunk = self.head = 0
@@ -202,13 +203,13 @@ class FakeServer:
     def until_interrupted(self, count):
         """Tokens that there is time for."""
         with self.lock:
-            ended, start, stuck = self.interrupted, time.monotonic(), self.stuck
-            self.waiting += stuck is not None
-        if stuck is not None:
+            ended, start, frozen = self.interrupted, time.monotonic(), self.frozen
+            self.waiting += frozen is not None
+        if frozen is not None:
             ended.wait(30)
             with self.lock:
                 self.waiting -= 1
-            return min(stuck, count)
+            return min(frozen, count)
         if not self.pace or not ended.wait(count * self.pace):
             return count
         return int((time.monotonic() - start) / self.pace)

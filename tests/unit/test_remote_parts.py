@@ -47,7 +47,7 @@ def asked(servers):
     return sum(len(server.sampled()) for server in servers)
 
 
-def all_stuck(servers):
+def all_frozen(servers):
     """Every request is with a server."""
     wait_for(lambda: sum(server.waiting for server in servers) == len(REQUESTS))
 
@@ -55,12 +55,12 @@ def all_stuck(servers):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_responses_go_on_under_new_weights(tmp_path, kind, count):
-    with fleet(tmp_path, kind, count, stuck=20) as (engine, servers, weights):
+    with fleet(tmp_path, kind, count, frozen=20) as (engine, servers, weights):
         pending = engine.submit(REQUESTS, LONG)
         for version in (2, 3):
-            all_stuck(servers)
+            all_frozen(servers)
             for server in servers:
-                server.stuck = 20 if version == 2 else None
+                server.frozen = 20 if version == 2 else None
             weights["trunk"] = TRUNKS[version]
             engine.update_weights(version)
         result = pending.result()
@@ -86,13 +86,13 @@ def test_an_update_without_anything_under_way_interrupts_nothing(tmp_path):
 
 def test_what_was_asked_for_first_is_sent_first_and_a_call_that_waits_before_it(tmp_path):
     requests = [[Request([first], seed) for seed in range(4)] for first in (2, 3, 4)]
-    with fleet(tmp_path, options={"concurrency": 1}, stuck=5) as (engine, (server,), _):
+    with fleet(tmp_path, options={"concurrency": 1}, frozen=5) as (engine, (server,), _):
         pending = [engine.submit(each, LONG) for each in requests[:2]]
         wait_for(lambda: server.waiting)
         call = threading.Thread(target=engine.generate, args=(requests[2], LONG))
         call.start()
         wait_for(lambda: engine._workers._waiting.qsize() == 11)
-        server.stuck = None
+        server.frozen = None
         server.interrupt()
         call.join(5)
         for each in pending:
@@ -103,11 +103,11 @@ def test_what_was_asked_for_first_is_sent_first_and_a_call_that_waits_before_it(
 
 
 def test_parts_of_a_server_with_other_weights_are_sampled_again(tmp_path):
-    with fleet(tmp_path, stuck=20) as (engine, (server,), weights):
+    with fleet(tmp_path, frozen=20) as (engine, (server,), weights):
         server.trunk = 0  # restarted, unnoticed so far
         pending = engine.submit(REQUESTS, LONG)
-        all_stuck([server])
-        server.stuck = None
+        all_frozen([server])
+        server.frozen = None
         weights["trunk"] = 8
         engine.update_weights(2)
         result = pending.result()
@@ -119,11 +119,11 @@ def test_parts_of_a_server_with_other_weights_are_sampled_again(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path, kind):
     options = {"retries": 2, "update_timeout": 2.0}
-    with fleet(tmp_path, kind, count=2, options=options, stuck=20) as (engine, servers, weights):
+    with fleet(tmp_path, kind, count=2, options=options, frozen=20) as (engine, servers, weights):
         one, other = servers
         pending = engine.submit(REQUESTS, LONG)
-        all_stuck(servers)
-        one.stuck = other.stuck = None
+        all_frozen(servers)
+        one.frozen = other.frozen = None
         gone = ["drop"] * 1000
         other.faults, other.lost = gone, {path: gone for path in PATHS}
         other.interrupt()
@@ -139,13 +139,13 @@ PATHS += ("/update_weights_from_disk", "/flush_cache", "/collective_rpc", "/rese
 
 
 def test_abort_ends_all_calls_under_way(tmp_path):
-    with fleet(tmp_path, stuck=20) as (engine, (server,), _):
+    with fleet(tmp_path, frozen=20) as (engine, (server,), _):
         pending = [engine.submit(REQUESTS, LONG) for _ in range(3)]
         wait_for(server.sampled)
         engine.abort()
         for each in pending:
             assert each.result().finish_reasons == ["abort"] * len(REQUESTS)
-        server.stuck = None
+        server.frozen = None
         check(engine.generate(REQUESTS, SAMPLING))
 
 
@@ -160,7 +160,7 @@ def test_a_request_that_fails_for_good_is_told_by_its_own_call(tmp_path):
 
 
 def test_an_update_that_fails_ends_what_is_under_way(tmp_path):
-    with fleet(tmp_path, stuck=20) as (engine, (server,), weights):
+    with fleet(tmp_path, frozen=20) as (engine, (server,), weights):
         pending = engine.submit(REQUESTS, LONG)
         wait_for(server.sampled)
         weights["trunk"], server.takes = 8, ()
@@ -249,7 +249,7 @@ def test_workers_take_the_most_urgent_first():
 
 def test_far_more_work_than_elsewhere_is_shared(tmp_path):
     same = [Request([2, 3], seed) for seed in range(60)]
-    with fleet(tmp_path, count=2, options={"concurrency": 60}, stuck=5) as (engine, servers, _):
+    with fleet(tmp_path, count=2, options={"concurrency": 60}, frozen=5) as (engine, servers, _):
         pending = engine.submit(same, LONG)
         wait_for(lambda: asked(servers) == 60)
         # all of them are one group
