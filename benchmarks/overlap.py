@@ -1,6 +1,6 @@
 """Does sampling go on while training does? The client and its servers with known times.
 
-    python -m benchmarks.overlap [--steps 8] [--repeats 3]
+    python -m benchmarks.overlap [--steps 5] [--repeats 3]
 
 The server is simulated (over HTTP, a token every so many milliseconds), training is a pause of
 known length; all between them is the product: prompts, client, interruption and update of weights,
@@ -36,7 +36,7 @@ from tests.unit.fake_servers import VOCAB, FakeVllm, export, score
 ALPHABET = "abcdefghijklm"
 LENGTH = 100
 # seconds of sampling and of training in a step
-CASES = {"alike": (1.0, 1.0), "training is slower": (0.5, 1.0), "sampling is slower": (1.0, 0.5)}
+CASES = {"alike": (3.0, 3.0), "training is slower": (1.5, 3.0), "sampling is slower": (3.0, 1.5)}
 LAGS = (0, 1, 2)
 SIZES = ("rl.prompts_per_step=8", "rl.samples_per_prompt=4")
 
@@ -77,7 +77,7 @@ class Policy:
 def main() -> None:
     """Run all cases; print medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print("| sampling, training | lag | seconds | ideal | ideal / seconds | update, s |")
