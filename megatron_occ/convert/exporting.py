@@ -209,10 +209,9 @@ def write_weights(
         The number of shards.
     """
     beside = plan.beside
-    apart = {output.name for output in beside}
     if plan.fits_head:
         reader = BeforeFinalNorm(reader)
-    shards = split_into_shards([o for o in plan.outputs if o.name not in apart], shard)
+    shards = split_into_shards(sent_outputs(plan), shard)
     parts = _Parts(plan, reader)
     done = 0
     with Progress(len(plan.outputs), "export", enabled=not quiet) as progress:

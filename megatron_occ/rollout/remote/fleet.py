@@ -173,9 +173,13 @@ class Fleet:
             return False
         return True
 
-    def _reload(self, member: Member) -> None:
+    def _load(self, member: Member) -> None:
         assert self.weights is not None, "there is something to load"
         member.server.load_weights(*self.weights)
+        member.version = self.weights[1]
+
+    def _reload(self, member: Member) -> None:
+        self._load(member)
         if self._prober is not None:
             self._prober.check_logprobs(member.server)
             self._prober.check_head(member.server)
@@ -212,11 +216,9 @@ class Fleet:
             self._mark(member, True)
 
     def _update(self, member: Member) -> None:
-        assert self.weights is not None, "there is something to load"
-        member.server.load_weights(*self.weights)
+        self._load(member)
         if self._prober is not None:
             self.reports[member.server.client.url] = self._prober.check(member.server)
-        member.version = self.weights[1]
 
     def _mark(self, member: Member, is_up: bool, cause: str = "") -> None:
         if member.down and is_up:

@@ -67,6 +67,7 @@ class ReloadExtension:
         """
         from vllm.config import set_current_vllm_config
 
+        self.held_identity = ""
         _must_be_there(weights_path)
         with set_current_vllm_config(self.vllm_config):
             pack_experts_again(self.model_runner.model)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megatron_occ.rollout.engine import DraftStatistics
 
@@ -120,18 +120,9 @@ def server_metrics(works: Sequence[ServerWork]) -> dict[str, float]:
     """
     total: dict[str, ServerWork] = {}
     for work in works:
-        if work.url in total:
-            total[work.url].add(work)
-        else:
-            total[work.url] = replace(work, drafts=_copy(work.drafts))
+        total.setdefault(work.url, ServerWork(work.url, work.version)).add(work)
     return {
         f"server/{number}/{name}": value
         for number, work in enumerate(total.values(), start=1)
         for name, value in work.metrics().items()
     }
-
-
-def _copy(drafts: DraftStatistics) -> DraftStatistics:
-    copied = DraftStatistics()
-    copied.add(drafts)
-    return copied
