@@ -30,7 +30,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow>=2.10"],
         "gpu": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "ruff", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "pre-commit"],
     },
     entry_points={"console_scripts": ["megatron-occ = megatron_occ.cli:main"]},
 )

@@ -2,6 +2,7 @@
 
 Whole runs through the command line are in one, all others in the other; both take about as long.
 Many of them wait for processes of their own, and a machine with two cores has one to spare then.
+What they print is shown line by line as it comes, so that a job that is cut shows how far it was.
 
     python tools/test_all.py [arguments of pytest]
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
 PARTS = (("tests/unit", "tests/mcore"), ("tests/e2e",))
 
@@ -22,18 +23,31 @@ def main(arguments: Sequence[str]) -> int:
     """Run; returns the exit status, that of the part that fared worse."""
     if arguments:
         return subprocess.call(command(arguments))
-    shown, other = PARTS
-    with tempfile.TemporaryFile() as output:
-        beside = subprocess.Popen(command(other), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            status = subprocess.call(command(shown))
-            print(f"{' '.join(other)}: shown when they are through", flush=True)
-            status = max(status, beside.wait())
-        finally:
-            beside.terminate()
-        output.seek(0)
-        print(output.read().decode("utf-8", "replace"), flush=True)
-    return status
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    parts = [subprocess.Popen(command(part), errors="replace", **pipes) for part in PARTS]
+    names = [" ".join(name.removeprefix("tests/") for name in part) for part in PARTS]
+    width = max(map(len, names))
+    shown = [
+        threading.Thread(target=show, args=(name.ljust(width), part.stdout), daemon=True)
+        for name, part in zip(names, parts, strict=True)
+    ]
+    try:
+        for thread in shown:
+            thread.start()
+        # a run of a test that outlived it would keep the pipe open
+        status = max(part.wait() for part in parts)
+        for thread in shown:
+            thread.join(timeout=10)
+        return status
+    finally:
+        for part in parts:
+            part.terminate()
+
+
+def show(name: str, lines: Iterable[str]) -> None:
+    """Print the lines of a part, each with its name before it."""
+    for line in lines:
+        print(f"{name} | {line}", end="", flush=True)
 
 
 def command(arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -41,6 +42,17 @@ def start(folder, *arguments, **options):
     return subprocess.Popen(command, cwd=ROOT, text=True, **options)
 
 
+@contextmanager
+def endless(folder, *arguments, **options):
+    """A run that ends by a signal, or with the test."""
+    more = ("pretrain.steps=100000", "pretrain.log_every=1", *arguments)
+    with start(folder, *more, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def left_running(leader):
     """Processes of a session that do not end within ten seconds."""
     deadline = time.monotonic() + 10
@@ -56,13 +68,14 @@ def wait_for_steps(folder, process):
 
 
 def test_sigterm_ends_with_a_checkpoint_a_sentence_and_nothing_left_running(tmp_path):
-    folder, endless = tmp_path / "run", ("pretrain.steps=100000", "pretrain.log_every=1")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    with start(folder, *endless, "pretrain.save_every=5", **pipes) as process:
+    folder = tmp_path / "run"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with endless(folder, "pretrain.save_every=5", **pipes) as process:
         wait_for_steps(folder, process)
         # a second one, fresh or resumed, is refused, and the first goes on
         for more in ((), ("--resume",)):
-            second = start(folder, *endless, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            second = start(folder, "pretrain.steps=100000", *more, **pipes)
             _, told = second.communicate(timeout=120)
             assert second.returncode == 1
             assert f"process {process.pid} on " in told
@@ -80,9 +93,8 @@ def test_sigterm_ends_with_a_checkpoint_a_sentence_and_nothing_left_running(tmp_
 
 def test_a_killed_run_leaves_no_process(tmp_path):
     folder = tmp_path / "run"
-    more = ("pretrain.steps=100000", "pretrain.log_every=1", "pretrain.save_every=1")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with start(folder, *more, start_new_session=True, **quiet) as process:
+    with endless(folder, "pretrain.save_every=1", **quiet) as process:
         while process.poll() is None and not any(folder.glob("checkpoints/*/step_*[0-9]")):
             time.sleep(0.05)
         assert children(process.pid)

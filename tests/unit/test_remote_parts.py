@@ -12,7 +12,6 @@ from megatron_occ.rollout.remote.fleet import Member
 from megatron_occ.rollout.remote.gate import Gate
 from megatron_occ.rollout.remote.parts import Part, fresh, joined, rest_of
 from megatron_occ.rollout.remote.server import Answer
-from megatron_occ.rollout.remote.workers import Workers
 from megatron_occ.rollout.remote.workload import ServerWork, Workload, server_metrics
 from megatron_occ.rollout.text import StopText
 from tests.unit.fake_servers import log_probs
@@ -168,6 +167,7 @@ def test_an_update_that_fails_ends_what_is_under_way(tmp_path):
             engine.update_weights(2)
         with pytest.raises(EngineError, match="call update_weights"):
             pending.result()
+        wait_for(lambda: not any(thread.name == "rollout job" for thread in threading.enumerate()))
 
 
 def part(tokens, version=1, reason="abort", source=HERE):
@@ -231,20 +231,6 @@ def test_the_gate_keeps_work_and_changes_apart():
     stop.set()
     work()
     assert seen == [4, None]
-
-
-def test_workers_take_the_most_urgent_first():
-    workers, order, first = Workers(1), [], threading.Event()
-    workers.submit(5, lambda: first.wait(5))
-    futures = [workers.submit(rank, lambda r=rank: order.append(r)) for rank in (3, 1, 2, 1)]
-    first.set()
-    for future in futures:
-        future.result(5)
-    assert order == [1, 1, 2, 3]
-    failing = workers.submit(0, lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        failing.result(5)
-    workers.close()
 
 
 def test_far_more_work_than_elsewhere_is_shared(tmp_path):

@@ -29,8 +29,34 @@ def test_the_status_is_that_of_the_worse_part(monkeypatch, capfd, first, second,
 
     monkeypatch.setattr(test_all, "command", command)
     assert test_all.main([]) == status
-    shown = capfd.readouterr().out
-    assert shown.index("tests/mcore") < shown.index("['tests/e2e']")
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        "e2e        | ['tests/e2e']",
+        "unit mcore | ['tests/unit', 'tests/mcore']",
+    ]
+
+
+def test_lines_are_shown_before_a_part_has_ended(monkeypatch, tmp_path):
+    # each part waits for the other's line to be shown
+    code = """if True:
+        import pathlib, sys, time
+        print(sys.argv[1], flush=True)
+        while not pathlib.Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+    """
+    go = tmp_path / "go"
+    told = []
+
+    def show(name, lines):
+        told.extend(next(iter(lines)).split())
+        if len(told) == 2:
+            go.touch()
+
+    monkeypatch.setattr(test_all, "show", show)
+    monkeypatch.setattr(
+        test_all, "command", lambda given: [sys.executable, "-c", code, given[0], str(go)]
+    )
+    assert test_all.main([]) == 0
+    assert sorted(told) == ["tests/e2e", "tests/unit"]
 
 
 def test_arguments_go_to_one_process(monkeypatch):

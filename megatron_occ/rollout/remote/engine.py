@@ -117,6 +117,10 @@ class RemoteEngine:
         try:
             self._check_loaded()
             answers = job.result()
+        except BaseException:
+            # nobody would end it later
+            job.stop.set()
+            raise
         finally:
             with self._jobs_lock:
                 self._jobs.discard(job)

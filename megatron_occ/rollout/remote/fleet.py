@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError
@@ -18,6 +17,7 @@ from megatron_occ.rollout.remote.server import Server, StaleWeights
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.sglang import SglangServer
 from megatron_occ.rollout.remote.vllm import VllmServer
+from megatron_occ.rollout.remote.workers import at_once
 from megatron_occ.rollout.remote.workload import ServerWork, Workload
 
 POLL = 0.5
@@ -247,8 +247,7 @@ class Fleet:
 
     def _each(self, work: Callable[[Member], None]) -> None:
         """Do something on all servers at once; one error for all that failed."""
-        with ThreadPoolExecutor(len(self.members)) as pool:
-            futures = [pool.submit(work, member) for member in self.members]
+        futures = at_once(work, self.members)
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in errors:
             if not isinstance(error, EngineError):

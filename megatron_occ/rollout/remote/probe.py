@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_occ.rollout.engine import DraftStatistics, EngineError, Request, SamplingSettings
 from megatron_occ.rollout.remote.server import Answer, Server
 from megatron_occ.rollout.remote.settings import RemoteSettings
+from megatron_occ.rollout.remote.workers import results_of
 
 LogProbs = Sequence[Sequence[float]]
 # below this the trainer's log-probs count as not moved, in nats: the rounding of bf16 weights
@@ -35,6 +36,8 @@ STILL = 1e-3
 SAMPLES, SAMPLE_LENGTH = 64, 8
 # of these so many are asked for a second time
 REPEATS = 8
+# requests under way at once
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -213,8 +216,8 @@ class Prober:
         settings = SamplingSettings(1.0, max_response_length=SAMPLE_LENGTH)
         prompts = self._probe.draft_prompts
         requests = [Request(prompts[i % len(prompts)], seed=i + 1) for i in range(SAMPLES)]
-        with ThreadPoolExecutor(min(8, self._settings.concurrency)) as pool:
-            answers = list(pool.map(lambda one: server.sample(one, settings, top=True), requests))
+        ask = partial(server.sample, sampling=settings, top=True)
+        answers = results_of(ask, requests, min(THREADS, self._settings.concurrency))
         self._compare_scores(server, requests[0], answers[0])
         z = likeliest_z(answers)
         if abs(z) > self._settings.sampling_z:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_occ.rollout.remote.fingerprint import fingerprint
-from megatron_occ.rollout.remote.vllm_packing import pack_experts_again, pack_output_layer_again
 
 
 class ReloadExtension:
@@ -65,14 +64,8 @@ class ReloadExtension:
         Raises:
             RuntimeError: no such folder.
         """
-        from vllm.config import set_current_vllm_config
-
         self.held_identity = ""
-        _must_be_there(weights_path)
-        with set_current_vllm_config(self.vllm_config):
-            pack_experts_again(self.model_runner.model)
-            self.model_runner.reload_weights(weights_path=weights_path)
-            pack_output_layer_again(self.model_runner.model)
+        _load_folder(self.model_runner, self.vllm_config, None, weights_path)
 
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
@@ -84,23 +77,12 @@ class ReloadExtension:
         Raises:
             RuntimeError: no drafter, no such folder, or it holds none of the drafter's weights.
         """
-        from vllm.config import set_current_vllm_config
-
         self.held_identity = ""
-        _must_be_there(weights_path)
-        with set_current_vllm_config(self.vllm_config):
-            pack_experts_again(self.model_runner.model, _drafter(self.model_runner))
-            self.model_runner.reload_weights(weights_path=weights_path)
-            pack_output_layer_again(self.model_runner.model)
-            loaded = _reload_drafter(self.model_runner, self.vllm_config, weights_path)
+        drafter = _drafter(self.model_runner)
+        loaded = _load_folder(self.model_runner, self.vllm_config, drafter, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
         return {"drafter": loaded, "held": _held(self.model_runner)}
-
-
-def _must_be_there(folder: str) -> None:
-    if not Path(folder).is_dir():
-        raise RuntimeError(f"{folder}: no such folder on {socket.gethostname()}")
 
 
 def _drafter(runner: Any) -> Any:
@@ -122,25 +104,20 @@ def _held(runner: Any) -> int:
     return fingerprint(own)
 
 
-def _reload_drafter(runner: Any, config: Any, weights_path: str) -> int:
-    """What vLLM's weight transfer engines do for a drafter, with weights from a folder.
-
-    Source: ``vllm/distributed/weight_transfer/nccl_engine.py`` (0.30.0), ``start_weight_update``
-    to ``finish_weight_update``.
-    """
-    import torch
+def _load_folder(runner: Any, config: Any, drafter: Any, folder: str) -> int:
+    """Load both; returns the number of the drafter's parameters that were loaded."""
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
 
-    model = _drafter(runner)
-    model_config = copy.copy(config.speculative_config.draft_model_config)
-    model_config.model, model_config.revision = weights_path, None
-    weights = get_model_loader(config.load_config).get_all_weights(model_config, model)
-    with torch.no_grad():
-        initialize_layerwise_reload(model)
-        loaded = model.load_weights(weights)
-        finalize_layerwise_reload(model, model_config)
-    return len(loaded or ())
+    from megatron_occ.rollout.remote.vllm_loading import load_drafter, load_trunk
+
+    if not Path(folder).is_dir():
+        raise RuntimeError(f"{folder}: no such folder on {socket.gethostname()}")
+    with set_current_vllm_config(config):
+        load_trunk(runner, config.model_config, drafter, weights_path=folder)
+        if drafter is None:
+            return 0
+        draft_config = copy.copy(config.speculative_config.draft_model_config)
+        draft_config.model, draft_config.revision = folder, None
+        weights = get_model_loader(config.load_config).get_all_weights(draft_config, drafter)
+        return load_drafter(drafter, draft_config, weights)
