@@ -170,6 +170,17 @@ def test_an_update_that_fails_ends_what_is_under_way(tmp_path):
         wait_for(lambda: not any(thread.name == "rollout job" for thread in threading.enumerate()))
 
 
+def test_what_was_asked_for_first_is_sent_first(tmp_path):
+    rounds = [[Request([2, 3], 100 * n + i) for i in range(12)] for n in range(4)]
+    with fleet(tmp_path, options={"concurrency": 12}, frozen=5) as (engine, (server,), _):
+        pending = [engine.submit(requests, LONG) for requests in rounds]
+        all_frozen([server])
+        assert {body["seed"] for body in server.sampled()} == {one.seed for one in rounds[0]}
+        engine.abort()
+        for each in pending:
+            each.result()
+
+
 def part(tokens, version=1, reason="abort", source=HERE):
     return Part(Answer(tokens, [-1.0] * len(tokens), reason), version, source)
 

@@ -17,6 +17,8 @@ from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.workers import Workers
 from megatron_occ.rollout.text import StopText
 
+Sent = Sequence[Future[None]]
+
 
 class Ledger:
     """Answers by index of the request; the first one counts."""
@@ -93,8 +95,9 @@ class Job:
         self.stop = threading.Event()
 
     def start(self) -> None:
-        """Begin, without waiting."""
-        threading.Thread(target=self._settle, name="rollout job", daemon=True).start()
+        """Begin, without waiting; the requests stand in line when this returns."""
+        sent = self._send(range(len(self._requests)))
+        threading.Thread(target=self._settle, args=(sent,), name="rollout job", daemon=True).start()
 
     def result(self) -> list[Answer | None]:
         """Answers in the requests' order; None for those that :meth:`abort` left unfinished.
@@ -114,24 +117,26 @@ class Job:
         self.stop.set()
         self._fleet.abort()
 
-    def _settle(self) -> None:
+    def _settle(self, sent: Sent) -> None:
         try:
-            self._done.set_result(self._run())
+            self._done.set_result(self._run(sent))
         except BaseException as error:
             self.stop.set()
             self._done.set_exception(error)
 
-    def _run(self) -> list[Answer | None]:
-        """All answers.
+    def _run(self, sent: Sent) -> list[Answer | None]:
+        """All answers, the requests having been sent.
 
         The servers' weights are looked at again at the end: answers of one that was restarted in
         between are asked for anew.
         """
-        left = list(range(len(self._requests)))
-        for _ in range(self._settings.retries + 1):
+        left: Sequence[int] = range(len(self._requests))
+        for attempt in range(self._settings.retries + 1):
             if not left or self.stop.is_set():
                 break
-            self._send(left)
+            if attempt:
+                sent = self._send(left)
+            self._await(sent)
             with self._gate.passing(self.stop) as version:
                 # whoever closed the gate has looked at the weights
                 if version is not None:
@@ -141,13 +146,15 @@ class Job:
             raise EngineError(f"{len(left)} requests were answered with other weights each time")
         return self._ledger.close(self._stop_text)
 
-    def _send(self, indices: Sequence[int]) -> None:
-        futures = [
+    def _send(self, indices: Sequence[int]) -> Sent:
+        return [
             self._workers.submit(self._rank, lambda index=index: self._answer(index))
             for index in indices
         ]
+
+    def _await(self, sent: Sent) -> None:
         try:
-            for future in as_completed(futures):
+            for future in as_completed(sent):
                 future.result()
         except BaseException:
             self.abort()
