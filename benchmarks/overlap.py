@@ -2,8 +2,9 @@
 
     python -m benchmarks.overlap [--steps 5] [--repeats 3]
 
-The server is simulated (over HTTP, a token every so many milliseconds), training is a pause of
-known length; all between them is the product: prompts, client, interruption and update of weights,
+The server is simulated (over HTTP, a token every so many milliseconds) and is given the requests of
+one step at a time, as one that has no room for more; training is a pause of known length; all
+between them is the product: prompts, client, interruption and update of weights,
 batches. Lags take turns. The ideal of lag 0 is the sum of both times for each step, that of others
 the longer one for each step, besides the first sampling and the last training.
 """
@@ -108,7 +109,10 @@ def run(lag: int, steps: int, sampling: float, training: float) -> tuple[float, 
     config = load_config([], [*SIZES, f"rl.async.max_lag={lag}", f"rl.steps={steps}"])
     server, policy = FakeVllm(pace=0.0), Policy()
     with tempfile.TemporaryDirectory() as folder:
-        settings = RemoteSettings("vllm", (server.url,), Path(folder), VOCAB, sampling_z=0.0)
+        size = config.rl.prompts_per_step * config.rl.samples_per_prompt
+        settings = RemoteSettings(
+            *("vllm", (server.url,), Path(folder), VOCAB), concurrency=size, sampling_z=0.0
+        )
         probe = Probe([[2, 3, 4]], lambda asked: [score(policy.version, row) for row in asked])
         engine = RemoteEngine(settings, lambda path: export(policy.version, 0)(path), probe)
         tokenizer = build_tokenizer("char", alphabet=ALPHABET)
