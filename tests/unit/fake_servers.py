@@ -291,7 +291,9 @@ class FakeVllm(FakeServer):
             assert self.paused
             if body["method"] == "fetch_weights":
                 return self.fetch(**body["kwargs"])
+            self.held = ""
             self.load(body["kwargs"]["weights_path"])
+            self.held = body["kwargs"]["weights_path"]
             both = body["method"] == "reload_trunk_and_head"
             return 200, {"results": [{"drafter": 3, "held": self.head} if both else None]}
         assert path == "/v1/completions", path

@@ -276,9 +276,9 @@ def test_work_is_counted_on_the_clients_clock():
         with load.request() as other:
             assert load.queue == 2
             now[0] = 6.0
-            other(30)
+            other(Answer([0] * 30, [-1.0] * 30, "stop"))
         now[0] = 7.0
-        answered(20)
+        answered(Answer([0] * 20, [-1.0] * 20, "length"))
     now[0] = 10.0
     work = load.pop("http://a", 4)
     assert (work.span, work.busy, work.requests, work.tokens) == (10.0, 5.0, 2, 50)

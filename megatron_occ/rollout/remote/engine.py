@@ -24,7 +24,7 @@ from megatron_occ.rollout.remote.probe import Probe, Prober, ProbeReport
 from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.stops import check_stops
-from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.remote.workers import Workers, begun, is_over
 from megatron_occ.rollout.remote.workload import ServerWork
 from megatron_occ.rollout.text import StopText
 
@@ -69,6 +69,8 @@ class RemoteEngine:
         self._asked = 0
         self._aborted = False  # before there was a job
         self._newest, self._loaded = -1, False
+        # an update that is under way is to end, and whether one has been left in the middle
+        self._ended, self._is_cut = threading.Event(), False
 
     @property
     def reports(self) -> dict[str, ProbeReport]:
@@ -94,22 +96,21 @@ class RemoteEngine:
 
     def _begin(self, requests: Sequence[Request], sampling: SamplingSettings, rank: int) -> Job:
         self._check_loaded()
-        for member in self._fleet.members:
-            member.server.check_sampling(sampling)
+        self._fleet.check_sampling(sampling)
         stop = None
         if self._decode is not None and sampling.stop_strings:
             stop = StopText(self._decode, tuple(sampling.stop_strings))
         job = Job(self._company, requests, sampling, rank=rank, stop=stop)
         with self._jobs_lock:
             self._jobs.add(job)
-            if self._aborted:
+            if self._aborted or self._is_cut:
                 job.stop.set()
             self._aborted = False
         job.start()
         return job
 
     def _check_loaded(self) -> None:
-        if not self._loaded:
+        if not self._loaded and not self._is_cut:
             raise EngineError("the servers have no weights of this run: call update_weights")
 
     def collect(self, job: Job, sampling: SamplingSettings) -> Generation:
@@ -127,7 +128,9 @@ class RemoteEngine:
         events = self._fleet.pop_events()
         if self._decode is not None:
             events += check_stops(answers, sampling, self._decode)
-        return as_generation(answers, self._work(), events)
+        # after an abort nobody looks at it, and a server that hangs would be waited for
+        work = [] if job.stop.is_set() else self._work()
+        return as_generation(answers, work, events)
 
     def _work(self) -> list[ServerWork]:
         """What each server did since the last call."""
@@ -139,13 +142,17 @@ class RemoteEngine:
     def update_weights(self, version: int) -> None:
         """See ``RolloutEngine.update_weights``.
 
-        What servers are working on is interrupted, and goes on under the new weights.
+        What servers are working on is interrupted, and goes on under the new weights. After
+        :meth:`abort` no server is waited for longer than ``workers.PATIENCE``; all that is asked
+        for is aborted then, until a later update succeeds.
 
         Raises:
             EngineError: the version does not grow, the export failed, or a server did not take the
                 weights; nothing is generated until a later update succeeds.
         """
         with self._lock:
+            self._ended.clear()
+            self._is_cut = False
             if version <= self._newest:
                 raise EngineError(f"version {version} is not newer than version {self._newest}")
             was_loaded, self._loaded = self._loaded, False
@@ -153,12 +160,13 @@ class RemoteEngine:
             begin = time.perf_counter()
             weights = self._carrier.publish(version)
             ready = time.perf_counter()
-            self._gate.close()
-            self._fleet.drain(self._gate.is_empty)
-            if was_loaded:
-                self._look_at_parts()
-            self._fleet.load(weights, version)
-            self._counter.skip()
+            self._is_cut = not self._done(lambda: self._end_parts(was_loaded))
+            if self._is_cut:
+                return
+            self._fleet.begin_load(weights, version)
+            self._is_cut = not self._done(self._load)
+            if self._is_cut:
+                return
             self._loaded = True
             self._gate.open(version)
             self._carrier.keep(weights)
@@ -167,8 +175,27 @@ class RemoteEngine:
                 *(version, described(weights), ready - begin, time.perf_counter() - ready),
             )
 
-    def _look_at_parts(self) -> None:
-        """Before servers get other weights: did what is under way come from the present ones?"""
+    def _done(self, work: Callable[[], None]) -> bool:
+        """Do some of an update; False: :meth:`abort` was called, and it takes too long."""
+        future = begun(work)
+        if not is_over(future, self._ended):
+            return False
+        future.result()
+        return True
+
+    def _load(self) -> None:
+        self._fleet.load()
+        self._counter.skip()
+
+    def _end_parts(self, was_loaded: bool) -> None:
+        """Before servers get other weights: end what is under way.
+
+        Did it come from the present ones?
+        """
+        self._gate.close()
+        self._fleet.drain(self._gate.is_empty)
+        if not was_loaded:
+            return
         self._counter.keep()
         with self._jobs_lock:
             is_any = bool(self._jobs)
@@ -177,9 +204,12 @@ class RemoteEngine:
 
     def abort(self) -> None:
         """See ``RolloutEngine.abort``."""
+        self._ended.set()
         with self._jobs_lock:
             jobs = list(self._jobs)
             self._aborted = not jobs
+            for job in jobs:
+                job.stop.set()
         for job in jobs:
             job.abort()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from megatron_occ.rollout.engine import DraftStatistics, EngineError
+from megatron_occ.rollout.engine import DraftStatistics, EngineError, SamplingSettings
 from megatron_occ.rollout.remote.carriers import Weights
 from megatron_occ.rollout.remote.http import Client, TransportError
 from megatron_occ.rollout.remote.patience import patiently
@@ -42,16 +42,19 @@ class Member:
         self.stale: set[int] = set()
         self.lock = threading.Lock()
         self.load = Workload()
+        # of the weights that it has got, to their end; -1: nobody knows
         self.version = -1
+        self.is_known = False  # what it can do has been read
 
 
 class Fleet:
     """All servers; they start out with weights of nobody knows which version.
 
-    A server that is lost is left out until it answers again.
+    A server that is lost is left out until it answers again; so is one that is not there at the
+    start, if another is. One that comes back gets the present weights before it is asked.
 
     Raises:
-        EngineError: a server does not come up in ``update_timeout``, or can't do the work.
+        EngineError: no server comes up in ``update_timeout``, or one can't do the work.
     """
 
     def __init__(self, settings: RemoteSettings, prober: Prober | None) -> None:
@@ -63,11 +66,16 @@ class Fleet:
         self.members = [
             Member(kinds[settings.server](self._client(u), settings)) for u in settings.urls
         ]
+        self._wait_for_all()
         for member in self.members:
-            self._wait([member], threading.Event())
-            patiently(member.server.inspect, settings)
-        if len({member.server.speculative_tokens for member in self.members}) > 1:
-            raise EngineError("the servers differ in their number of speculative tokens")
+            if not member.down:
+                self._get_to_know(member)
+
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        """See ``Server.check_sampling``, of all that have come up so far."""
+        for member in self.members:
+            if member.is_known:
+                member.server.check_sampling(sampling)
 
     def _client(self, url: str) -> Client:
         s = self._settings
@@ -84,16 +92,19 @@ class Fleet:
         least = min(up, key=lambda member: member.load.queue)
         return least if home.load.queue > UNEVEN * least.load.queue + SLACK else home
 
-    def load(self, weights: Weights, version: int) -> None:
-        """Load weights on all servers at once and probe each; those that are lost are left out.
+    def begin_load(self, weights: Weights, version: int) -> None:
+        """New weights are there; asks the trainer for its log-probs, in this thread."""
+        self.weights = (weights, version)
+        if self._prober is not None:
+            self._prober.begin()
+
+    def load(self) -> None:
+        """Load them on all servers at once and probe each; those that are lost are left out.
 
         Raises:
             EngineError: a server that answers has not taken them, or none came up; none of them is
                 to be used.
         """
-        self.weights = (weights, version)
-        if self._prober is not None:
-            self._prober.begin()
         self._each(self._bring_up_to_date)
         if all(member.down for member in self.members):
             back = self._wait(self.members, threading.Event())
@@ -139,8 +150,8 @@ class Fleet:
     def _close_epoch(self, member: Member, epoch: int, stale: bool) -> None:
         with member.lock:
             if member.epoch == epoch:
-                is_up = member.server.healthy() and self._reconciled(member, stale)
-                self._mark(member, is_up, "it does not answer")
+                fault = self._fault(member, stale)
+                self._mark(member, not fault, fault)
                 member.epoch += 1
 
     def drafts(self) -> list[DraftStatistics | None]:
@@ -156,25 +167,42 @@ class Fleet:
         events, self.events = self.events, []
         return events
 
-    def abort(self) -> None:
-        """End all requests."""
-        self._each(lambda member: member.server.abort())
+    def abort(self, stop: threading.Event) -> None:
+        """End the requests that were sent with this ``stop``."""
+        self._each(lambda member: member.server.abort(stop))
 
-    def _reconciled(self, member: Member, stale: bool) -> bool:
-        """Whether the server serves the present weights, loaded anew if it does not."""
+    def _fault(self, member: Member, stale: bool) -> str:
+        """Why a server can't be used; empty: it has the present weights, loaded anew if need be."""
+        if not member.server.healthy():
+            return "it does not answer"
         if self.weights is None:
-            return True
+            return ""
         try:
-            if stale or not self._serves_present(member):
+            # what was down may have missed an update, or have been started anew
+            if stale or member.down or not self._serves_present(member):
                 member.stale.add(member.epoch)
-                self._tell(member, "had other weights than it was given: it gets them again")
+                if not member.down:
+                    self._tell(member, "had other weights than it was given: it gets them again")
                 patiently(lambda: self._reload(member), self._settings)
-        except TransportError:
-            return False
-        return True
+        except TransportError as error:
+            # nobody knows what its answers came from
+            member.stale.add(member.epoch)
+            return str(error)
+        return ""
+
+    def _get_to_know(self, member: Member) -> None:
+        patiently(member.server.inspect, self._settings)
+        member.is_known = True
+        known = [each.server.speculative_tokens for each in self.members if each.is_known]
+        if len(set(known)) > 1:
+            raise EngineError("the servers differ in their number of speculative tokens")
 
     def _load(self, member: Member) -> None:
         assert self.weights is not None, "there is something to load"
+        if not member.is_known:
+            self._get_to_know(member)
+        # half of them are nobody's
+        member.version = -1
         member.server.load_weights(*self.weights)
         member.version = self.weights[1]
 
@@ -186,7 +214,9 @@ class Fleet:
 
     def _serves_present(self, member: Member) -> bool:
         assert self.weights is not None, "there is something to hold"
-        weights, _ = self.weights
+        weights, version = self.weights
+        if member.version != version:
+            return False
         if patiently(lambda: member.server.holds(weights), self._settings) is False:
             return False
         prober = self._prober
@@ -231,6 +261,29 @@ class Fleet:
         self.events.append(f"rollout server {member.server.client.url} {text}")
         logger.warning("%s", self.events[-1])
 
+    def _wait_for_all(self) -> None:
+        """Wait for every server to come up; those that do not are left out if another does."""
+        deadline = time.monotonic() + self._settings.update_timeout
+        missing, is_told = list(self.members), False
+        while missing:
+            found = at_once(lambda member: member.server.healthy(), missing)
+            missing = [member for member, up in zip(missing, found, strict=True) if not up.result()]
+            if missing and time.monotonic() > deadline:
+                break
+            if missing and not is_told:
+                urls, is_told = ", ".join(each.server.client.url for each in missing), True
+                logger.info("waiting for rollout servers: %s", urls)
+            if missing:
+                time.sleep(POLL)
+        if len(missing) == len(self.members):
+            raise self._nobody(missing)
+        for member in missing:
+            self._mark(member, False, "it is not up, and is taken in when it is")
+
+    def _nobody(self, members: list[Member]) -> EngineError:
+        urls = ", ".join(member.server.client.url for member in members)
+        return EngineError(f"no server is up after {self._settings.update_timeout:g} s: {urls}")
+
     def _wait(self, members: list[Member], stop: threading.Event) -> Member | None:
         """First server that is healthy; None once ``stop`` is set."""
         deadline = time.monotonic() + self._settings.update_timeout
@@ -239,9 +292,7 @@ class Fleet:
                 if member.server.healthy():
                     return member
             if time.monotonic() > deadline:
-                urls = ", ".join(member.server.client.url for member in members)
-                seconds = self._settings.update_timeout
-                raise EngineError(f"no server is up after {seconds:g} s: {urls}")
+                raise self._nobody(members)
             stop.wait(POLL)
         return None
 
@@ -257,9 +308,19 @@ class Fleet:
 
 
 def _interrupt(member: Member) -> None:
-    # one that does not answer ends its requests by that
-    with suppress(TransportError):
-        member.server.interrupt()
+    if member.down:
+        # it does not answer: the requests are ended on this side
+        member.server.client.cancel()
+        return
+    # what looks at its weights is waited for: its calls would be ended too
+    if not member.lock.acquire(blocking=False):
+        return
+    try:
+        # one that does not answer ends its requests by that
+        with suppress(TransportError):
+            member.server.interrupt()
+    finally:
+        member.lock.release()
 
 
 def _drafts(member: Member, settings: RemoteSettings) -> DraftStatistics | None:

@@ -42,8 +42,10 @@ class Cancelled(EngineError):
 class _Call:
     """One connection; ``end`` makes its blocked reads return, from any thread."""
 
-    def __init__(self, connection: http.client.HTTPConnection) -> None:
-        self.connection = connection
+    def __init__(
+        self, connection: http.client.HTTPConnection, stop: threading.Event | None
+    ) -> None:
+        self.connection, self.stop = connection, stop
         self.socket: socket.socket | None = None
         self.reason: str | None = None
 
@@ -145,11 +147,16 @@ class Client:
             return False
         return True
 
-    def cancel(self) -> None:
-        """End every call under way that was given a ``stop``, from any thread."""
+    def cancel(self, stop: threading.Event | None = None) -> None:
+        """End calls under way, from any thread.
+
+        Args:
+            stop: those that were given this one; None: all that were given one.
+        """
         with self._lock:
             for call in self._open:
-                call.end("cancelled")
+                if stop is None or call.stop is stop:
+                    call.end("cancelled")
 
     @contextlib.contextmanager
     def _call(self, seconds: float, stop: threading.Event | None) -> Iterator[_Call]:
@@ -157,7 +164,7 @@ class Client:
         connection = kind[self._parts.scheme](
             self._parts.hostname, self._parts.port, timeout=seconds
         )
-        call = _Call(connection)
+        call = _Call(connection, stop)
         # a socket's own time limit is one of each read: a server that drips would never reach it
         watchdog = threading.Timer(seconds, call.end, ("late",))
         watchdog.daemon = True

@@ -14,10 +14,12 @@ from megatron_occ.rollout.remote.http import Cancelled, TransportError
 from megatron_occ.rollout.remote.parts import Part, fresh, joined, rest_of
 from megatron_occ.rollout.remote.server import Aborted, Answer, StaleWeights
 from megatron_occ.rollout.remote.settings import RemoteSettings
-from megatron_occ.rollout.remote.workers import Workers
+from megatron_occ.rollout.remote.workers import Workers, is_over
 from megatron_occ.rollout.text import StopText
 
 Sent = Sequence[Future[None]]
+# seconds between two attempts, at most
+LONGEST_PAUSE = 30.0
 
 
 class Ledger:
@@ -43,6 +45,13 @@ class Ledger:
                 if parts is not None and any(part.is_stale for part in parts):
                     self._answers[index] = None
             return [index for index, parts in enumerate(self._answers) if parts is None]
+
+    def withdraw_unseen(self) -> None:
+        """Take out answers of servers whose weights have not been looked at since."""
+        with self._lock:
+            for index, parts in enumerate(self._answers):
+                if parts is not None and any(part.is_unseen for part in parts):
+                    self._answers[index] = None
 
     def close(self, stop: StopText | None = None) -> list[Answer | None]:
         """All answers; None where there is none.
@@ -102,20 +111,26 @@ class Job:
     def result(self) -> list[Answer | None]:
         """Answers in the requests' order; None for those that :meth:`abort` left unfinished.
 
+        After an abort no server is waited for longer than ``workers.PATIENCE``: answers of one
+        that has not been looked at by then are left out.
+
         Raises:
             EngineError: a request failed for good; the others are ended.
         """
         try:
-            return self._done.result()
+            if is_over(self._done, self.stop):
+                return self._done.result()
+            self._ledger.withdraw_unseen()
+            return self._ledger.close(self._stop_text)
         except BaseException:
             # an interrupt of the waiting ends the work too
             self.abort()
             raise
 
     def abort(self) -> None:
-        """End the job, from any thread; servers end what they work on."""
+        """End the job, from any thread; servers end what they do for it."""
         self.stop.set()
-        self._fleet.abort()
+        self._fleet.abort(self.stop)
 
     def _settle(self, sent: Sent) -> None:
         try:
@@ -165,7 +180,7 @@ class Job:
         failures, last = 0, None
         while failures <= self._settings.retries:
             if failures:
-                self.stop.wait(self._settings.backoff * 2 ** (failures - 1))
+                self.stop.wait(pause_before(failures, self._settings.backoff))
             with self._gate.passing(self.stop) as version:
                 if version is None or self.stop.is_set():
                     return
@@ -173,12 +188,14 @@ class Job:
                 try:
                     part = self._part(index, parts, failures, version)
                 except Lost as error:
-                    last, failures = error, failures + 1
+                    last, failures = error, failures + error.counts
                     continue
             parts.append(part)
             if part.answer.finish_reason != ABORT:
                 self._ledger.put(index, parts)
                 return
+        if self.stop.is_set():
+            return
         raise EngineError(f"request {index} failed {failures} times, the last time: {last}")
 
     def _part(self, index: int, parts: Sequence[Part], attempt: int, version: int) -> Part:
@@ -195,27 +212,46 @@ class Job:
         epoch = member.epoch
         try:
             with member.load.request() as answered:
-                answer = member.server.sample(request, self._sampling, self.stop)
-                answered(len(answer.tokens))
-        except Aborted as error:
-            if self._gate.is_closed:
-                return Part(error.answer, version, (member, epoch))
-            raise self._lost(member, epoch, error) from error
+                answer = self._sampled(member, request)
+                answered(answer)
         except (Cancelled, TransportError) as error:
             if isinstance(error, TransportError) and not error.retry:
                 raise
             raise self._lost(member, epoch, error) from error
         return Part(answer, version, (member, epoch))
 
+    def _sampled(self, member: Member, request: Request) -> Answer:
+        """The response of a server, or what there is of it where weights will change."""
+        try:
+            return member.server.sample(request, self._sampling, self.stop)
+        except Aborted as error:
+            if self._gate.is_closed:
+                return error.answer
+            raise
+
     def _lost(self, member: Member, epoch: int, error: EngineError) -> Lost:
         """The failure of an attempt, after a look at the server."""
         if not self.stop.is_set():
             self._fleet.recover(member, epoch, self.stop, isinstance(error, StaleWeights))
-        return Lost(str(error))
+        return Lost(str(error), counts=not isinstance(error, Cancelled))
 
 
 class Lost(EngineError):
-    """A request was not answered, and may be sent again."""
+    """A request was not answered, and may be sent again.
+
+    Args:
+        message: why.
+        counts: as a failure; what the client itself has ended does not.
+    """
+
+    def __init__(self, message: str, *, counts: bool) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
+def pause_before(failures: int, backoff: float) -> float:
+    """Seconds before another attempt: twice as long after each failure, up to half a minute."""
+    return min(backoff * 2.0 ** min(failures - 1, 64), LONGEST_PAUSE)
 
 
 def prompt_groups(requests: Sequence[Request]) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_occ.rollout.engine import STOP, Request, SamplingSettings
@@ -43,6 +44,12 @@ class Part:
         """Whether the server turned out to have had other weights."""
         member, epoch = self.source
         return epoch in member.stale
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether the server has not been looked at since."""
+        member, epoch = self.source
+        return epoch == member.epoch
 
 
 def fresh(parts: Sequence[Part]) -> list[Part]:
@@ -78,10 +85,21 @@ def joined(parts: Sequence[Part], stop: StopText | None) -> Answer:
     versions = [part.version for part in parts for _ in part.answer.tokens]
     reason = parts[-1].answer.finish_reason
     if stop is not None and len(parts) > 1:
-        first = len(parts[0].answer.tokens)
-        for count in range(first + 1, len(tokens)):
-            if stop.ends(tokens[:count]):
+        for count in _over_edges(parts, stop.window):
+            if stop.ends(tokens[max(0, count - stop.window) : count]):
                 tokens, logprobs, versions = tokens[:count], logprobs[:count], versions[:count]
                 reason = STOP
                 break
     return Answer(tokens, logprobs, reason, versions=versions)
+
+
+def _over_edges(parts: Sequence[Part], window: int) -> list[int]:
+    """Counts of tokens whose last ones, ``window`` of them, are of several parts; in order.
+
+    The whole response is not among them.
+    """
+    sizes = [len(part.answer.tokens) for part in parts]
+    total = sum(sizes)
+    edges = accumulate(sizes[:-1])
+    counts = {n for edge in edges for n in range(edge + 1, min(edge + window, total))}
+    return sorted(counts)

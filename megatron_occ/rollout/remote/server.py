@@ -118,11 +118,11 @@ class Server(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """End all requests; they are answered with the tokens that there are."""
+        """End all requests, in seconds; they are answered with the tokens that there are."""
         ...
 
-    def abort(self) -> None:
-        """End all requests."""
+    def abort(self, stop: threading.Event) -> None:
+        """End the requests that were sent with this ``stop``."""
         ...
 
 

@@ -20,7 +20,6 @@ Sources, read in ``sglang/srt`` of the releases named:
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 from collections.abc import Sequence
@@ -164,12 +163,9 @@ class SglangServer:
         body = {"rid": "", "abort_all": True}
         self.client.raw("POST", "/abort_request", body, min(10.0, self._settings.timeout))
 
-    def abort(self) -> None:
-        """See ``Server``."""
-        # the connections are closed all the same, which ends the requests as well
-        with contextlib.suppress(TransportError):
-            self.interrupt()
-        self.client.cancel()
+    def abort(self, stop: threading.Event) -> None:
+        """See ``Server``: SGLang ends a request whose connection is closed."""
+        self.client.cancel(stop)
 
     def _check_release(self, version: str) -> None:
         numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])

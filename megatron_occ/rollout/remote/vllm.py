@@ -36,6 +36,7 @@ from megatron_occ.rollout.engine import (
 from megatron_occ.rollout.remote.carriers import Shipment, Weights
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import Client, TransportError
+from megatron_occ.rollout.remote.patience import patiently
 from megatron_occ.rollout.remote.server import SEED_MASK, Aborted, Answer, finished, response_limit
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.vllm_shipment import deliver, holds
@@ -45,6 +46,8 @@ RPC = "/collective_rpc"
 EXTENSION = "megatron_occ.rollout.remote.vllm_worker.ReloadExtension"
 # vllm/sampling_params.py raises smaller positive temperatures to this value
 SMALLEST_TEMPERATURE = 0.01
+# seconds of calls that a server answers at once
+SHORT = 10.0
 SAMPLE = re.compile(
     r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens|accepted_tokens_per_pos)_total"
     r"\{([^}]*)\} ([0-9.eE+]+)$",
@@ -185,8 +188,8 @@ class VllmServer:
         self._post("/resume")
 
     def holds(self, weights: Weights) -> bool | None:
-        """See ``Server``: the extension knows what it has fetched."""
-        return holds(self._ask, weights) if isinstance(weights, Shipment) else None
+        """See ``Server``: the extension knows what it has loaded."""
+        return holds(self._ask, weights) if self._extended else None
 
     def drafts(self) -> DraftStatistics:
         """See ``Server``: Prometheus counters, added over the engines of the server."""
@@ -212,12 +215,18 @@ class VllmServer:
 
     def interrupt(self) -> None:
         """See ``Server``: a pause ends the requests that are under way."""
-        self._post("/pause?mode=abort&clear_cache=false")
-        self._post("/resume")
+        try:
+            self._post("/pause?mode=abort&clear_cache=false", SHORT)
+        except BaseException:
+            # it may have been paused all the same
+            with contextlib.suppress(TransportError):
+                self._post("/resume", SHORT)
+            raise
+        patiently(lambda: self._post("/resume", SHORT), self._settings)
 
-    def abort(self) -> None:
+    def abort(self, stop: threading.Event) -> None:
         """See ``Server``: vLLM ends a request whose connection is closed."""
-        self.client.cancel()
+        self.client.cancel(stop)
 
     def _reload(self, folder: Path) -> None:
         method = "reload_trunk" if self._extended else "reload_weights"
@@ -279,8 +288,9 @@ class VllmServer:
             tops.append(max([own, *(entries[text].logprob() for text in entries.value)]))
         return tops
 
-    def _post(self, path: str) -> bytes:
-        return self.client.raw("POST", path, timeout=self._settings.update_timeout)
+    def _post(self, path: str, seconds: float | None = None) -> bytes:
+        limit = self._settings.update_timeout
+        return self.client.raw("POST", path, timeout=limit if seconds is None else seconds)
 
     def _field(self, path: str, answer: Any) -> Field:
         return Field(answer, self.client.url + path)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from megatron_occ.rollout.remote.carriers import Shipment
+from megatron_occ.rollout.remote.carriers import Shipment, Weights
 from megatron_occ.rollout.remote.checks import Field
 from megatron_occ.rollout.remote.http import TransportError
 
@@ -42,7 +42,11 @@ def deliver(ask: Ask, url: str, shipment: Shipment, *, drafting: bool) -> tuple[
     return tuple(answer["held"].integer() for answer in answers) if drafting else ()
 
 
-def holds(ask: Ask, shipment: Shipment) -> bool:
-    """Whether all workers of a server have loaded a shipment as the last thing, to its end."""
+def holds(ask: Ask, weights: Weights) -> bool:
+    """Whether all workers of a server have loaded these as the last thing, to their end.
+
+    A folder is known by its path, which no two versions of a run share.
+    """
+    wanted = weights.identity if isinstance(weights, Shipment) else str(weights)
     answers = ask({"method": "held_weights", "kwargs": {}})
-    return all(answer["identity"].text() == shipment.identity for answer in answers)
+    return all(answer["identity"].text() == wanted for answer in answers)

@@ -19,7 +19,8 @@ class ReloadExtension:
     """A base class of vLLM's ``Worker``; uses its ``model_runner`` and ``vllm_config``.
 
     Attributes:
-        held_identity: of the weights that were fetched last, to their end; "" for others.
+        held_identity: of the weights that were loaded last, to their end: what the manifest says,
+            or the path of a folder; "" for those of the start.
     """
 
     held_identity = ""
@@ -55,7 +56,7 @@ class ReloadExtension:
         return {**loaded, "held": held, "identity": self.held_identity}
 
     def held_weights(self) -> dict[str, str]:
-        """What this worker has fetched, under ``identity``."""
+        """What this worker has loaded, under ``identity``."""
         return {"identity": self.held_identity}
 
     def reload_trunk(self, weights_path: str) -> None:
@@ -66,6 +67,7 @@ class ReloadExtension:
         """
         self.held_identity = ""
         _load_folder(self.model_runner, self.vllm_config, None, weights_path)
+        self.held_identity = weights_path
 
     def reload_trunk_and_head(self, weights_path: str) -> dict[str, int]:
         """Load target and drafter from a Hugging Face folder.
@@ -82,7 +84,9 @@ class ReloadExtension:
         loaded = _load_folder(self.model_runner, self.vllm_config, drafter, weights_path)
         if not loaded:
             raise RuntimeError(f"{weights_path} holds no weights of the drafter")
-        return {"drafter": loaded, "held": _held(self.model_runner)}
+        held = _held(self.model_runner)
+        self.held_identity = weights_path
+        return {"drafter": loaded, "held": held}
 
 
 def _drafter(runner: Any) -> Any:

@@ -10,12 +10,16 @@ import itertools
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, TypeVar
 
 from megatron_occ.rollout.engine import EngineError
+
+# seconds between two looks at a stop, and those that work has to end by itself after one
+POLL, PATIENCE = 0.1, 10.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,7 +81,7 @@ def at_once(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Futur
         work: done for each.
         items: in the order of the results.
     """
-    futures = _begun(work, items, len(items))
+    futures = _all_begun(work, items, len(items))
     wait(futures)
     return futures
 
@@ -90,7 +94,7 @@ def results_of(work: Callable[[Item], Result], items: Sequence[Item], threads: i
         items: in the order of the results.
         threads: at most.
     """
-    futures = _begun(work, items, threads)
+    futures = _all_begun(work, items, threads)
     try:
         return [future.result() for future in futures]
     finally:
@@ -98,7 +102,27 @@ def results_of(work: Callable[[Item], Result], items: Sequence[Item], threads: i
             future.cancel()
 
 
-def _begun(
+def begun(work: Callable[[], Result]) -> Future[Result]:
+    """Some work, in a thread of its own."""
+    workers = Workers(1)
+    try:
+        return workers.submit(0, work)
+    finally:
+        workers.close()
+
+
+def is_over(future: Future[Any], stop: threading.Event) -> bool:
+    """Wait for some work; once ``stop`` is set not for long. Returns whether it is through."""
+    deadline = None
+    while not wait([future], POLL).done:
+        if stop.is_set():
+            deadline = deadline or time.monotonic() + PATIENCE
+            if time.monotonic() > deadline:
+                return False
+    return True
+
+
+def _all_begun(
     work: Callable[[Item], Result], items: Sequence[Item], threads: int
 ) -> list[Future[Result]]:
     workers = Workers(threads)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from megatron_occ.rollout.engine import DraftStatistics
+from megatron_occ.rollout.engine import ABORT, DraftStatistics
+from megatron_occ.rollout.remote.server import Answer
 
 
 @dataclass
@@ -20,8 +21,8 @@ class ServerWork:
         version: of its weights.
         span: seconds since then.
         busy: seconds of them in which it had a request.
-        requests: that it answered.
-        tokens: in these answers.
+        requests: that it answered to their end.
+        tokens: in its answers, those included that were interrupted.
         waited: seconds of these requests together, from sending to the answer.
         drafts: how they fared.
     """
@@ -75,11 +76,11 @@ class Workload:
         self._requests = self._tokens = 0
 
     @contextmanager
-    def request(self) -> Iterator[Callable[[int], None]]:
-        """While it has a request; takes the number of tokens of the answer, if there is one."""
+    def request(self) -> Iterator[Callable[[Answer], None]]:
+        """While it has a request; takes the answer, if there is one."""
         start = self._change(1)
         try:
-            yield lambda tokens: self._answered(tokens, self._clock() - start)
+            yield lambda answer: self._answered(answer, self._clock() - start)
         finally:
             self._change(-1)
 
@@ -93,10 +94,12 @@ class Workload:
             self._requests = self._tokens = 0
         return work
 
-    def _answered(self, tokens: int, seconds: float) -> None:
+    def _answered(self, answer: Answer, seconds: float) -> None:
         with self._lock:
-            self._requests, self._tokens = self._requests + 1, self._tokens + tokens
-            self._waited += seconds
+            self._tokens += len(answer.tokens)
+            if answer.finish_reason != ABORT:
+                self._requests += 1
+                self._waited += seconds
 
     def _change(self, by: int) -> float:
         with self._lock:
