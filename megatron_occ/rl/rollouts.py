@@ -29,7 +29,7 @@ from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.rewards import FULL_SCORE
 from megatron_occ.rl.sampler import Begun, Sampler, Samples, sample_seed
 from megatron_occ.rollout.engine import LENGTH
-from megatron_occ.rollout.remote.workload import server_metrics
+from megatron_occ.rollout.statistics import server_metrics
 
 
 @dataclass(frozen=True)

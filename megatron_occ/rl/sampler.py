@@ -16,7 +16,7 @@ from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.rewards import VerifierPool
 from megatron_occ.rollout import DraftStatistics, Request, RolloutEngine, SamplingSettings
 from megatron_occ.rollout.engine import Done, PendingGeneration
-from megatron_occ.rollout.remote.workload import ServerWork
+from megatron_occ.rollout.statistics import ServerWork
 
 
 @dataclass

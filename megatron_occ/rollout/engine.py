@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_occ.rollout.remote.workload import ServerWork
+from megatron_occ.rollout.statistics import DraftStatistics, ServerWork
 
 STOP, LENGTH, ABORT = "stop", "length", "abort"
 
@@ -88,38 +87,6 @@ class Request:
                 f"max_response_length={self.max_response_length}: give at least 1, or None (the "
                 "limit of the settings)"
             )
-
-
-@dataclass
-class DraftStatistics:
-    """How drafts fared; entry j of a list is about the (j+1)-th drafted token.
-
-    Args:
-        proposed: drafted tokens that were verified.
-        accepted: those that were kept.
-        passes: trunk passes times sequences in them, prefill not counted.
-        tokens: tokens that these passes committed.
-    """
-
-    proposed: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    passes: int = 0
-    tokens: int = 0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens committed by one sequence's trunk pass; 1 without drafts."""
-        return self.tokens / self.passes if self.passes else 1.0
-
-    def add(self, other: DraftStatistics) -> None:
-        """Add the counts of ``other``."""
-        for name in ("proposed", "accepted"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            mine += [0] * (len(theirs) - len(mine))
-            for index, count in enumerate(theirs):
-                mine[index] += count
-        self.passes += other.passes
-        self.tokens += other.tokens
 
 
 @dataclass

@@ -12,7 +12,8 @@ from megatron_occ.rollout.remote.fleet import Member
 from megatron_occ.rollout.remote.gate import Gate
 from megatron_occ.rollout.remote.parts import Part, fresh, joined, rest_of
 from megatron_occ.rollout.remote.server import Answer
-from megatron_occ.rollout.remote.workload import ServerWork, Workload, server_metrics
+from megatron_occ.rollout.remote.workload import Workload
+from megatron_occ.rollout.statistics import ServerWork, server_metrics
 from megatron_occ.rollout.text import StopText
 from tests.unit.fake_servers import log_probs
 from tests.unit.test_remote_engine import KINDS, REQUESTS, SAMPLING, check, fleet

@@ -25,7 +25,7 @@ from megatron_occ.rollout.remote.server import Answer
 from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.stops import check_stops
 from megatron_occ.rollout.remote.workers import Workers, begun, is_over
-from megatron_occ.rollout.remote.workload import ServerWork
+from megatron_occ.rollout.statistics import ServerWork
 from megatron_occ.rollout.text import StopText
 
 logger = logging.getLogger(__name__)

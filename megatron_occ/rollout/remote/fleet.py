@@ -18,7 +18,8 @@ from megatron_occ.rollout.remote.settings import RemoteSettings
 from megatron_occ.rollout.remote.sglang import SglangServer
 from megatron_occ.rollout.remote.vllm import VllmServer
 from megatron_occ.rollout.remote.workers import at_once
-from megatron_occ.rollout.remote.workload import ServerWork, Workload
+from megatron_occ.rollout.remote.workload import Workload
+from megatron_occ.rollout.statistics import ServerWork
 
 POLL = 0.5
 # requests at a server beyond which the others of its groups go elsewhere: so many times those at

@@ -1,61 +1,15 @@
-"""What a server did, on the client's clock."""
+"""What a server does, on the client's clock."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from megatron_occ.rollout.engine import ABORT, DraftStatistics
+from megatron_occ.rollout.engine import ABORT
 from megatron_occ.rollout.remote.server import Answer
-
-
-@dataclass
-class ServerWork:
-    """What a server did since it was asked last.
-
-    Args:
-        url: of the server.
-        version: of its weights.
-        span: seconds since then.
-        busy: seconds of them in which it had a request.
-        requests: that it answered to their end.
-        tokens: in its answers, those included that were interrupted.
-        waited: seconds of these requests together, from sending to the answer.
-        drafts: how they fared.
-    """
-
-    url: str
-    version: int
-    span: float = 0.0
-    busy: float = 0.0
-    requests: int = 0
-    tokens: int = 0
-    waited: float = 0.0
-    drafts: DraftStatistics = field(default_factory=DraftStatistics)
-
-    def add(self, later: ServerWork) -> None:
-        """Add what it did after that."""
-        self.version = later.version
-        for name in ("span", "busy", "requests", "tokens", "waited"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
-        self.drafts.add(later.drafts)
-
-    def metrics(self) -> dict[str, float]:
-        """Version, tokens a second of its work, share of the time without any, seconds a request
-        takes, and tokens a pass where it drafts."""
-        found = {
-            "version": float(self.version),
-            "tokens_per_second": self.tokens / self.busy if self.busy else 0.0,
-            "idle": 1 - self.busy / self.span if self.span else 0.0,
-            "requests": float(self.requests),
-            "request_seconds": self.waited / max(self.requests, 1),
-        }
-        if self.drafts.passes:
-            found["acceptance_length"] = self.drafts.acceptance_length
-        return found
+from megatron_occ.rollout.statistics import ServerWork
 
 
 class Workload:
@@ -113,19 +67,3 @@ class Workload:
             self._busy += now - self._since
         self._since = now
         return now
-
-
-def server_metrics(works: Sequence[ServerWork]) -> dict[str, float]:
-    """``server/<number>/<name>`` of each server, counted from 1 in the order of their URLs.
-
-    Args:
-        works: of any number of calls, in each of them every server once, in the same order.
-    """
-    total: dict[str, ServerWork] = {}
-    for work in works:
-        total.setdefault(work.url, ServerWork(work.url, work.version)).add(work)
-    return {
-        f"server/{number}/{name}": value
-        for number, work in enumerate(total.values(), start=1)
-        for name, value in work.metrics().items()
-    }
