@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from subprocess import Popen
 
 PARTS = (("tests/unit", "tests/mcore"), ("tests/e2e",))
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments:
         return subprocess.call(command(arguments))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    parts = [subprocess.Popen(command(part), errors="replace", **pipes) for part in PARTS]
+    parts = [Popen(command(part), errors="replace", **pipes) for part in PARTS]
     names = [" ".join(name.removeprefix("tests/") for name in part) for part in PARTS]
     width = max(map(len, names))
     shown = [
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         for thread in shown:
             thread.start()
         # a run of a test that outlived it would keep the pipe open
-        status = max(part.wait() for part in parts)
+        # what a signal has ended has a negative one
+        status = max(code if code >= 0 else 128 - code for code in map(Popen.wait, parts))
         for thread in shown:
             thread.join(timeout=10)
         return status

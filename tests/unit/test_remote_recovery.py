@@ -4,6 +4,7 @@ weights that did not draw it, and nothing waits for a server that hangs."""
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,47 @@ def test_what_could_not_be_looked_at_does_not_count(tmp_path):
         assert other.sampled() and len(one.sampled()) == len(REQUESTS)
         (told,) = result.events
         assert f"{other.url} is left out: {other.url}/v1/completions: HTTP 500" in told
+        # nor does it end the run with an update
+        for version in (2, 3):
+            engine.update_weights(version)
+        result = engine.generate(REQUESTS, SAMPLING)
+        check(result)
+        assert all(f"{other.url} stays left out: " in event for event in result.events)
+        other.lost = {}
+        engine.update_weights(4)
+        check(engine.generate(REQUESTS, SAMPLING))
+        assert len(other.sampled()) > len(REQUESTS) // 2
+
+
+def test_a_server_that_can_not_get_the_weights_is_not_asked(tmp_path):
+    with fleet(tmp_path, options={"retries": 1}) as (engine, (server,), _):
+        # started anew, and it does not reach the folder
+        server.trunk, server.held, server.faults = 0, "", ["drop"]
+        server.lost = {"/collective_rpc": ["500"] * 1000}
+        pending = engine.submit(REQUESTS, SAMPLING)
+        with pytest.raises(EngineError, match=f"{server.url} has not got the weights"):
+            pending.result()
+        server.lost = {}
+        engine.update_weights(2)
+        check(engine.generate(REQUESTS, SAMPLING))
+
+
+def test_a_server_that_comes_back_with_other_options_is_left_out(tmp_path):
+    half = replace(SAMPLING, temperature=0.5)
+    options = {"retries": 1, "update_timeout": 1.0, "timeout": 1.0}
+    given = {"count": 2, "options": options, "mode": "processed_logprobs"}
+    with fleet(tmp_path, **given) as (engine, (_, other), _):
+        assert engine.generate(REQUESTS, half).events == []
+        leave(other)
+        engine.update_weights(2)
+        engine.generate(REQUESTS, half)
+        come_back(other)
+        other.mode = "raw_logprobs"
+        other.calls.clear()
+        engine.update_weights(3)
+        (told,) = engine.generate(REQUESTS, half).events
+        assert f"{other.url} stays left out: " in told and "processed_logprobs" in told
+        assert not other.sampled()
 
 
 def test_a_server_that_hangs_does_not_hold_up_updates(tmp_path):
@@ -221,6 +263,48 @@ def test_after_a_stop_no_update_is_waited_for(tmp_path, monkeypatch):
         assert result.finish_reasons == ["abort"] * len(REQUESTS)
         assert len(server.calls) == calls
         go.set()
+
+
+def test_a_stop_before_an_update_holds_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.2)
+    options = {"update_timeout": 300.0, "timeout": 300.0}
+    with fleet(tmp_path, options=options) as (engine, (server,), _):
+        go, answer = threading.Event(), server.answer
+        server.answer = lambda *given: go.wait(300) and answer(*given)
+        engine.abort()
+        in_time(lambda: engine.update_weights(2) or True)
+        result = engine.generate(REQUESTS, SAMPLING)
+        assert result.finish_reasons == ["abort"] * len(REQUESTS)
+        go.set()
+
+
+def test_a_stop_holds_for_what_is_asked_next(tmp_path):
+    with fleet(tmp_path, frozen=5) as (engine, (server,), _):
+        pending = engine.submit(REQUESTS, LONG)
+        wait_for(lambda: server.waiting == len(REQUESTS))
+        engine.abort()
+        # a validation, which goes before what was asked for
+        assert engine.generate(REQUESTS, LONG).finish_reasons == ["abort"] * len(REQUESTS)
+        assert pending.result().finish_reasons == ["abort"] * len(REQUESTS)
+
+
+def test_an_update_that_fails_after_a_stop_is_no_error(tmp_path):
+    with fleet(tmp_path) as (engine, (server,), _):
+        answer = server.answer
+
+        def refuse(path, body, handler):
+            if path == "/reset_prefix_cache":
+                engine.abort()
+                return 200, {"success": False}
+            return answer(path, body, handler)
+
+        server.answer = refuse
+        engine.update_weights(2)
+        result = engine.submit(REQUESTS, SAMPLING).result()
+        assert result.finish_reasons == ["abort"] * len(REQUESTS)
+        server.answer = answer
+        engine.update_weights(3)
+        check(engine.generate(REQUESTS, SAMPLING))
 
 
 def test_a_run_starts_with_the_servers_that_are_there(tmp_path):

@@ -20,12 +20,14 @@ def test_the_parts_are_all_tests():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "status"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 5, 5)]
+    ("first", "second", "status"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 5, 5), (0, "kill", 137)]
 )
 def test_the_status_is_that_of_the_worse_part(monkeypatch, capfd, first, second, status):
     def command(arguments):
         code = first if "tests/unit" in arguments else second
-        return [sys.executable, "-c", f"print({list(arguments)!r}); raise SystemExit({code})"]
+        end = "os.kill(os.getpid(), 9)" if code == "kill" else f"raise SystemExit({code})"
+        shown = f"print({list(arguments)!r}, flush=True)"
+        return [sys.executable, "-c", f"import os; {shown}; {end}"]
 
     monkeypatch.setattr(test_all, "command", command)
     assert test_all.main([]) == status

@@ -67,9 +67,8 @@ class RemoteEngine:
         self._jobs: set[Job] = set()
         self._jobs_lock = threading.Lock()
         self._asked = 0
-        self._aborted = False  # before there was a job
         self._newest, self._loaded = -1, False
-        # an update that is under way is to end, and whether one has been left in the middle
+        # somebody asked for an end, and whether an update has been left in the middle by that
         self._ended, self._is_cut = threading.Event(), False
 
     @property
@@ -103,9 +102,9 @@ class RemoteEngine:
         job = Job(self._company, requests, sampling, rank=rank, stop=stop)
         with self._jobs_lock:
             self._jobs.add(job)
-            if self._aborted or self._is_cut:
+            if self._ended.is_set() or self._is_cut:
+                job.is_aborted = True
                 job.stop.set()
-            self._aborted = False
         job.start()
         return job
 
@@ -126,11 +125,13 @@ class RemoteEngine:
             with self._jobs_lock:
                 self._jobs.discard(job)
         events = self._fleet.pop_events()
+        if job.is_aborted:
+            # what is asked for from now on is wanted; a server that hangs is not waited for
+            self._ended.clear()
+            return as_generation(answers, [], events)
         if self._decode is not None:
             events += check_stops(answers, sampling, self._decode)
-        # after an abort nobody looks at it, and a server that hangs would be waited for
-        work = [] if job.stop.is_set() else self._work()
-        return as_generation(answers, work, events)
+        return as_generation(answers, self._work(), events)
 
     def _work(self) -> list[ServerWork]:
         """What each server did since the last call."""
@@ -151,7 +152,6 @@ class RemoteEngine:
                 weights; nothing is generated until a later update succeeds.
         """
         with self._lock:
-            self._ended.clear()
             self._is_cut = False
             if version <= self._newest:
                 raise EngineError(f"version {version} is not newer than version {self._newest}")
@@ -176,9 +176,13 @@ class RemoteEngine:
             )
 
     def _done(self, work: Callable[[], None]) -> bool:
-        """Do some of an update; False: :meth:`abort` was called, and it takes too long."""
+        """Do some of an update; False: :meth:`abort` was called, and it fails or takes too long."""
         future = begun(work)
         if not is_over(future, self._ended):
+            return False
+        error = future.exception()
+        if error is not None and self._ended.is_set():
+            logger.warning("an update of the weights was given up: %s", error)
             return False
         future.result()
         return True
@@ -207,8 +211,8 @@ class RemoteEngine:
         self._ended.set()
         with self._jobs_lock:
             jobs = list(self._jobs)
-            self._aborted = not jobs
             for job in jobs:
+                job.is_aborted = True
                 job.stop.set()
         for job in jobs:
             job.abort()

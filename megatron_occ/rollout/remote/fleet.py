@@ -62,6 +62,8 @@ class Fleet:
         self._settings, self._prober = settings, prober
         self.weights: tuple[Weights, int] | None = None
         self.events: list[str] = []
+        # of what has been asked for so far
+        self._samplings: list[SamplingSettings] = []
         self.reports: dict[str, ProbeReport] = {}
         kinds = {"vllm": VllmServer, "sglang": SglangServer}
         self.members = [
@@ -73,10 +75,12 @@ class Fleet:
                 self._get_to_know(member)
 
     def check_sampling(self, sampling: SamplingSettings) -> None:
-        """See ``Server.check_sampling``, of all that have come up so far."""
+        """See ``Server.check_sampling``: of all that have come up so far, and of others later."""
         for member in self.members:
             if member.is_known:
                 member.server.check_sampling(sampling)
+        if sampling not in self._samplings:
+            self._samplings.append(sampling)
 
     def _client(self, url: str) -> Client:
         s = self._settings
@@ -175,37 +179,49 @@ class Fleet:
     def _fault(self, member: Member, stale: bool) -> str:
         """Why a server can't be used; empty: it has the present weights, loaded anew if need be."""
         if not member.server.healthy():
+            if self._is_behind(member):
+                member.stale.add(member.epoch)
             return "it does not answer"
         if self.weights is None:
             return ""
         try:
-            # what was down may have missed an update, or have been started anew
-            if stale or member.down or not self._serves_present(member):
+            if stale or self._is_behind(member) or not self._serves_present(member):
                 member.stale.add(member.epoch)
                 if not member.down:
                     self._tell(member, "had other weights than it was given: it gets them again")
                 patiently(lambda: self._reload(member), self._settings)
-        except TransportError as error:
+        except EngineError as error:
+            if not isinstance(error, TransportError) and not member.down:
+                raise
             # nobody knows what its answers came from
             member.stale.add(member.epoch)
             return str(error)
         return ""
 
+    def _is_behind(self, member: Member) -> bool:
+        """Whether it may have missed an update, or have been started anew."""
+        return member.down or (self.weights is not None and member.version != self.weights[1])
+
     def _get_to_know(self, member: Member) -> None:
+        member.is_known = False
         patiently(member.server.inspect, self._settings)
-        member.is_known = True
-        known = [each.server.speculative_tokens for each in self.members if each.is_known]
-        if len(set(known)) > 1:
+        for sampling in self._samplings:
+            member.server.check_sampling(sampling)
+        known = {each.server.speculative_tokens for each in self.members if each.is_known}
+        if known - {member.server.speculative_tokens}:
             raise EngineError("the servers differ in their number of speculative tokens")
+        member.is_known = True
 
     def _load(self, member: Member) -> None:
         assert self.weights is not None, "there is something to load"
-        if not member.is_known:
+        weights, version = self.weights
+        # one that comes back may have been started with other options
+        if member.down or not member.is_known:
             self._get_to_know(member)
         # half of them are nobody's
         member.version = -1
-        member.server.load_weights(*self.weights)
-        member.version = self.weights[1]
+        member.server.load_weights(weights, version)
+        member.version = version
 
     def _reload(self, member: Member) -> None:
         self._load(member)
@@ -215,9 +231,7 @@ class Fleet:
 
     def _serves_present(self, member: Member) -> bool:
         assert self.weights is not None, "there is something to hold"
-        weights, version = self.weights
-        if member.version != version:
-            return False
+        weights, _ = self.weights
         if patiently(lambda: member.server.holds(weights), self._settings) is False:
             return False
         prober = self._prober
@@ -235,12 +249,17 @@ class Fleet:
 
     def _bring_up_to_date(self, member: Member) -> None:
         """Load the present weights and probe; a server that is lost meanwhile is marked."""
+        was_down = member.down
         try:
-            if member.down and not member.server.healthy():
+            if was_down and not member.server.healthy():
                 return
             patiently(lambda: self._update(member), self._settings)
-        except TransportError as error:
-            if not error.retry or member.server.healthy():
+        except EngineError as error:
+            if was_down:
+                self._tell(member, f"stays left out: {error}")
+                return
+            is_lost = isinstance(error, TransportError) and error.retry
+            if not is_lost or member.server.healthy():
                 raise
             self._mark(member, False, f"lost in an update of its weights: {error}")
         else:

@@ -46,22 +46,22 @@ class Ledger:
                     self._answers[index] = None
             return [index for index, parts in enumerate(self._answers) if parts is None]
 
-    def withdraw_unseen(self) -> None:
-        """Take out answers of servers whose weights have not been looked at since."""
-        with self._lock:
-            for index, parts in enumerate(self._answers):
-                if parts is not None and any(part.is_unseen for part in parts):
-                    self._answers[index] = None
-
-    def close(self, stop: StopText | None = None) -> list[Answer | None]:
+    def close(
+        self, stop: StopText | None = None, *, only_seen: bool = False
+    ) -> list[Answer | None]:
         """All answers; None where there is none.
 
         Args:
             stop: finds the run's stop strings.
+            only_seen: leave out those of servers whose weights have not been looked at since.
         """
         with self._lock:
             self._closed = True
-            return [None if parts is None else joined(parts, stop) for parts in self._answers]
+            kept = [
+                None if only_seen and parts and any(part.is_unseen for part in parts) else parts
+                for parts in self._answers
+            ]
+            return [None if parts is None else joined(parts, stop) for parts in kept]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ class Job:
         sampling: of all.
         rank: what waits with a lower one is sent first.
         stop: finds the stop strings of ``sampling``.
+
+    Attributes:
+        is_aborted: whoever asked does not want it any more; a failure is none then.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Job:
         self._groups = prompt_groups(requests)
         self._ledger = Ledger(len(requests))
         self._done: Future[list[Answer | None]] = Future()
-        self.stop = threading.Event()
+        self.stop, self.is_aborted = threading.Event(), False
 
     def start(self) -> None:
         """Begin, without waiting; the requests stand in line when this returns."""
@@ -118,10 +121,10 @@ class Job:
             EngineError: a request failed for good; the others are ended.
         """
         try:
-            if is_over(self._done, self.stop):
+            over = is_over(self._done, self.stop)
+            if over and not (self.is_aborted and self._done.exception()):
                 return self._done.result()
-            self._ledger.withdraw_unseen()
-            return self._ledger.close(self._stop_text)
+            return self._ledger.close(self._stop_text, only_seen=True)
         except BaseException:
             # an interrupt of the waiting ends the work too
             self.abort()
@@ -209,6 +212,8 @@ class Job:
         member = self._fleet.pick(self._groups[index], attempt)
         if member.down:  # all are: this one must be looked at before it is asked
             self._fleet.recover(member, member.epoch, self.stop)
+            if member.down:
+                raise Lost(f"{member.server.client.url} has not got the weights", counts=True)
         epoch = member.epoch
         try:
             with member.load.request() as answered:
