@@ -4,9 +4,9 @@
 
 The server is simulated (over HTTP, a token every so many milliseconds) and is given the requests of
 one step at a time, as one that has no room for more; training is a pause of known length; all
-between them is the product: prompts, client, interruption and update of weights,
-batches. Lags take turns. The ideal of lag 0 is the sum of both times for each step, that of others
-the longer one for each step, besides the first sampling and the last training.
+between them is the product: prompts, client, interruption and update of weights, batches. Lags take
+turns. The ideal of lag 0 is the sum of both times for each step, that of others the longer one for
+each step, besides the first sampling and the last training.
 """
 
 from __future__ import annotations

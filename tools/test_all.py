@@ -35,9 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         for thread in shown:
             thread.start()
-        # a run of a test that outlived it would keep the pipe open
-        # what a signal has ended has a negative one
+        # the status of what a signal has ended is negative
         status = max(code if code >= 0 else 128 - code for code in map(Popen.wait, parts))
+        # a process that a test has left behind keeps the pipe open: not for ever
         for thread in shown:
             thread.join(timeout=10)
         return status

@@ -42,6 +42,13 @@ def drawn_from(result, trunk):
     )
 
 
+def hang(server):
+    """It answers nothing more until the event is set."""
+    go, answer = threading.Event(), server.answer
+    server.answer = lambda *given: go.wait(300) and answer(*given)
+    return go
+
+
 def in_time(work, seconds=20):
     """What some work returns, if it is through by then."""
     found = []
@@ -175,8 +182,7 @@ def test_a_server_that_comes_back_with_other_options_is_left_out(tmp_path):
 def test_a_server_that_hangs_does_not_hold_up_updates(tmp_path):
     options = {"retries": 1, "update_timeout": 300.0, "timeout": 0.5}
     with fleet(tmp_path, count=2, options=options) as (engine, (one, other), _):
-        go, answer = threading.Event(), other.answer
-        other.answer = lambda *given: go.wait(300) and answer(*given)
+        go = hang(other)
         engine.generate(REQUESTS[:4], SAMPLING)
         one.frozen = 20
         pending = engine.submit(REQUESTS, LONG)
@@ -249,8 +255,7 @@ def test_after_a_stop_no_update_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 0.2)
     options = {"update_timeout": 300.0, "timeout": 300.0}
     with fleet(tmp_path, options=options) as (engine, (server,), _):
-        go, answer = threading.Event(), server.answer
-        server.answer = lambda *given: go.wait(300) and answer(*given)
+        go = hang(server)
         update = threading.Thread(target=engine.update_weights, args=(2,), daemon=True)
         update.start()
         wait_for(lambda: server.calls and server.calls[-1][0].startswith("/pause"))
@@ -269,8 +274,7 @@ def test_a_stop_before_an_update_holds_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 0.2)
     options = {"update_timeout": 300.0, "timeout": 300.0}
     with fleet(tmp_path, options=options) as (engine, (server,), _):
-        go, answer = threading.Event(), server.answer
-        server.answer = lambda *given: go.wait(300) and answer(*given)
+        go = hang(server)
         engine.abort()
         in_time(lambda: engine.update_weights(2) or True)
         result = engine.generate(REQUESTS, SAMPLING)

@@ -284,25 +284,20 @@ class Fleet:
     def _wait_for_all(self) -> None:
         """Wait for every server to come up; those that do not are left out if another does."""
         deadline = time.monotonic() + self._settings.update_timeout
-        missing, is_told = list(self.members), False
-        while missing:
-            found = at_once(lambda member: member.server.healthy(), missing)
-            missing = [member for member, up in zip(missing, found, strict=True) if not up.result()]
-            if missing and time.monotonic() > deadline:
-                break
-            if missing and not is_told:
-                urls, is_told = ", ".join(each.server.client.url for each in missing), True
-                logger.info("waiting for rollout servers: %s", urls)
-            if missing:
-                time.sleep(POLL)
+        missing = _not_up(self.members)
+        if missing:
+            logger.info("waiting for rollout servers: %s", _urls(missing))
+        while missing and time.monotonic() <= deadline:
+            time.sleep(POLL)
+            missing = _not_up(missing)
         if len(missing) == len(self.members):
             raise self._nobody(missing)
         for member in missing:
             self._mark(member, False, "it is not up, and is taken in when it is")
 
     def _nobody(self, members: list[Member]) -> EngineError:
-        urls = ", ".join(member.server.client.url for member in members)
-        return EngineError(f"no server is up after {self._settings.update_timeout:g} s: {urls}")
+        seconds = self._settings.update_timeout
+        return EngineError(f"no server is up after {seconds:g} s: {_urls(members)}")
 
     def _wait(self, members: list[Member], stop: threading.Event) -> Member | None:
         """First server that is healthy; None once ``stop`` is set."""
@@ -325,6 +320,16 @@ class Fleet:
                 raise error
         if errors:
             raise EngineError("; ".join(str(error) for error in errors))
+
+
+def _not_up(members: list[Member]) -> list[Member]:
+    """Those that do not answer; all are asked at once."""
+    found = at_once(lambda member: member.server.healthy(), members)
+    return [member for member, up in zip(members, found, strict=True) if not up.result()]
+
+
+def _urls(members: list[Member]) -> str:
+    return ", ".join(member.server.client.url for member in members)
 
 
 def _interrupt(member: Member) -> None:
