@@ -30,6 +30,7 @@ _CHANGEABLE = (
     "rl.micro_batch_size",
     "rl.micro_batch_tokens",
     "rl.rollout.batch_size",
+    "rl.rollout.cache_tokens",
     "rl.rollout.log_samples",
     "rl.rollout.server.",
     "rl.validation.",

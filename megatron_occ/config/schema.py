@@ -126,6 +126,12 @@ class RolloutConfig:
         minimum=1,
         maximum=limits.SEQUENCES,
     )
+    cache_tokens: int | None = option(
+        None,
+        "tokens of all these in the caches, in pages (null: room for the longest sequence in each)",
+        minimum=1,
+        maximum=limits.TOKENS,
+    )
     cuda_graphs: bool = option(
         True, "decode by CUDA graphs (engine=megatron; dense models on one rank of a GPU)"
     )

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from megatron_occ.config.schema import Config
 
+# positions that a row of rollouts has behind its longest sequence and the drafts of it
+BEHIND_DRAFTS = 2
+
 
 @dataclass(frozen=True)
 class Sizes:

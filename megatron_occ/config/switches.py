@@ -115,6 +115,7 @@ SWITCHES = (
         is_one_of("vllm", "sglang"),
         (
             "rl.rollout.batch_size",
+            "rl.rollout.cache_tokens",
             "rl.rollout.cuda_graphs",
             *all_but("rl.rollout.speculative"),
         ),

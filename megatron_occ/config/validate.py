@@ -13,6 +13,7 @@ from megatron_occ.config.load import flat_values
 from megatron_occ.config.pipeline import pipeline_problems, what_parts_drafts
 from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
+from megatron_occ.config.sizes import BEHIND_DRAFTS
 from megatron_occ.config.validate_async import async_problems
 from megatron_occ.config.validate_eval import eval_problems, set_problems
 from megatron_occ.config.validate_exact import audit_problems, exact_problems
@@ -216,6 +217,19 @@ def _responses(config: Config) -> Iterator[str]:
         yield (
             f"rl.rollout.stop={spell(config.rl.rollout.stop)}: an empty text would end each "
             "response at its first token. Leave it out"
+        )
+    yield from _cache_tokens(config)
+
+
+def _cache_tokens(config: Config) -> Iterator[str]:
+    rollout, limit = config.rl.rollout, config.model.max_position_embeddings
+    drafts = 0 if rollout.speculative.mode == "off" else rollout.speculative.draft_length
+    needed = limit + drafts + BEHIND_DRAFTS
+    if rollout.cache_tokens is not None and rollout.cache_tokens < needed:
+        yield (
+            f"rl.rollout.cache_tokens={rollout.cache_tokens}: the longest sequence, of "
+            f"model.max_position_embeddings={limit}, and what is drafted behind it take {needed}. "
+            "Give at least as many, or null"
         )
 
 

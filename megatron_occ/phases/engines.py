@@ -55,6 +55,7 @@ def build_engine(
             actor.inference_chunks,
             actor.layout,
             slots=config.rl.rollout.batch_size,
+            cache_tokens=config.rl.rollout.cache_tokens,
             speculation=speculation_from(config),
             decode=tokenizer.decode,
             capture=CUDACapture if captures and config.rl.rollout.cuda_graphs else None,

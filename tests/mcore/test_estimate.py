@@ -361,6 +361,10 @@ def test_rollouts_by_hand():
     assert use.peak == sum(use.resident.values()) + max(sum(use.training.values()), cache)
     rows = -(-VOCABULARY // 2) * 2
     assert last.generation == {"KV cache": cache, "logits": 32 * 12 * rows}
+    paged = make_config(*given, "rl.rollout.speculative.mode=off", "rl.rollout.cache_tokens=300")
+    # in place of 12 * 64 tokens
+    pages = estimate(paged, VOCABULARY, 4, 0).memory.generation
+    assert pages == {"KV cache": cache * 300 // (12 * 64)}
     drafting = make_config(*given, "rl.rollout.speculative.draft_length=2")
     more = estimate(drafting, VOCABULARY, 4, 2).memory.generation
     # of each depth the cache of a layer, and its input

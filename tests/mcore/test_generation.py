@@ -40,7 +40,7 @@ def prompts():
     return [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(LENGTHS)]
 
 
-def make_engine(model, *, slots, speculation=PLAIN):
+def make_engine(model, *, slots, speculation=PLAIN, cache_tokens=None):
     config = Config()
     config.model.tie_embeddings = model.share_embeddings_and_output_weights
     config.model.rotary_percent = model.rotary_percent
@@ -49,6 +49,7 @@ def make_engine(model, *, slots, speculation=PLAIN):
         lambda: [copy.refresh()],
         Layout.of_this_rank(torch.device("cpu")),
         slots=slots,
+        cache_tokens=cache_tokens,
         speculation=speculation,
         decode=lambda ids: "".join(chr(ord("a") + i) for i in ids),
     )

@@ -146,6 +146,11 @@ def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculatio
     found = engine.generate(requests, SAMPLING)
     training = [training_logprobs(actor, chosen, found, packed) for packed in (False, True)]
     has_experts = actor.config.model.moe.num_experts is not None
+    if torch.distributed.get_world_size() > 1:
+        # two pages: rows take turns
+        engine = MegatronEngine(
+            actor.inference_chunks, actor.layout, slots=3, speculation=speculation, cache_tokens=32
+        )
     cut = engine.generate(requests, replace(CUT, keep_routes=has_experts))
     free = replace(cut, masks=[])
     both = [training_logprobs(actor, chosen, each, True) for each in (cut, free)]

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_occ.mcore.inference import room
 from megatron_occ.mcore.inference.attend import BySpans, Span, Spans
 from megatron_occ.mcore.inference.engine import Speculation
 from megatron_occ.mcore.inference.graphs import Graphs
@@ -75,10 +76,10 @@ class WholeRows(BySpans):
 
     needs_host = False
 
-    def look(self, positions, last, length, *, repeats):
-        later = torch.arange(length) > positions.unsqueeze(-1)
+    def look(self, positions, last, room, *, repeats):
+        later = torch.arange(room.length) > positions.unsqueeze(-1)
         mask = torch.where(later, self.hidden, self.seen).unsqueeze(1).repeat(1, 1, self.share, 1)
-        return Spans([Span(len(positions), length, mask)])
+        return Spans([Span(len(positions), room.length, mask)], room)
 
 
 @pytest.fixture
@@ -128,6 +129,20 @@ def test_captured_cycles_find_what_others_find(layout, captured, kind, case):
     # of 5, 4, 3, 2 and 1 rows, and far less often than they are run
     assert 1 <= TapeCapture.captured <= 5
     assert TapeCapture.replayed > 4 * TapeCapture.captured
+
+
+@pytest.mark.parametrize("kind", ["dense", "mla"])
+def test_captured_cycles_find_rows_in_pages(layout, captured, monkeypatch, kind):
+    monkeypatch.setattr(room, "OTHER_PAGE", 4)
+    many, model, drafts = prompts() * 3, model_of(layout, kind), Speculation(2)
+    changes = dict(max_response_length=24, stop_ids=(0,))
+    expected = respond(model, many, slots=5, **changes)
+    engine = captured(model, slots=5, speculation=drafts, cache_tokens=68)
+    found = engine.generate(requests(many), settings(**changes))
+    assert found.tokens == expected.tokens
+    assert TapeCapture.replayed > 4 * TapeCapture.captured > 0
+    # some gave way to others, and pages went from row to row
+    assert "had to begin again" in found.events[0]
 
 
 def test_a_length_that_changes_is_a_cycle_of_its_own(layout, captured, monkeypatch):

@@ -25,6 +25,7 @@ from megatron_occ.mcore.inference.kernels import (
     torch_flash,
     trial,
 )
+from megatron_occ.mcore.inference.room import Room
 from tests.mcore.test_generation import make_engine, prompts, requests, respond, settings
 from tests.mcore.test_speculation import KINDS, model_of
 
@@ -32,8 +33,11 @@ CPU = torch.device("cpu")
 MANY, ONE, LATENT = Shapes(4, 1, 16), Shapes(2, 3, 16), Shapes(1, 6, 24)
 
 
-def plain_kernel(query, key, value, lengths, scale):
+def plain_kernel(query, key, value, lengths, scale, table=None):
     """What kernels by row length promise, row by row; a token that sees nothing gets zeros."""
+    if table is not None:
+        assert table.dtype == torch.int32 and len(table) == len(query)
+        key, value = (each[table.long()].flatten(1, 2) for each in (key, value))
     found = torch.zeros(*query.shape[:3], value.size(-1), dtype=query.dtype)
     share = query.size(2) // key.size(2)
     for row, length in enumerate(lengths.tolist()):
@@ -69,9 +73,10 @@ def test_contexts_are_those_of_masks(shapes, each, attention):
     query = torch.randn(rows, each, shapes.groups, shapes.share, shapes.width, generator=draw)
     positions = (last.unsqueeze(1) + torch.arange(1 - each, 1)).clamp_(min=0)
     masks = BySpans(shapes.share, dtype=torch.float32, device=CPU)
+    room = Room(rows + 2, length, CPU)
     for scale in (None, 0.3):
         found, expected = (
-            kind.look(positions, last.numpy(), length, repeats=True)(query, kept, scale)
+            kind.look(positions, last.numpy(), room, repeats=True)(query, kept, scale)
             for kind in (attention, masks)
         )
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
@@ -97,7 +102,7 @@ def test_tokens_at_repeated_positions_get_what_the_last_of_them_gets():
     kept = torch.randn(2, 10, 1, 1, 4)
     query = torch.ones(2, 4, 1, 1, 4)
     positions = torch.tensor([[0, 0, 0, 1], [3, 4, 5, 6]])
-    look = dict(last=np.array([1, 6]), length=10)
+    look = dict(last=np.array([1, 6]), room=Room(2, 10, CPU))
     found = attention.look(positions, **look, repeats=True)(query, kept)
     assert torch.equal(found[0, 0], found[0, 2])
     torch.testing.assert_close(found[0, 0, 0, 0], kept[0, 0, 0, 0])
@@ -106,14 +111,14 @@ def test_tokens_at_repeated_positions_get_what_the_last_of_them_gets():
     assert torch.equal(other[1], found[1])
 
 
-def chosen(caplog, *, dtype=torch.float32):
+def chosen(caplog, *, dtype=torch.float32, paged=False):
     """On a device that says it is a GPU, and computes here."""
     caplog.set_level(logging.INFO)
 
     class Pretended:
         type = "cuda"
 
-    found = choose_attention(ONE, dtype=dtype, device=Pretended())
+    found = choose_attention(ONE, dtype=dtype, device=Pretended(), paged=paged)
     return found.name, caplog.text
 
 
@@ -124,7 +129,7 @@ def on_host(monkeypatch):
     monkeypatch.setattr(
         kernels,
         "trial",
-        lambda kind, shapes, dtype, device: own(kind, shapes, dtype=dtype, device=CPU),
+        lambda kind, shapes, device, **how: own(kind, shapes, device=CPU, **how),
     )
     masks = kernels.BySpans
     monkeypatch.setattr(
@@ -175,17 +180,27 @@ def test_what_flash_attention_is_asked(monkeypatch):
     """Its signature as of version 2: the cache's own rows, lengths, and which token sees what."""
 
     def flash_attn_with_kvcache(
-        q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, softmax_scale, causal
+        q,
+        k_cache,
+        v_cache,
+        k=None,
+        v=None,
+        *,
+        cache_seqlens,
+        softmax_scale,
+        causal,
+        block_table=None,
     ):
         assert causal
-        assert len(q) == len(k_cache) == len(v_cache)
-        return plain_kernel(q, k_cache, v_cache, cache_seqlens, softmax_scale)
+        assert len(q) == len(k_cache if block_table is None else block_table)
+        return plain_kernel(q, k_cache, v_cache, cache_seqlens, softmax_scale, block_table)
 
     module = ModuleType("flash_attn")
     module.flash_attn_with_kvcache = flash_attn_with_kvcache
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     attention = ByRowLengths("flash", flash_attention())
-    assert trial(attention, ONE, dtype=torch.float32, device=CPU) < 1e-5
+    for paged in (False, True):
+        assert trial(attention, ONE, dtype=torch.float32, device=CPU, paged=paged) < 1e-5
 
 
 @pytest.mark.parametrize("shapes", [MANY, ONE])
@@ -194,9 +209,12 @@ def test_what_torch_is_asked(monkeypatch, shapes):
 
     def ragged(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
-        return_debug_mask, *, scale=None, seqused_k=None,
+        return_debug_mask, *, scale=None, seqused_k=None, block_table=None,
     ):  # fmt: skip
         assert (dropout_p, is_causal, return_debug_mask) == (0.0, True, False)
+        if block_table is not None:
+            # rows one after the other, each as long as its pages
+            key, value = (each[block_table.long()].flatten(0, 2) for each in (key, value))
         found = []
         for row, length in enumerate(seqused_k.tolist()):
             mine = slice(cum_seq_q[row], cum_seq_q[row + 1])
@@ -209,11 +227,27 @@ def test_what_torch_is_asked(monkeypatch, shapes):
     schema = torch.ops.aten._flash_attention_forward.default._schema
     known = [each.name for each in schema.arguments]
     asked = list(inspect.signature(ragged).parameters)
-    assert known[: len(asked) - 2] == asked[:-2]
+    assert known[: len(asked) - 3] == asked[:-3]
     assert set(asked) < set(known)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", ragged)
     attention = ByRowLengths("torch's flash", torch_flash())
-    assert trial(attention, shapes, dtype=torch.float32, device=CPU) < 1e-5
+    for paged in (False, True):
+        assert trial(attention, shapes, dtype=torch.float32, device=CPU, paged=paged) < 1e-5
+
+
+def test_a_kernel_that_reads_no_pages_is_not_taken_for_them(monkeypatch, caplog, on_host):
+    def whole_rows(query, key, value, lengths, scale, table):
+        return plain_kernel(query, key[: len(query)], value[: len(query)], lengths, scale)
+
+    def made():
+        return ByRowLengths("whole rows", whole_rows)
+
+    offer(monkeypatch, made, lambda: ByBlocks(compiled=False))
+    assert chosen(caplog)[0] == "whole rows"
+    offer(monkeypatch, made, lambda: ByBlocks(compiled=False), lambda: kinds()[0])
+    name, text = chosen(caplog, paged=True)
+    assert name == "plain"
+    assert "no number 1: pages are not read by FlexAttention" in text
 
 
 def test_an_engine_chooses_once(layout, monkeypatch):

@@ -231,6 +231,7 @@ SWITCHED_OFF = [
         "transfer=folder",
     ),
     (SERVED, "rl.rollout.batch_size=32", "rl.rollout.engine=vllm", "rl.rollout.engine=megatron"),
+    (SERVED, "rl.rollout.cache_tokens=5000", "rl.rollout.engine=vllm", "engine=megatron"),
     (SERVED, "rl.rollout.cuda_graphs=false", "rl.rollout.engine=vllm", "cuda_graphs=true"),
     (SERVED, "rl.rollout.speculative.mode=off", "rl.rollout.engine=vllm", "mode=auto"),
     (SERVED, "rl.rollout.speculative.draft_length=2", "rl.rollout.engine=vllm", "length=3"),

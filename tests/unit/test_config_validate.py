@@ -112,6 +112,7 @@ REFUSED = [
     # lengths
     ("pretrain.sequence_length=17", "pretrain.sequence_length=17", "model.max_position_embeddings"),
     ("rl.rollout.max_response_length=16", "rl.rollout.max_response_length=16", "Lower"),
+    ("rl.rollout.cache_tokens=20", "rl.rollout.cache_tokens=20: the longest sequence", "or null"),
     ("rl.overlong.buffer=10", "rl.overlong.buffer=10", "at most 9"),
     ("rl.overlong.buffer=4 rl.overlong.penalty=0", "rl.overlong.penalty=0", "overlong.buffer=0"),
     # batches

@@ -14,7 +14,7 @@ _LOGIT_BYTES = 32
 
 
 def generation_memory(config: Config, held: Held, world_size: int, command: str) -> dict[str, int]:
-    """Caches of a batch of rollouts, each as long as may be, and logits, by use.
+    """Caches of a batch of rollouts, each as long as may be or in pages, and logits, by use.
 
     Prompts that wait for a slot are not counted.
     """
@@ -22,6 +22,7 @@ def generation_memory(config: Config, held: Held, world_size: int, command: str)
     share = -(-derive(config, world_size).rank_step_sequences // config.parallel.context)
     rows = min(settings.batch_size, share)
     tokens = rows * config.model.max_position_embeddings
+    tokens = min(tokens, settings.cache_tokens or tokens)
     each = _cached_elements(config)
     layers = held.dense_layers + held.moe_layers
     use = {"KV cache": int(tokens * each * layers * width)}

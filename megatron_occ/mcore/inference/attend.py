@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_occ.mcore.inference.room import Room
+
 # part of the price of one look at all rows that a second look at some must stay below
 WORTH = 0.9
 # keys of a mask: CUDA's attention kernels copy one whose rows are not aligned, in each layer
@@ -28,8 +30,8 @@ class Attend(Protocol):
 
         Args:
             query: [n, q, groups, share, d], of the first n rows of the cache.
-            kept: [rows, length, groups, 2, d] keys and values of the cache, those of the pass's own
-                tokens among them; or [rows, length, groups, 1, d] where the key is the value.
+            kept: [blocks, size, groups, 2, d] keys and values of the cache, those of the pass's own
+                tokens among them; or [blocks, size, groups, 1, d] where the key is the value.
             scale: of the scores; None: 1 / sqrt(d).
         """
         ...
@@ -46,13 +48,13 @@ class Attention(Protocol):
     name: str
     needs_host: bool
 
-    def look(self, positions: Tensor, last: np.ndarray, length: int, *, repeats: bool) -> Attend:
+    def look(self, positions: Tensor, last: np.ndarray, room: Room, *, repeats: bool) -> Attend:
         """For tokens at positions [n, q] of the first n rows.
 
         Args:
             positions: neighbours in each row.
             last: [n] the last position of each row, for the host; not read unless ``needs_host``.
-            length: positions that the cache has.
+            room: where the cache holds the rows.
             repeats: a row may begin with several times position 0.
         """
         ...
@@ -85,6 +87,7 @@ class Spans:
     """All rows, and again the first ones, which look further."""
 
     spans: list[Span]
+    room: Room
 
     def __call__(self, query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
         """See :class:`Attend`."""
@@ -93,7 +96,8 @@ class Spans:
         folded = query.permute(0, 2, 3, 1, 4).reshape(n, groups, share * q, width)
         found = []
         for span in self.spans:
-            key, value = keys_and_values(kept[: span.rows, : span.keys].transpose(1, 2))
+            rows = self.room.first(kept, span.rows, span.keys)
+            key, value = keys_and_values(rows.transpose(1, 2))
             found.append(
                 functional.scaled_dot_product_attention(
                     folded[: span.rows], key, value, attn_mask=span.mask, scale=scale
@@ -120,11 +124,11 @@ class BySpans:
         self.share, self.multiple = share, ALIGNED.get(device.type, 1)
         self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=dtype, device=device)
 
-    def look(self, positions: Tensor, last: np.ndarray, length: int, *, repeats: bool) -> Spans:
+    def look(self, positions: Tensor, last: np.ndarray, room: Room, *, repeats: bool) -> Spans:
         """See :class:`Attention`."""
         needed, spans = last + 1, []
         count, _ = long_rows(needed)
-        needed = np.minimum(-(-needed // self.multiple) * self.multiple, length)
+        needed = np.minimum(-(-needed // self.multiple) * self.multiple, room.length)
         cuts = [(len(needed), int(needed[count:].max()))]
         if count:
             cuts.append((count, int(needed[:count].max())))
@@ -134,7 +138,7 @@ class BySpans:
             if self.share > 1:
                 mask = mask.repeat(1, 1, self.share, 1)
             spans.append(Span(rows, keys, mask))
-        return Spans(spans)
+        return Spans(spans, room)
 
 
 def long_rows(needed: np.ndarray) -> tuple[int, float]:

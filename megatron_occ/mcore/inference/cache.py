@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_occ.mcore.inference.attend import Attend
+from megatron_occ.mcore.inference.room import Room
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Tokens:
     Args:
         rows: n.
         each: q.
-        places: [n * q] row * length + position, where a cache holds each token.
+        places: [n * q] where a cache holds each token, see ``Room.places``.
         cos, sin: [n * q, 1, heads, width] of the positions, see :class:`Rotary`.
         half: pairs that are turned.
         attend: how they attend; None: all rows begin at their first token, and each looks at itself
@@ -40,12 +41,11 @@ class Tokens:
 
 
 class Cache:
-    """Tensors [rows, length, ...], one or two for each attention layer.
+    """Tensors [blocks, size, ...], one or two for each attention layer.
 
     Args:
         shapes: for each layer the shapes of what it keeps of a token.
-        rows: sequences.
-        length: tokens of one at most.
+        room: where the tokens of rows lie in them.
         experts: for each layer the experts of a token that are kept behind these, 1 + each; None:
             of none.
     """
@@ -53,40 +53,46 @@ class Cache:
     def __init__(
         self,
         shapes: Sequence[Sequence[tuple[int, ...]]],
-        rows: int,
-        length: int,
+        room: Room,
         *,
         dtype: torch.dtype,
         device: torch.device,
         experts: Sequence[int] | None = None,
     ) -> None:
-        self.rows, self.length = rows, length
-        # [rows, 1] where each row begins, counted in tokens
-        self.starts = torch.arange(rows, device=device).unsqueeze(1) * length
+        self.room, self._device = room, device
+        blocks, size = room.blocks, room.size
         # zeros: a masked position must not hold what is not a number
         self.layers = [
-            [torch.zeros(rows, length, *shape, dtype=dtype, device=device) for shape in layer]
+            [torch.zeros(blocks, size, *shape, dtype=dtype, device=device) for shape in layer]
             for layer in shapes
         ]
         for layer, count in zip(self.layers, experts or (), strict=False):
             if count:
-                kept = torch.zeros(rows, length, count, dtype=torch.int16, device=device)
+                kept = torch.zeros(blocks, size, count, dtype=torch.int16, device=device)
                 layer.append(kept)
 
     def copy_rows(
         self, source: Cache, rows: Sequence[int], targets: Sequence[int], length: int
     ) -> None:
-        """Copy the first ``length`` tokens of rows of ``source`` to rows of this one."""
-        # to the device once, and not for each layer
-        places = torch.tensor((list(rows), list(targets)), device=self.starts.device)
-        rows, targets = places.unbind()
+        """Copy the first ``length`` tokens of rows of ``source``, in one piece, to rows of this."""
+        rows, targets = self._on_device(rows, targets)
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             for to, of in zip(mine, theirs, strict=True):
-                to[targets, :length] = of[rows, :length]
+                self.room.put(to, targets, of[rows, :length])
+
+    def move(self, rows: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Bring the first ``length`` tokens of rows to other rows, all at the same time."""
+        rows, targets = self._on_device(rows, targets)
+        kept = [tensor for layer in self.layers for tensor in layer]
+        self.room.move(kept, rows, targets, length)
+
+    def _on_device(self, rows: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """To the device once, and not for each layer."""
+        return torch.tensor((list(rows), list(targets)), device=self._device).unbind()
 
 
 def write(cache: Tensor, places: Tensor, values: Tensor) -> None:
-    """Put values [n * q, ...] at their places in a cache [rows, length, ...]."""
+    """Put values [n * q, ...] at their places in a cache [blocks, size, ...]."""
     cache.flatten(0, 1).index_copy_(0, places, values)
 
 

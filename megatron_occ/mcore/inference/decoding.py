@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from megatron_occ.config.words import counted
 from megatron_occ.mcore.inference.attend import rows_to_swap
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
@@ -56,6 +57,8 @@ class Decoding:
         # the request in each row
         self.owners: list[int | None] = [None] * slots.rows
         self.active = self.cycles = 0
+        # responses that gave way to others, and their tokens
+        self.begun_again = self.given_up = 0
         self.generation = Generation(
             [[] for _ in requests], [[] for _ in requests], [ABORT] * len(requests)
         )
@@ -74,8 +77,14 @@ class Decoding:
             length, goes_on = self._decide(aborted)
             if not goes_on:
                 break
+            self._make_room(length)
             self._cycle(length)
         self._answer({row: ABORT for row in range(self.active)})
+        if self.begun_again:
+            self.generation.events.append(
+                f"rollouts: {counted(self.begun_again, 'response')} had to begin again, and "
+                f"{counted(self.given_up, 'token')} were lost: rl.rollout.cache_tokens were used up"
+            )
         return self.generation
 
     def _decide(self, aborted: threading.Event) -> tuple[int, bool]:
@@ -106,7 +115,7 @@ class Decoding:
         """Fill free rows with waiting requests; then the rows in use are the first ones."""
         while True:
             free = [row for row, owner in enumerate(self.owners) if owner is None]
-            count = min(len(free), len(self.waiting))
+            count = self._fitting(min(len(free), len(self.waiting)))
             needs = count > 0 and not self._is_read(self.waiting[0])
             anyone, needed = self.company.largest([count, int(needs)])
             if not anyone:
@@ -116,6 +125,13 @@ class Decoding:
             if count:
                 self._start(free[:count])
         self._compact()
+
+    def _fitting(self, count: int) -> int:
+        """How many of the next ``count`` requests there is room for."""
+        # with the token that is drawn after the prompt
+        tokens = [len(self.prompts[index]) + 1 for index in islice(self.waiting, count)]
+        used = sum(owner is not None for owner in self.owners)
+        return self.passes.room.fitting(tokens, used)
 
     def _is_read(self, request: int) -> bool:
         return self.prefix is not None and self.prompts[request] in self.prefix.rows
@@ -145,6 +161,7 @@ class Decoding:
         prompts = [self.prompts[index] for index in chosen]
         limits = [self._limit(request) for request in picked]
         rows = free[: len(chosen)]
+        self.passes.room.reserve(rows, np.array([len(prompt) + 1 for prompt in prompts]))
         self.slots.admit(rows, prompts, limits, [request.seed for request in picked])
         for row, index in zip(rows, chosen, strict=True):
             self.owners[row] = index
@@ -181,7 +198,37 @@ class Decoding:
             self.generation.tokens[owner] = tokens
             self.generation.logprobs[owner] = logprobs
             self.generation.finish_reasons[owner] = reason
-            self.owners[row] = None
+            self._free(row)
+
+    def _make_room(self, length: int) -> None:
+        """Let rows grow by a cycle; where there is no room, the shortest responses begin again.
+
+        They are drawn as before: random numbers go by seed and position.
+        """
+        slots, room = self.slots, self.passes.room
+        # behind the drafts lies the token that follows them
+        ahead = length + 1
+        if room.lacks(slots.known[: self.active] + ahead):
+            made = slots.known[: self.active] - slots.start[: self.active]
+            shortest = deque(np.argsort(made, kind="stable").tolist())
+            staying = slots.known[: self.active] + ahead
+            while room.lacks(staying):
+                row = shortest.popleft()
+                self._put_back(row)
+                staying[row] = 0
+            self._compact()
+        room.reserve(range(self.active), slots.known[: self.active] + ahead)
+
+    def _put_back(self, row: int) -> None:
+        """Take a request out of its row, to begin again."""
+        self.begun_again += 1
+        self.given_up += int(self.slots.known[row] - self.slots.start[row])
+        self.waiting.appendleft(self.owners[row])
+        self._free(row)
+
+    def _free(self, row: int) -> None:
+        self.owners[row] = None
+        self.passes.room.release([row])
 
     def _bring_long_rows_forward(self) -> None:
         """So that they can attend on their own, see ``cache.long_rows``."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_occ.mcore.inference.cache import Cache, Tokens, write
 from megatron_occ.mcore.inference.layers import MTPModule
+from megatron_occ.mcore.inference.room import Room
 from megatron_occ.mcore.inference.trunk import Placer, Trunk
 from megatron_occ.mcore.mtp_layer import inner_layer
 
@@ -40,30 +41,28 @@ class DraftState:
 
     Args:
         drafter: has the depths.
-        rows: sequences.
-        length: tokens of one at most.
+        room: where the tokens of rows lie.
 
     Attributes:
         cache: of the depths' attention layers, and behind them ``hidden``.
-        hidden: for each depth its input, the hidden states of the one before, [rows, length, h].
+        hidden: for each depth its input, the hidden states of the one before, [blocks, size, h].
         done: [K, rows] last position whose entry in the depth's cache is final, -1: none; known to
             the host.
     """
 
-    def __init__(self, drafter: Drafter, rows: int, length: int) -> None:
+    def __init__(self, drafter: Drafter, room: Room) -> None:
         trunk, depths = drafter.trunk, len(drafter.modules)
         shapes = [module.layer.attention.cached for module in drafter.modules]
         shapes += [[(trunk.config.hidden_size,)]] * depths
         self.cache = Cache(
             shapes,
-            rows,
-            length,
+            room,
             dtype=trunk.dtype,
             device=torch.cuda.current_device(),
             experts=[module.layer.experts for module in drafter.modules],
         )
         self.hidden = [kept for (kept,) in self.cache.layers[depths:]]
-        self.done = np.full((depths, rows), -1)
+        self.done = np.full((depths, room.rows), -1)
 
     def copy_rows(
         self, source: DraftState, rows: Sequence[int], targets: Sequence[int], length: int
@@ -71,6 +70,11 @@ class DraftState:
         """Take over rows of ``source``, of which ``length`` tokens count."""
         self.cache.copy_rows(source.cache, rows, targets, length)
         self.done[:, targets] = source.done[:, rows]
+
+    def move(self, rows: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """See ``Cache.move``."""
+        self.cache.move(rows, targets, length)
+        self.done[:, targets] = self.done[:, rows]
 
     def drafted(self, known: np.ndarray, steps: int) -> None:
         """The first n rows, of ``known`` [n] tokens, were drafted for ``steps`` times."""
@@ -99,9 +103,9 @@ class Drafter:
             for layer in trunk.chunks[-1].mtp.layers
         ]
 
-    def new_state(self, rows: int, length: int) -> DraftState:
+    def new_state(self, room: Room) -> DraftState:
         """For empty rows."""
-        return DraftState(self, rows, length)
+        return DraftState(self, room)
 
     def read_prompts(
         self, placer: Placer, state: DraftState, ids: Tensor, known: np.ndarray, longest: int

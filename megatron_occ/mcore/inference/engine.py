@@ -10,6 +10,7 @@ import torch
 
 from megatron_occ.config.pipeline import drafts_on_last_stage
 from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import BEHIND_DRAFTS
 from megatron_occ.mcore.inference.attend import Attention
 from megatron_occ.mcore.inference.decoding import Decoding
 from megatron_occ.mcore.inference.drafter import Drafter
@@ -17,6 +18,7 @@ from megatron_occ.mcore.inference.graphs import Capture
 from megatron_occ.mcore.inference.kernels import choose_attention
 from megatron_occ.mcore.inference.layers import Company
 from megatron_occ.mcore.inference.passes import Passes
+from megatron_occ.mcore.inference.room import PagedRoom, Room
 from megatron_occ.mcore.inference.slots import Slots
 from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.mcore.layout import Layout
@@ -64,6 +66,8 @@ class MegatronEngine:
             parallelism, in evaluation mode.
         layout: this rank's place.
         slots: sequences at once.
+        cache_tokens: tokens of all sequences in the caches at most; None: room for the longest
+            sequence in each slot.
         speculation: use of drafts.
         decode: text of token ids, for stop strings.
         capture: makes what captures the cycles of a call, where they can be; None: nothing does.
@@ -75,11 +79,13 @@ class MegatronEngine:
         layout: Layout,
         *,
         slots: int,
+        cache_tokens: int | None = None,
         speculation: Speculation = NO_DRAFTS,
         decode: Callable[[Sequence[int]], str] | None = None,
         capture: Callable[[], Capture] | None = None,
     ) -> None:
-        self._chunks, self.layout, self.slots = chunks, layout, slots
+        self._chunks, self.layout = chunks, layout
+        self.slots, self.cache_tokens = slots, cache_tokens
         self.speculation, self.decode, self.capture = speculation, decode, capture
         self.company = Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
@@ -101,7 +107,8 @@ class MegatronEngine:
             sampling: of all requests.
 
         Raises:
-            ValueError: stop strings, and the engine was made without ``decode``.
+            ValueError: stop strings, and the engine was made without ``decode``; the longest
+                sequence does not fit in ``cache_tokens``.
             EngineError: the model's logits are not finite.
         """
         if sampling.stop_strings and self.decode is None:
@@ -149,7 +156,10 @@ class MegatronEngine:
             drafter = Drafter(trunk)
         if self._attention is None:
             self._attention = choose_attention(
-                trunk.attended, dtype=trunk.dtype, device=self.layout.device
+                trunk.attended,
+                dtype=trunk.dtype,
+                device=self.layout.device,
+                paged=self.cache_tokens is not None,
             )
         coupled = self.speculation.coupled
         passes = Passes(
@@ -157,6 +167,7 @@ class MegatronEngine:
             self._attention,
             drafter,
             slots,
+            self._new_room(slots),
             sampling,
             coupled=coupled,
             capture=self.capture() if self.capture else None,
@@ -172,12 +183,22 @@ class MegatronEngine:
         return Slots(
             max(1, min(self.slots, count)),
             # behind the last token lie drafts that come to nothing
-            prompt + sampling.max_response_length + self.speculation.length + 2,
+            prompt + sampling.max_response_length + self.speculation.length + BEHIND_DRAFTS,
             stop_ids=sampling.stop_ids,
             stop_text=StopText(self.decode, strings) if strings else None,
             mask_width=mask_width,
             device=self.layout.device,
         )
+
+    def _new_room(self, slots: Slots) -> Room:
+        if self.cache_tokens is None:
+            return Room(slots.rows, slots.length, slots.device)
+        if self.cache_tokens < slots.length:
+            raise ValueError(
+                f"cache_tokens={self.cache_tokens}: the longest sequence with what is drafted "
+                f"behind it takes {slots.length}. Give at least as many, or None"
+            )
+        return PagedRoom(slots.rows, slots.length, slots.device, tokens=self.cache_tokens)
 
 
 def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from megatron_occ.mcore.inference.attend import Attend, Attention, BySpans, keys_and_values
+from megatron_occ.mcore.inference.room import OTHER_PAGE, PAGE, PagedRoom, Room
 
 logger = logging.getLogger(__name__)
 
-# (query [n, q, heads, d], key and value [rows, length, groups, .], lengths [n] int32, scale)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+# (query [n, q, heads, d], key and value [blocks, size, groups, .], lengths [n] int32, scale, table
+# [n, blocks of a row] or None, see `Room`)
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], Tensor]
 # keys and queries of a block mask's block
 BLOCK = 128
 # rows of the trial, its positions, and how far contexts of about 1 may be apart
-TRIAL_LENGTHS, TRIAL_ROWS, TRIAL_LENGTH = (5, 190, 1, 128), 6, 200
+TRIAL_LENGTHS, TRIAL_ROWS, TRIAL_LENGTH = (5, 590, 1, 256), 6, 600
 AGREES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -35,16 +37,18 @@ class RowLengths:
         kernel: see ``Kernel``.
         lengths: [n] int32.
         source: [n, q] the token whose context each token has, see ``ByRowLengths``; None: its own.
+        table: see ``Kernel``.
     """
 
     kernel: Kernel
     lengths: Tensor
     source: Tensor | None
+    table: Tensor | None
 
     def __call__(self, query: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
         """See ``Attend``."""
         key, value = keys_and_values(kept)
-        context = self.kernel(query.flatten(2, 3), key, value, self.lengths, scale)
+        context = self.kernel(query.flatten(2, 3), key, value, self.lengths, scale, self.table)
         if self.source is not None:
             index = self.source[:, :, None, None].expand_as(context)
             context = context.gather(1, index)
@@ -68,16 +72,15 @@ class ByRowLengths:
     def __init__(self, name: str, kernel: Kernel) -> None:
         self.name, self.kernel = name, kernel
 
-    def look(
-        self, positions: Tensor, last: np.ndarray, length: int, *, repeats: bool
-    ) -> RowLengths:
+    def look(self, positions: Tensor, last: np.ndarray, room: Room, *, repeats: bool) -> RowLengths:
         """See ``Attention``."""
         each, source = positions.size(1), None
         lengths = positions[:, -1] + 1
         if repeats and each > 1:
             own = torch.arange(each, device=positions.device)
             source = own.maximum((each - lengths).unsqueeze(1))
-        return RowLengths(self.kernel, lengths.int(), source)
+        table = room.table if room.table is None else room.table[: len(positions)]
+        return RowLengths(self.kernel, lengths.int(), source, table)
 
 
 def flash_attention() -> Kernel:
@@ -89,16 +92,19 @@ def flash_attention() -> Kernel:
     from flash_attn import flash_attn_with_kvcache
 
     def kernel(
-        query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        table: Tensor | None,
     ) -> Tensor:
-        rows = len(query)
+        if table is None:
+            key, value, pages = key[: len(query)], value[: len(query)], {}
+        else:
+            pages = dict(block_table=table)
         return flash_attn_with_kvcache(
-            query,
-            key[:rows],
-            value[:rows],
-            cache_seqlens=lengths,
-            softmax_scale=scale,
-            causal=True,
+            query, key, value, cache_seqlens=lengths, softmax_scale=scale, causal=True, **pages
         )
 
     return kernel
@@ -113,13 +119,32 @@ def torch_flash() -> Kernel:
     forward = torch.ops.aten._flash_attention_forward
 
     def kernel(
-        query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        table: Tensor | None,
     ) -> Tensor:
         (rows, each), length = query.shape[:2], key.size(1)
         begins = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
-        ragged = [x.flatten(0, 1) for x in (query, key, value)]
+        if table is None:
+            key, value, pages = key.flatten(0, 1), value.flatten(0, 1), {}
+        else:
+            length, pages = length * table.size(1), dict(block_table=table)
         ends = begins * each, begins * length, each, length
-        context, *_ = forward(*ragged, *ends, 0.0, True, False, scale=scale, seqused_k=lengths)
+        context, *_ = forward(
+            query.flatten(0, 1),
+            key,
+            value,
+            *ends,
+            0.0,
+            True,
+            False,
+            scale=scale,
+            seqused_k=lengths,
+            **pages,
+        )
         return context.unflatten(0, (rows, each))
 
     return kernel
@@ -140,9 +165,15 @@ class ByBlocks:
         self.masks = BlockMask
         self.attend = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
-    def look(self, positions: Tensor, last: np.ndarray, length: int, *, repeats: bool) -> Attend:
-        """See ``Attention``."""
-        rows, each = positions.shape
+    def look(self, positions: Tensor, last: np.ndarray, room: Room, *, repeats: bool) -> Attend:
+        """See ``Attention``.
+
+        Raises:
+            NotImplementedError: rows lie in pages.
+        """
+        if room.table is not None:
+            raise NotImplementedError("pages are not read by FlexAttention here")
+        (rows, each), length = positions.shape, room.length
         # [n, 1, query blocks] keys that the last token of a block looks at
         ends = torch.arange(BLOCK - 1, each - 1 + BLOCK, BLOCK, device=positions.device)
         needed = positions[:, ends.clamp(max=each - 1)].unsqueeze(1) + 1
@@ -198,8 +229,16 @@ def candidates() -> Iterator[tuple[str, Callable[[], Attention]]]:
     yield ByBlocks.name, ByBlocks
 
 
-def choose_attention(shapes: Shapes, *, dtype: torch.dtype, device: torch.device) -> Attention:
-    """The first kernel that works here, and says so in the log; masks on a CPU."""
+def choose_attention(
+    shapes: Shapes, *, dtype: torch.dtype, device: torch.device, paged: bool = False
+) -> Attention:
+    """The first kernel that works here, and says so in the log; masks on a CPU.
+
+    Args:
+        shapes: what is attended to.
+        dtype, device: of queries and keys.
+        paged: rows lie in pages.
+    """
     masks = BySpans(shapes.share, dtype=dtype, device=device)
     if device.type != "cuda":
         return masks
@@ -207,7 +246,7 @@ def choose_attention(shapes: Shapes, *, dtype: torch.dtype, device: torch.device
         # whatever it is that is missing, or that a kernel can't do: there is another one
         try:
             attention = make()
-            gap = trial(attention, shapes, dtype=dtype, device=device)
+            gap = trial(attention, shapes, dtype=dtype, device=device, paged=paged)
         except Exception as error:
             logger.info("rollouts: no %s: %s", name, str(error).split("\n", maxsplit=1)[0])
             continue
@@ -220,7 +259,12 @@ def choose_attention(shapes: Shapes, *, dtype: torch.dtype, device: torch.device
 
 
 def trial(
-    attention: Attention, shapes: Shapes, *, dtype: torch.dtype, device: torch.device
+    attention: Attention,
+    shapes: Shapes,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    paged: bool = False,
 ) -> float:
     """Largest distance between an attention's contexts and those of masks, on random rows."""
     draw = torch.Generator().manual_seed(0)
@@ -229,16 +273,30 @@ def trial(
         return torch.randn(size, generator=draw).to(device=device, dtype=dtype)
 
     masks = BySpans(shapes.share, dtype=dtype, device=device)
-    kept = random(TRIAL_ROWS, TRIAL_LENGTH, shapes.groups, 2, shapes.width)
-    last, gaps = np.array(TRIAL_LENGTHS) - 1, []
+    lengths = np.array(TRIAL_LENGTHS)
+    room = _trial_pages(lengths, device) if paged else Room(TRIAL_ROWS, TRIAL_LENGTH, device)
+    kept = random(room.blocks, room.size, shapes.groups, 2, shapes.width)
+    last, gaps = lengths - 1, []
     for each in (1, 3):
         query = random(len(last), each, shapes.groups, shapes.share, shapes.width)
         ends = torch.tensor(last).to(device).unsqueeze(1)
         positions = (ends + torch.arange(1 - each, 1, device=device)).clamp_(min=0)
         found, expected = (
-            kind.look(positions, last, TRIAL_LENGTH, repeats=True)(query, kept)
+            kind.look(positions, last, room, repeats=True)(query, kept)
             for kind in (attention, masks)
         )
         gaps.append((found - expected).abs().max())
     # not a number is no agreement
     return float(torch.stack(gaps).float().nan_to_num(nan=torch.inf).max())
+
+
+def _trial_pages(lengths: np.ndarray, device: torch.device) -> PagedRoom:
+    """Rows whose pages do not follow each other."""
+    size = PAGE.get(device.type, OTHER_PAGE)
+    tokens = TRIAL_ROWS * (TRIAL_LENGTH + size)
+    room = PagedRoom(TRIAL_ROWS, TRIAL_LENGTH, device, tokens=tokens)
+    # a row takes its first page, and the others when each has one
+    for most in (1, TRIAL_LENGTH):
+        room.reserve(range(len(lengths)), lengths.clip(max=most))
+    room.send()
+    return room

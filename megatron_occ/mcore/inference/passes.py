@@ -12,6 +12,7 @@ from megatron_occ.mcore.inference.cache import write
 from megatron_occ.mcore.inference.drafter import Drafter, Known
 from megatron_occ.mcore.inference.graphs import Capture, Graphs
 from megatron_occ.mcore.inference.prefill import Prefix, prefill
+from megatron_occ.mcore.inference.room import Room
 from megatron_occ.mcore.inference.routes import routes_of
 from megatron_occ.mcore.inference.sampler import TokenSampler
 from megatron_occ.mcore.inference.slots import Slots, Verified
@@ -30,6 +31,7 @@ class Passes:
         attention: of tokens behind prompts.
         drafter: where drafts are made, on the last stage.
         slots: the rows.
+        room: where their tokens lie in caches.
         sampling: temperature and cuts.
         coupled: which drafts stay, see ``rollout.speculative``.
         capture: of cycles, see ``graphs``; None: each is run as it is.
@@ -41,16 +43,17 @@ class Passes:
         attention: Attention,
         drafter: Drafter | None,
         slots: Slots,
+        room: Room,
         sampling: SamplingSettings,
         *,
         coupled: bool,
         capture: Capture | None = None,
     ) -> None:
-        self.trunk, self.drafter, self.slots = trunk, drafter, slots
+        self.trunk, self.drafter, self.slots, self.room = trunk, drafter, slots, room
         self.sampler = TokenSampler(trunk, sampling, coupled=coupled)
         self.placer = Placer(trunk, attention, slots.length, slots.device)
-        self.cache = trunk.new_cache(slots.rows, slots.length)
-        self.state = drafter.new_state(slots.rows, slots.length) if drafter else None
+        self.cache = trunk.new_cache(room)
+        self.state = drafter.new_state(room) if drafter else None
         # long rows come first then, to be looked at on their own
         self.attends_by_spans = attention.needs_host
         is_static = trunk.is_static and not attention.needs_host
@@ -68,6 +71,7 @@ class Passes:
             sources: rows of the prompts in it.
             rows: as many rows, admitted.
         """
+        self.room.send()
         self.cache.copy_rows(prefix.cache, sources, rows, prefix.longest)
         if self.state is not None:
             self.state.copy_rows(prefix.state, sources, rows, prefix.longest)
@@ -86,6 +90,7 @@ class Passes:
             length: tokens to draft.
         """
         self.slots.send()
+        self.room.send()
         known, limits, needed = self.slots.known[:rows], None, []
         drafter = self.drafter if length else None
         if drafter is not None:
@@ -134,9 +139,10 @@ class Passes:
     def move(self, rows: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy rows of up to ``length`` tokens to other places, all at the same time."""
         self.slots.move(rows, targets)
-        self.cache.copy_rows(self.cache, rows, targets, length)
+        self.cache.move(rows, targets, length)
         if self.state is not None:
-            self.state.copy_rows(self.state, rows, targets, length)
+            self.state.move(rows, targets, length)
+        self.room.renamed(rows, targets)
 
     def states(self, rows: Sequence[int]) -> list[Tensor]:
         """Trunk states of rows at all tokens but the last, [tokens - 1, h] each, on the CPU.
@@ -145,8 +151,9 @@ class Passes:
         """
         if self.state is None:
             return []
-        kept = self.state.hidden[0]
-        return [kept[row, : int(self.slots.known[row]) - 1].to("cpu", copy=True) for row in rows]
+        kept, ends = self.state.hidden[0], self.slots.known - 1
+        found = (self.room.of_row(kept, row, int(ends[row])) for row in rows)
+        return [states.to("cpu", copy=True) for states in found]
 
     def routes(self, rows: Sequence[int]) -> list[Tensor]:
         """See ``Generation.routes``, of prompts and responses in these rows so far."""

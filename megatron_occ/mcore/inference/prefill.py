@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_occ.mcore.inference.cache import Cache, write
 from megatron_occ.mcore.inference.drafter import Drafter, DraftState
+from megatron_occ.mcore.inference.room import Room
 from megatron_occ.mcore.inference.slots import pad_right
 from megatron_occ.mcore.inference.trunk import Placer, Trunk
 
@@ -77,7 +78,8 @@ def prefill(
     device = torch.cuda.current_device()
     ids = pad_right(prompts, longest, device)
     known = np.array([len(prompt) for prompt in prompts])
-    cache = trunk.new_cache(len(prompts), longest)
+    room = Room(len(prompts), longest, device)
+    cache = trunk.new_cache(room)
     tokens = placer.from_start(cache, len(prompts), longest)
     trunk.company.meet(ids.numel())
     states = trunk.forward(ids, tokens, cache)
@@ -87,7 +89,7 @@ def prefill(
         last = by_row[range(len(prompts)), (known - 1).tolist()]
     state = None
     if drafter is not None:
-        state = drafter.new_state(len(prompts), longest)
+        state = drafter.new_state(room)
         write(state.hidden[0], tokens.places, states.read)
         if reads:
             drafter.read_prompts(placer, state, ids, known, longest)

@@ -36,7 +36,9 @@ def _of_row(trunk: Trunk, cache: Cache, state: DraftState | None, row: int, know
     for chunk, layers in zip(trunk.chunks, trunk.layers, strict=True):
         own = zip(layers, cache.layers[first : first + len(layers)], strict=True)
         first += len(layers)
-        found += [kept[-1][row, : known - 1] for layer, kept in own if layer.experts]
+        found += [
+            cache.room.of_row(kept[-1], row, known - 1) for layer, kept in own if layer.experts
+        ]
         if chunk.mtp_process:
             found += _of_depths(trunk, state, row, known)
     dtype = route_dtype(trunk.config.num_moe_experts)
@@ -56,6 +58,7 @@ def _of_depths(trunk: Trunk, state: DraftState | None, row: int, known: int) -> 
             # depth d at position t has read token t + d + 1
             read = min(int(state.done[depth, row]) + 1, known - 1 - depth)
             if read > 0:
-                made[:read] = state.cache.layers[depth][-1][row, :read]
+                kept = state.cache.layers[depth][-1]
+                made[:read] = state.cache.room.of_row(kept, row, read)
         found.append(made)
     return found

@@ -18,6 +18,7 @@ from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, 
 from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens
 from megatron_occ.mcore.inference.kernels import Shapes
 from megatron_occ.mcore.inference.layers import Company, Layer
+from megatron_occ.mcore.inference.room import Room
 from megatron_occ.mcore.model import OCCGPTModel
 
 
@@ -97,13 +98,12 @@ class Trunk:
         groups = config.num_query_groups
         return Shapes(groups // self.tensor.size(), heads // groups, config.kv_channels)
 
-    def new_cache(self, rows: int, length: int) -> Cache:
+    def new_cache(self, room: Room) -> Cache:
         """Empty, for this rank's layers."""
         layers = [layer for layers in self.layers for layer in layers]
         return Cache(
             [layer.attention.cached for layer in layers],
-            rows,
-            length,
+            room,
             dtype=self.dtype,
             device=torch.cuda.current_device(),
             experts=[layer.experts for layer in layers],
@@ -231,14 +231,14 @@ class Placer:
             last: [n] the last of each row, for the host.
             repeats: a row may begin with several times position 0.
         """
-        attend = self.attention.look(positions, last, cache.length, repeats=repeats)
+        attend = self.attention.look(positions, last, cache.room, repeats=repeats)
         return self._place(cache, positions, attend)
 
     def _place(self, cache: Cache, positions: Tensor, attend: Attend | None) -> Tokens:
         rows, each = positions.shape
         flat = positions.reshape(-1)
         cos, sin = self.rotary.cos[flat], self.rotary.sin[flat]
-        places = (cache.starts[:rows] + positions).flatten()
+        places = cache.room.places(positions).flatten()
         return Tokens(rows, each, places, cos, sin, self.rotary.half, attend)
 
 

@@ -1,0 +1,207 @@
+"""Where the tokens of rows lie in caches: a row in one piece, or in pages that are handed out.
+
+Rows in one piece have room for the longest sequence each. With pages (PagedAttention, arXiv
+2309.06180) a row takes what it needs as it grows, so that the same memory holds more rows. All
+caches of a call share one room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# tokens of a page: flash attention's kernels take multiples of 256; on a CPU there is no such limit
+PAGE = {"cuda": 256}
+OTHER_PAGE = 16
+
+
+class Room:
+    """Rows in one piece.
+
+    Args:
+        rows: sequences.
+        length: tokens of one at most.
+        device: of the caches.
+
+    Attributes:
+        blocks, size: a cache is a tensor [blocks, size, ...].
+        table: [rows, blocks of a row] blocks of each row, int32, zeros behind its last one; None: a
+            block is a row.
+    """
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self.rows, self.length = rows, length
+        self.blocks, self.size = rows, length
+        self.table: Tensor | None = None
+        # [rows, 1] where each row begins, counted in tokens
+        self._starts = torch.arange(rows, device=device).unsqueeze(1) * length
+
+    def places(self, positions: Tensor) -> Tensor:
+        """[n, q] places of positions in the first n rows, counted in tokens over all blocks."""
+        return self._starts[: len(positions)] + positions
+
+    def first(self, kept: Tensor, rows: int, length: int) -> Tensor:
+        """The first tokens of the first rows of a cache's tensor, [rows, length, ...]."""
+        return kept[:rows, :length]
+
+    def of_row(self, kept: Tensor, row: int, length: int) -> Tensor:
+        """The first tokens of a row of a cache's tensor, [length, ...]."""
+        return kept[row, :length]
+
+    def put(self, kept: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Write the first tokens [m, length, ...] of rows [m] into a cache's tensor."""
+        kept[rows, : values.size(1)] = values
+
+    def move(self, kept: Sequence[Tensor], rows: Tensor, targets: Tensor, length: int) -> None:
+        """Bring the first tokens of rows [m] to other rows, in tensors of caches."""
+        for each in kept:
+            each[targets, :length] = each[rows, :length]
+
+    def fitting(self, tokens: Sequence[int], used: int) -> int:
+        """How many more rows may begin, with so many tokens each, where ``used`` are in use."""
+        return len(tokens)
+
+    def lacks(self, tokens: np.ndarray) -> bool:
+        """Whether there is no room for so many tokens [n] in the first n rows."""
+        return False
+
+    def reserve(self, rows: Sequence[int] | np.ndarray, tokens: np.ndarray) -> None:
+        """Give rows room for so many tokens [m] each."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Nothing in these rows is needed any more."""
+
+    def renamed(self, rows: Sequence[int], targets: Sequence[int]) -> None:
+        """Rows have other numbers from now on, all at the same time."""
+
+    def send(self) -> None:
+        """Let the device know what has changed; the host does not wait."""
+
+
+class PagedRoom(Room):
+    """Rows in pages.
+
+    The first page is nobody's: rows without tokens, with which a captured cycle is filled up, write
+    there, and so does the padding behind a prompt.
+
+    Args:
+        rows, length, device: see :class:`Room`.
+        tokens: of all rows at most; at least ``length``.
+        size: tokens of a page; None: as attention's kernels want it.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        device: torch.device,
+        *,
+        tokens: int,
+        size: int | None = None,
+    ) -> None:
+        self.rows, self.length = rows, length
+        self.size = size or PAGE.get(device.type, OTHER_PAGE)
+        each = self._pages(np.array([length]))[0]
+        assert tokens >= length, "one row can be finished"
+        self.blocks = 1 + min(-(-tokens // self.size), rows * each)
+        self.table = torch.zeros(rows, each, dtype=torch.int32, device=device)
+        self._host = np.zeros((rows, each), dtype=np.int32)
+        self._held = np.zeros(rows, dtype=np.int64)
+        self._free = list(range(self.blocks - 1, 0, -1))
+        self._is_sent = True
+
+    @property
+    def pages_left(self) -> int:
+        """Pages that no row holds."""
+        return len(self._free)
+
+    def places(self, positions: Tensor) -> Tensor:
+        """See :class:`Room`."""
+        return self._places(self.table[: len(positions)], positions)
+
+    def first(self, kept: Tensor, rows: int, length: int) -> Tensor:
+        """See :class:`Room`; a copy."""
+        count = -(-length // self.size)
+        return kept[self.table[:rows, :count]].flatten(1, 2)[:, :length]
+
+    def of_row(self, kept: Tensor, row: int, length: int) -> Tensor:
+        """See :class:`Room`; a copy."""
+        self.send()
+        count = -(-length // self.size)
+        return kept[self.table[row, :count]].flatten(0, 1)[:length]
+
+    def put(self, kept: Tensor, rows: Tensor, values: Tensor) -> None:
+        """See :class:`Room`."""
+        positions = torch.arange(values.size(1), device=values.device).expand(len(rows), -1)
+        places = self._places(self.table[rows], positions)
+        kept.flatten(0, 1)[places.flatten()] = values.flatten(0, 1)
+
+    def move(self, kept: Sequence[Tensor], rows: Tensor, targets: Tensor, length: int) -> None:
+        """Nothing: the pages stay where they are, see :meth:`renamed`."""
+
+    def fitting(self, tokens: Sequence[int], used: int) -> int:
+        """See :class:`Room`.
+
+        A page for each row is kept free, so that none that begins has to give way at once.
+        """
+        taken = np.cumsum(self._pages(np.array(tokens, dtype=np.int64)))
+        kept = used + np.arange(1, len(taken) + 1)
+        count = int((taken + kept <= self.pages_left).sum())
+        # the only row has all pages
+        return count if count or used or not len(taken) else 1
+
+    def lacks(self, tokens: np.ndarray) -> bool:
+        """See :class:`Room`."""
+        return int(self._lacking(np.arange(len(tokens)), tokens).sum()) > self.pages_left
+
+    def reserve(self, rows: Sequence[int] | np.ndarray, tokens: np.ndarray) -> None:
+        """See :class:`Room`."""
+        lacking = self._lacking(np.asarray(rows, dtype=np.int64), tokens)
+        for row, count in zip(rows, lacking.tolist(), strict=True):
+            if count == 0:
+                continue
+            held = self._held[row]
+            self._host[row, held : held + count] = [self._free.pop() for _ in range(count)]
+            self._held[row] += count
+            self._is_sent = False
+
+    def release(self, rows: Sequence[int]) -> None:
+        """See :class:`Room`."""
+        for row in rows:
+            self._free += self._host[row, : self._held[row]].tolist()
+        self._clear(rows)
+
+    def renamed(self, rows: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`Room`."""
+        for numbers in (self._host, self._held):
+            numbers[list(targets)] = numbers[list(rows)]
+        self._clear(sorted(set(rows) - set(targets)))
+
+    def send(self) -> None:
+        """See :class:`Room`."""
+        if self._is_sent:
+            return
+        table = torch.from_numpy(self._host)
+        if self.table.is_cuda:
+            # of pinned memory of its own: the copy is under way while the host goes on
+            table = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table)
+        self.table.copy_(table, non_blocking=True)
+        self._is_sent = True
+
+    def _clear(self, rows: Sequence[int]) -> None:
+        self._host[list(rows)] = 0
+        self._held[list(rows)] = 0
+        self._is_sent = False
+
+    def _pages(self, tokens: np.ndarray) -> np.ndarray:
+        return -(-tokens // self.size)
+
+    def _lacking(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return (self._pages(tokens) - self._held[rows]).clip(min=0)
+
+    def _places(self, table: Tensor, positions: Tensor) -> Tensor:
+        pages = table.gather(1, positions // self.size).long()
+        return pages * self.size + positions % self.size
