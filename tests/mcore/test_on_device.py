@@ -35,9 +35,10 @@ def test_log_probs_over_the_vocabulary_have_the_gradients_of_a_plain_softmax(sid
     assert gradient_deviation() < 1e-5
 
 
+@pytest.mark.parametrize("cache_tokens", [None, 300])
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_the_engine_samples_with_the_log_probs_of_training(side, drafts):
-    gap, tokens = engine_gap(side.actor, Speculation(drafts))
+def test_the_engine_samples_with_the_log_probs_of_training(side, drafts, cache_tokens):
+    gap, tokens = engine_gap(side.actor, Speculation(drafts), cache_tokens=cache_tokens)
     assert tokens == 96
     assert gap < 1e-4
 

@@ -44,6 +44,8 @@ MODELS = {
 }
 PYTEST = "pytest -m gpu"
 _RESPONSE, _REQUESTS = 12, 8
+# tokens in the caches of four rows: two of the pages of a GPU
+PAGES = 512
 # seconds
 _TESTS_NEED = 20.0
 
@@ -112,20 +114,28 @@ def _compare(name: str, cpu: CPUSide) -> Iterator[Row]:
     }
     yield judge_deviations(name, deviations, found.missing)
     captures = captures_cycles(actor.config, actor.layout.device)
-    for drafts, capture in ((0, None), (2, None), *(((2, CUDACapture),) if captures else ())):
-        gap, tokens = engine_gap(actor, Speculation(drafts), capture)
-        how = "" if capture is None else " as graphs"
-        yield judge_engine(f"{name}: {drafts} drafts{how}", gap, tokens)
+    graphs = dict(capture=CUDACapture if captures else None)
+    ways = {"0 drafts": {}, "2 drafts": {}, "2 drafts in pages": graphs | dict(cache_tokens=PAGES)}
+    ways |= {"2 drafts as graphs": graphs} if captures else {}
+    for way, how in ways.items():
+        gap, tokens = engine_gap(actor, Speculation(int(way[0])), **how)
+        yield judge_engine(f"{name}: {way}", gap, tokens)
 
 
 def engine_gap(
     actor: MegatronGPTActor,
     speculation: Speculation,
     capture: Callable[[], Capture] | None = None,
+    cache_tokens: int | None = None,
 ) -> tuple[float, int]:
     """Largest difference of the engine's log-probs to training's, and tokens that were compared."""
     engine = MegatronEngine(
-        actor.inference_chunks, actor.layout, slots=4, speculation=speculation, capture=capture
+        actor.inference_chunks,
+        actor.layout,
+        slots=4,
+        cache_tokens=cache_tokens,
+        speculation=speculation,
+        capture=capture,
     )
     generator = torch.Generator().manual_seed(3)
     prompts = [

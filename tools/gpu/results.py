@@ -80,7 +80,7 @@ def write_results(path: Path, results: Iterable[SectionResult], about: dict[str,
 
 def line(section: str, row: Row) -> str:
     """A row as it is printed."""
-    return f"{section:<12}{row.part:<26}{row.status:<11}{row.text}"
+    return f"{section:<12}{row.part:<34}{row.status:<11}{row.text}"
 
 
 def table(results: Sequence[SectionResult]) -> str:

@@ -19,6 +19,7 @@ from benchmarks.peer_generate import PeerSampling
 from benchmarks.peer_weights import export_peer
 from benchmarks.rollout import rate_of_engine, rate_of_peer
 from megatron_occ.config import load_config
+from megatron_occ.config.sizes import BEHIND_DRAFTS
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.estimate.ranks import count_by_part
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
@@ -146,6 +147,15 @@ class Rates:
             judged = on_gpu() and batch == DRAFTED and drafts == 2
             numbers: dict[str, Any] = {f"drafts_{drafts}": rate, f"acceptance_{drafts}": acceptance}
             yield judge_aim(part, "drafts", rate / plain, text, judged=judged, **numbers)
+        if batch == AIMED or not on_gpu():
+            yield self._in_pages(batch, plain)
+
+    def _in_pages(self, batch: int, plain: float) -> Row:
+        """The rate without drafts where rows lie in pages, as many tokens as without."""
+        row = self.scale.prompt + self.scale.response + BEHIND_DRAFTS
+        rate, _ = self._rate(batch, 0, cache_tokens=batch * row)
+        text = f"in pages, {rate:,.0f} tokens/s, {rate / plain:.2f} times the rate of whole rows"
+        return Row(f"batch {batch}", INFO, text, {"tokens_in_pages": rate})
 
     def _floor(self, batch: int, rate: float) -> Row:
         context = self.scale.prompt + self.scale.response / 2
@@ -156,12 +166,15 @@ class Rates:
         part = f"batch {batch}"
         return judge_aim(part, "floor", floor / rate, text, judged=judged, memory_floor=floor)
 
-    def _rate(self, batch: int, drafts: int) -> tuple[float, float]:
+    def _rate(
+        self, batch: int, drafts: int, cache_tokens: int | None = None
+    ) -> tuple[float, float]:
         """Tokens a second, and tokens that a sequence gets of a cycle."""
         engine = MegatronEngine(
             self.actor.inference_chunks,
             self.actor.layout,
             slots=batch,
+            cache_tokens=cache_tokens,
             speculation=Speculation(drafts),
             capture=CUDACapture if on_gpu() else None,
         )
