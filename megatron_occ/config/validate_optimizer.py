@@ -31,6 +31,12 @@ def optimizer_problems(config: Config, *, pretrains: bool, trains: bool) -> Iter
             "update the whole model on the host. Give parallel.distributed_optimizer=true, or "
             "parallel.optimizer_offload=0"
         )
+    if offloads and config.precision == "fp32":
+        yield (
+            f"parallel.optimizer_offload={parallel.optimizer_offload:g}: Megatron-Core takes main "
+            "weights of 16-bit parameters alone to the host. Give precision=bf16, or "
+            "parallel.optimizer_offload=0"
+        )
     if low and offloads:
         yield (
             f"parallel.moments_dtype=bf16: with parallel.optimizer_offload="
@@ -48,6 +54,6 @@ def _decays(key: str, optimizer: OptimizerConfig) -> Iterator[str]:
         value = getattr(optimizer, name)
         if value >= LARGEST_DECAY:
             yield (
-                f"{key}.{name}={value:g}: in bf16 a moment is rounded back to what it was before "
-                f"such a decay, and never falls. Give at most 0.996, or parallel.moments_dtype=fp32"
+                f"{key}.{name}={value:g}: in bf16 rounding can undo such a decay, and a moment "
+                "that rose never falls. Give at most 0.996, or parallel.moments_dtype=fp32"
             )

@@ -208,4 +208,4 @@ def _scatter(slot: _Slot, name: str, whole: Tensor | None) -> None:
         flat.copy_(whole.flatten())
     torch.distributed.broadcast(flat, group=slot.group, group_src=0)
     if slot.span is not None:
-        slot.tensors[name].copy_(flat[slot.span].view_as(slot.tensors[name]))
+        slot.tensors[name].copy_(flat[slot.span].view(slot.tensors[name].shape))

@@ -1,8 +1,8 @@
 """TransformerEngine's FusedAdam on the CPU, for tests: its states, scales and rounding.
 
-After ``pytorch/optimizers/fused_adam.py`` of TransformerEngine 2.20.2 and the kernel ``AdamFunctor``
-in its ``common/multi_tensor/adam.cu``: arithmetic in fp32, moments rounded where they are stored. FP8
-states, which are TransformerEngine's own tensors, and CUDA graphs are left out.
+After its ``pytorch/optimizers/fused_adam.py`` (2.20.2) and the kernel ``AdamFunctor`` in
+``common/multi_tensor/adam.cu``: arithmetic in fp32, moments rounded where they are stored. Left out
+are states in FP8, which are tensors of a class of its own, and CUDA graphs.
 """
 
 from __future__ import annotations
