@@ -150,21 +150,28 @@ class FusedAdam(torch.optim.Optimizer):
 @contextlib.contextmanager
 def transformer_engine() -> Iterator[None]:
     """Megatron-Core takes this Adam for TransformerEngine's, in optimizers that are made here."""
-    package = types.ModuleType("transformer_engine")
-    package.__version__ = "2.20.2"
-    inner, optimizers = (types.ModuleType(f"transformer_engine.{n}") for n in ("a", "b"))
-    optimizers.FusedAdam = FusedAdam
-    modules = {
-        "transformer_engine": package,
-        "transformer_engine.pytorch": inner,
-        "transformer_engine.pytorch.optimizers": optimizers,
-    }
     with (
-        mock.patch.dict(sys.modules, modules),
+        _package(),
         mock.patch.object(utils, "_te_version", None),
         mock.patch.multiple(optimizer, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
-        mock.patch.multiple(distrib_optimizer, Adam=FusedAdam),
+        mock.patch.object(distrib_optimizer, "Adam", FusedAdam),
         # of the checks alone: layers stay Megatron's own
         mock.patch.object(capabilities, "uses_transformer_engine", return_value=True),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _package() -> Iterator[None]:
+    """A package with this Adam alone; other modules that are imported meanwhile stay."""
+    names = ("", ".pytorch", ".pytorch.optimizers")
+    modules = {name: types.ModuleType(name) for name in map("transformer_engine{}".format, names)}
+    modules["transformer_engine"].__version__ = "2.20.2"
+    modules["transformer_engine.pytorch.optimizers"].FusedAdam = FusedAdam
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        # None: hidden, as everywhere without a device
+        sys.modules.update(before)
