@@ -213,6 +213,15 @@ class ParallelConfig:
         False, "reduce gradients over data-parallel ranks during the backward pass"
     )
     distributed_optimizer: bool = option(False, "split optimizer state over data-parallel ranks")
+    moments_dtype: str = option(
+        "fp32", "precision in which Adam's moments are kept", choices=("fp32", "bf16")
+    )
+    optimizer_offload: float = option(
+        0.0,
+        "share of a rank's Adam moments that are kept, and updated with, on the host",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass

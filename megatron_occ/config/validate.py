@@ -21,6 +21,7 @@ from megatron_occ.config.validate_layout import layout_problems
 from megatron_occ.config.validate_loss import loss_problems
 from megatron_occ.config.validate_model import model_problems
 from megatron_occ.config.validate_mtp import mtp_problems
+from megatron_occ.config.validate_optimizer import optimizer_problems
 from megatron_occ.config.validate_profile import profile_problems
 from megatron_occ.config.validate_servers import server_problems
 from megatron_occ.config.validate_sizes import size_problems
@@ -79,6 +80,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
     yield from size_problems(config, trains=trains)
     yield from layout_problems(config, world_size, pretrains=pretrains, trains=trains)
     yield from speed_problems(config)
+    yield from optimizer_problems(config, pretrains=pretrains, trains=trains)
     if pretrains:
         yield from _pretraining(config)
     if command != "pretrain" or config.pretrain.validate_every > 0:

@@ -82,7 +82,7 @@ class MegatronGPTActor:
             self.wrapped,
             optimizer,
             bf16=config.precision == "bf16",
-            distributed=parallel.distributed_optimizer,
+            parallel=parallel,
             total_updates=total_updates,
             head_clip=config.mtp.head.clip_grad,
             any_rank=layout.any_rank,

@@ -56,6 +56,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     if device.type == "meta":
         return
     _check_dispatcher(config, device)
+    _check_optimizer(config, device)
     if uses_transformer_engine():
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
@@ -79,6 +80,22 @@ def check_machine(config: Config, device: torch.device) -> None:
         raise ValueError(
             f"model.moe.num_experts={config.model.moe.num_experts}: Megatron-Core's router needs "
             f"TransformerEngine on a GPU, and {where}: pip install 'megatron-occ[gpu]'"
+        )
+
+
+def _check_optimizer(config: Config, device: torch.device) -> None:
+    parallel = config.parallel
+    if parallel.moments_dtype != "fp32" and not uses_transformer_engine():
+        where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
+        raise ValueError(
+            f"parallel.moments_dtype={parallel.moments_dtype}: moments are rounded by "
+            f"TransformerEngine's Adam, and {where} here: use parallel.moments_dtype=fp32, or pip "
+            "install 'megatron-occ[gpu]' on a GPU machine"
+        )
+    if parallel.optimizer_offload > 0 and device.type == "cpu":
+        raise ValueError(
+            f"parallel.optimizer_offload={parallel.optimizer_offload:g}: takes moments from a GPU "
+            "to the host, and there is no CUDA device here: use parallel.optimizer_offload=0"
         )
 
 

@@ -27,6 +27,7 @@ from megatron_occ.convert.kinds import CHECKPOINT_FILE, what_it_is
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint_folder import damage
 from megatron_occ.mcore.fp8_state import has_scaling_state, load_scaling_state, scaling_state
+from megatron_occ.mcore.optimizer_state import reload_main_weights
 from megatron_occ.mcore.versions import check_written_by, installed_version
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def load_weights(path: Path, actor: MegatronGPTActor, meta: dict[str, Any]) -> N
     if wrong is not None:
         raise DamagedCheckpointError(f"{path}: {wrong}")
     load_model(actor, _load(model_state(actor), path))
-    actor.optimizer.megatron.reload_model_params()
+    reload_main_weights(actor.optimizer.megatron)
 
 
 def _tensors_of(chunk: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import all_reduce
 
 from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.mcore.moments import moments_of
 from megatron_occ.mcore.optimizer_state import main_parameters
 
 METRICS = ("euclidean", "adam")
@@ -193,7 +194,8 @@ class GradientSpace:
         return self._updates() > 0
 
     def _denominator(self, part: MegatronOptimizer, main: Tensor, span: slice) -> Tensor:
-        moment = part.optimizer.state[main]["exp_avg_sq"].flatten()[span].double()
+        # with the moments on the host it has to come here
+        moment = moments_of(part, main)["exp_avg_sq"].flatten()[span].to(main.device).double()
         root = (moment / (1 - self._beta2 ** self._updates())).sqrt() + self._eps
         # an entry that has never had a gradient has no scale: it would be all of the product
         return root.where(moment > 0, torch.inf)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,8 +16,10 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megatron_occ.config.schema import OptimizerConfig
-from megatron_occ.mcore.optimizer_state import load_state, set_updates, sharded_state
+from megatron_occ.config.schema import OptimizerConfig, ParallelConfig
+from megatron_occ.mcore.moments import set_updates
+from megatron_occ.mcore.optimizer_settings import optimizer_settings
+from megatron_occ.mcore.optimizer_state import load_state, sharded_state
 
 # Megatron tells parameter groups of a checkpoint apart by four keys; this one is free for the head
 _HEAD_GROUP = "is_decoupled_lr"
@@ -42,7 +44,7 @@ class JointOptimizer:
         chunks: of the model on this rank, wrapped for data parallelism.
         config: section ``pretrain.optimizer`` or ``rl.optimizer``.
         bf16: parameters are bf16 with fp32 main copies.
-        distributed: optimizer state is split over data-parallel ranks.
+        parallel: where the optimizer's state lies, and in which precision.
         total_updates: length of the learning-rate schedule.
         head_clip: largest gradient norm of the head's parameters (0: no clip).
         any_rank: whether any rank of the run has a flag, see ``Layout.any_rank``.
@@ -54,26 +56,13 @@ class JointOptimizer:
         config: OptimizerConfig,
         *,
         bf16: bool,
-        distributed: bool,
+        parallel: ParallelConfig,
         total_updates: int,
         head_clip: float,
         any_rank: Callable[[bool], bool],
     ) -> None:
         self._any_rank = any_rank
         self.trunk_clip, self.head_clip = config.clip_grad, head_clip
-        megatron = MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=distributed,
-            clip_grad=0.0,
-        )
         no_decay = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
         overrides = {
             ParamKey(predicate=no_decay): {"wd_mult": 0.0},
@@ -81,8 +70,14 @@ class JointOptimizer:
         }
         # one for dense and one for expert parameters, whose ranks differ
         self.megatron: ChainedOptimizer = get_megatron_optimizer(
-            megatron, list(chunks), config_overrides=overrides, use_gloo_process_groups=False
+            optimizer_settings(config, parallel, bf16=bf16),
+            list(chunks),
+            config_overrides=overrides,
+            use_gloo_process_groups=False,
         )
+        if parallel.optimizer_offload > 0:
+            # Megatron made one for the whole model first, in cycles that Python would leave a while
+            gc.collect()
         self.schedule = _schedule(self.megatron, config, total_updates)
         # made so far, skipped ones not counted
         self.updates = 0

@@ -17,14 +17,20 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# these count updates for each parameter, TransformerEngine's Adam for each group
-_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_occ.mcore.moments import (
+    MOMENTS,
+    allocate,
+    moments_of,
+    refresh_host_copies,
+    set_updates,
+)
+
 _MAIN = "fp32_param"
 
 
@@ -46,7 +52,7 @@ class _Slot:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, _MAIN)
+        return MOMENTS if self.parameter.dtype == torch.float32 else (*MOMENTS, _MAIN)
 
     @property
     def is_written(self) -> bool:
@@ -96,6 +102,7 @@ def load_state(optimizer: ChainedOptimizer, state: dict[str, Any], updates: int)
                 slot.tensors[name].copy_(found[name])
             else:
                 _scatter(slot, name, found.get(name))
+    refresh_host_copies(optimizer)
     set_updates(optimizer, updates)
 
 
@@ -103,18 +110,26 @@ def state_tensors(optimizer: ChainedOptimizer) -> list[Tensor]:
     """Adam's moments on this rank, allocated if there has been no update yet."""
     found = []
     for part in optimizer.chained_optimizers:
-        if part.optimizer is None:  # no parameter on this rank
-            continue
-        _allocate(part)
+        allocate(part)
         for _, main in main_parameters(part):
-            found += [part.optimizer.state[main][name] for name in _MOMENTS]
+            found += moments_of(part, main).values()
     return found
 
 
-def set_updates(optimizer: ChainedOptimizer, updates: int) -> None:
-    """Tell the optimizer how many updates its moments are of."""
+@torch.no_grad()
+def reload_main_weights(optimizer: ChainedOptimizer) -> None:
+    """Take the main weights from those of the model.
+
+    Megatron's own looks, where there are copies on the host, at these alone, and not at main
+    weights in fp32, which it has them made of.
+    """
     for part in optimizer.chained_optimizers:
-        _set_updates(part, updates)
+        if not isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.reload_model_params()
+            continue
+        for parameter, main in main_parameters(part):
+            main.copy_(parameter.flatten()[_span(part, parameter)])
+    refresh_host_copies(optimizer)
 
 
 def main_parameters(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,14 +151,12 @@ def _slots(optimizer: ChainedOptimizer) -> Iterator[_Slot]:
     for part in optimizer.chained_optimizers:
         if part.optimizer is None:  # no parameter on this rank
             continue
-        _allocate(part)
+        allocate(part)
         if isinstance(part, DistributedOptimizer):
             yield from _split_slots(part)
             continue
         for parameter, main in _pairs(part):
-            state = part.optimizer.state[main]
-            tensors = {name: state[name] for name in _MOMENTS}
-            yield _Slot(parameter, tensors | {_MAIN: main})
+            yield _Slot(parameter, moments_of(part, main) | {_MAIN: main})
 
 
 def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -167,10 +180,15 @@ def _split_slots(part: DistributedOptimizer) -> Iterator[_Slot]:
             yield _Slot(parameter, {}, None, group)
             continue
         main = part.optimizer.param_groups[place[0]]["params"][place[1]]
-        buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
-        span = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-        tensors = {name: part.optimizer.state[main][name] for name in _MOMENTS}
-        yield _Slot(parameter, tensors | {_MAIN: main}, slice(span.start, span.end), group)
+        tensors = moments_of(part, main) | {_MAIN: main}
+        yield _Slot(parameter, tensors, _span(part, parameter), group)
+
+
+def _span(part: DistributedOptimizer, parameter: Tensor) -> slice:
+    """This rank's share of the entries of a flat parameter."""
+    buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
+    span = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+    return slice(span.start, span.end)
 
 
 def _whole(slot: _Slot, name: str, loading: bool) -> Tensor | None:
@@ -179,7 +197,7 @@ def _whole(slot: _Slot, name: str, loading: bool) -> Tensor | None:
         return torch.empty(slot.parameter.shape) if slot.is_written else None
     flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
     if slot.span is not None:
-        flat[slot.span] = slot.tensors[name].flatten()
+        flat[slot.span] = slot.tensors[name].flatten().to(flat)
     torch.distributed.reduce(flat, group=slot.group, group_dst=0)
     return flat.view(slot.parameter.shape).cpu() if slot.is_written else None
 
@@ -190,25 +208,4 @@ def _scatter(slot: _Slot, name: str, whole: Tensor | None) -> None:
         flat.copy_(whole.flatten())
     torch.distributed.broadcast(flat, group=slot.group, group_src=0)
     if slot.span is not None:
-        slot.tensors[name].copy_(flat[slot.span].view_as(slot.tensors[name]))
-
-
-def _allocate(part: MegatronOptimizer) -> None:
-    """Zeros as the state of an optimizer that has made no update yet."""
-    inner = part.optimizer
-    if inner.state:
-        return
-    part.init_state_fn(inner, part.config)
-    _set_updates(part, 0)
-
-
-def _set_updates(part: MegatronOptimizer, updates: int) -> None:
-    inner = part.optimizer
-    if inner is None:
-        return
-    if isinstance(inner, _TORCH_ADAM):
-        for state in inner.state.values():
-            state["step"] = torch.tensor(float(updates))
-    else:
-        for group in inner.param_groups:
-            group["step"] = updates
+        slot.tensors[name].copy_(flat[slot.span].view(slot.tensors[name].shape))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_occ.mcore.model import OCCGPTModel
+from megatron_occ.mcore.moments import refresh_host_copies
 from megatron_occ.mcore.optimizer import JointOptimizer
 from megatron_occ.mcore.optimizer_state import main_parameters, state_tensors
 
@@ -37,6 +38,7 @@ def restored(
     finally:
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
+        refresh_host_copies(optimizer.megatron)
         # Megatron adds the steps of a loaded state to its own
         optimizer.schedule.num_steps = 0
         optimizer.schedule.load_state_dict(schedule)

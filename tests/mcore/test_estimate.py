@@ -312,6 +312,27 @@ def test_gradients_in_bf16_take_two_bytes_and_four_more_while_the_optimizer_need
         assert (found == plain) == (rows == 32)
 
 
+def test_moments_in_bf16_take_4_bytes_of_an_entry_and_those_on_the_host_none_here():
+    layout = "parallel={{context: 2, distributed_optimizer: true{}}}"
+    full, low, half, host = (
+        paper_layout(layout.format(more), world_size=4)
+        for more in (
+            "",
+            ", moments_dtype: bf16",
+            ", optimizer_offload: 0.5",
+            ", optimizer_offload: 1",
+        )
+    )
+    share = full.total_parameters // 4
+    assert full.memory.resident["Adam moments, fp32"] == 8 * share
+    assert low.memory.resident["Adam moments, bf16"] == 4 * share
+    resident = [sum(each.memory.resident.values()) for each in (full, low, half, host)]
+    assert [(resident[0] - each) / share for each in resident] == [0, 4, 4, 8]
+    # two moments, a main weight and a gradient of each
+    found = [each.memory.host.get("optimizer, fp32", 0) / share for each in (full, low, half, host)]
+    assert found == [0, 0, 8, 16]
+
+
 def test_layers_that_stay_in_bf16_have_no_fp8_weights():
     given = ("fp8.format=hybrid", "fp8.scaling=current")
     kept = ("fp8.first_layers_bf16=2", "fp8.last_layers_bf16=1")

@@ -58,6 +58,8 @@ ENGINE = [
         {"recompute": "selective", "recompute_modules": ["moe", "layernorm"]},
         r"layernorm again by TransformerEngine.*leave layernorm out",
     ),
+    ({"moments_dtype": "bf16"}, r"moments_dtype=bf16: .*no CUDA device.*moments_dtype=fp32"),
+    ({"optimizer_offload": 0.5}, r"optimizer_offload=0\.5: .*no CUDA device.*_offload=0"),
     ({"token_dispatcher": "alltoall"}, r"token_dispatcher=alltoall.*no CUDA.*=auto or allgather"),
 ]
 
@@ -67,10 +69,19 @@ def test_what_needs_a_gpu_is_refused_but_in_a_dry_run(layout, setting, message):
     config = small_config()
     config.model.moe.num_experts = 4
     for name, value in setting.items():
-        setattr(config.parallel if name == "token_dispatcher" else config, name, value)
+        setattr(config.parallel if hasattr(config.parallel, name) else config, name, value)
     with pytest.raises(ValueError, match=message):
         check_machine(config, torch.device("cpu"))
     build_model(config, VOCABULARY, torch.device("meta"))
+
+
+def test_moments_in_bf16_need_transformer_engine_on_a_gpu_and_those_on_the_host_do_not():
+    config = small_config()
+    config.parallel.optimizer_offload = 0.5
+    check_machine(config, torch.device("cuda"))
+    config.parallel.moments_dtype = "bf16"
+    with pytest.raises(ValueError, match=r"moments_dtype=bf16: .*it is not installed here"):
+        check_machine(config, torch.device("cuda"))
 
 
 def test_the_flexible_dispatcher_needs_its_library(monkeypatch):

@@ -96,6 +96,9 @@ ELSEWHERE = {
     "parallel.overlap_grad_reduce",
     "parallel.grad_reduce_dtype",
     "parallel.distributed_optimizer",
+    # tests/mcore/test_moments.py and test_offload.py
+    "parallel.moments_dtype",
+    "parallel.optimizer_offload",
     "attention_backend",
     # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
     "model.mla.norm_epsilon",

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_occ.config.recompute import MODULES
+from megatron_occ.config.validate_optimizer import LARGEST_DECAY
 from tests.unit.test_config_layouts import MLA, MOE, problems
 
 SELECTIVE = "recompute=selective"
 FP8 = "precision=bf16 fp8.format=hybrid model.hidden_size=64 model.ffn_hidden_size=64"
+
+SPLIT = "parallel.distributed_optimizer=true"
+LOW = f"parallel.moments_dtype=bf16 {SPLIT}"
+HOST = f"parallel.optimizer_offload=0.5 {SPLIT}"
 
 # overrides, start of the one message, remedy
 REFUSED = [
@@ -18,6 +24,36 @@ REFUSED = [
         "parallel.grad_reduce_dtype=bf16",
         "parallel.grad_reduce_dtype=bf16: gradients are summed",
         "Give precision=bf16, or parallel.grad_reduce_dtype=fp32",
+    ),
+    (
+        "parallel.moments_dtype=bf16",
+        "parallel.moments_dtype=bf16: Megatron-Core has it in its distributed optimizer alone",
+        "Give parallel.distributed_optimizer=true, or parallel.moments_dtype=fp32",
+    ),
+    (
+        f"{LOW} rl.optimizer.beta2=0.999",
+        "rl.optimizer.beta2=0.999: in bf16 rounding can undo such a decay",
+        "Give at most 0.996, or parallel.moments_dtype=fp32",
+    ),
+    (
+        f"{LOW} pretrain.optimizer.beta1=0.997",
+        "pretrain.optimizer.beta1=0.997: in bf16 rounding can undo such a decay",
+        "Give at most 0.996, or parallel.moments_dtype=fp32",
+    ),
+    (
+        "parallel.optimizer_offload=0.5 precision=bf16",
+        "parallel.optimizer_offload=0.5: the ranks would each update the whole model",
+        "Give parallel.distributed_optimizer=true, or parallel.optimizer_offload=0",
+    ),
+    (
+        HOST,
+        "parallel.optimizer_offload=0.5: Megatron-Core takes main weights of 16-bit",
+        "Give precision=bf16, or parallel.optimizer_offload=0",
+    ),
+    (
+        f"{LOW} {HOST} precision=bf16",
+        "parallel.moments_dtype=bf16: with parallel.optimizer_offload=0.5 torch's Adam",
+        "Give parallel.moments_dtype=fp32, or parallel.optimizer_offload=0",
     ),
     (
         f"parallel.token_dispatcher=flex {MOE}",
@@ -83,6 +119,11 @@ REFUSED = [
 ]
 ACCEPTED = [
     "parallel.grad_reduce_dtype=bf16 precision=bf16",
+    LOW,
+    f"{LOW} precision=bf16 rl.optimizer.beta2=0.996",
+    # without the phase that it is of
+    f"{LOW} pretrain.optimizer.beta2=0.999 rl.init_from=c",
+    f"{HOST} precision=bf16 rl.optimizer.beta2=0.999",
     f"parallel.token_dispatcher=alltoall {MOE}",
     "attention_backend=flash precision=bf16",
     "attention_backend=unfused",
@@ -110,3 +151,14 @@ def test_what_can_act_is_accepted(given):
 def test_a_module_that_megatron_does_not_know_is_refused_with_those_it_knows():
     (message,) = problems(f"{SELECTIVE} recompute_modules=[attention]")
     assert f"a list of any of {', '.join(MODULES)}" in message
+
+
+def test_decays_that_are_refused_in_bf16_are_those_that_rounding_can_undo():
+    numbers = torch.arange(128, dtype=torch.float64) / 128 + 1
+
+    def falls(beta):
+        return (beta * numbers).bfloat16().double() < numbers
+
+    assert falls(LARGEST_DECAY - 1e-6).all() and falls(0.996).all()
+    assert not falls(LARGEST_DECAY + 1e-4).all()
+    assert not falls(0.999).any()

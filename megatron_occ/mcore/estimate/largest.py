@@ -118,6 +118,12 @@ def _candidates(config: Config, world_size: int, command: str) -> Iterator[list[
     if rl.rollout.engine == "megatron":
         rows = [2**n for n in range(20, -1, -1) if 2**n < rl.rollout.batch_size]
         yield [{"rl.rollout.batch_size": count} for count in rows]
+    shares = (0.25, 0.5, 0.75, 1.0)
+    yield [
+        {"parallel.optimizer_offload": share}
+        for share in shares
+        if share > config.parallel.optimizer_offload
+    ]
 
 
 def _divisors(number: int, below: int) -> list[int]:

@@ -32,7 +32,7 @@ class MemoryUse:
         activations: what the backward pass reads of one micro-batch, without and with recompute.
         micro_batch_tokens: tokens of that micro-batch, over all context-parallel ranks.
         in_flight: micro-batches of this stage whose backward pass is due, in the 1F1B schedule.
-        host: kept in the host's memory between phases.
+        host: kept in the host's memory, between phases or always.
     """
 
     resident: dict[str, int]
@@ -91,7 +91,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
         micro_batch_tokens=tokens,
         in_flight=flight,
-        host=host_memory(config, held, sequences, command),
+        host=host_memory(config, held, sequences, command) | _on_the_host(config, held, head_alone),
     )
 
 
@@ -113,10 +113,25 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
     resident[f"gradients, {config.parallel.grad_reduce_dtype}"] = gradients * width
     if config.precision == "bf16":
         resident["main weights, fp32"] = int(updated * _FP32)
-    resident["Adam moments, fp32"] = int(updated * 2 * _FP32)
+    parallel = config.parallel
+    width = 2 if parallel.moments_dtype == "bf16" else _FP32
+    here = updated * (1 - parallel.optimizer_offload)
+    resident[f"Adam moments, {parallel.moments_dtype}"] = int(here * 2 * width)
     if command in ("rl", "demo") and config.rl.loss.kl_coefficient > 0:
         resident["reference policy"] = resident["weights"]
     return resident
+
+
+def _on_the_host(config: Config, held: Held, head_alone: bool) -> dict[str, int]:
+    """Of each entry that is updated there two moments, main weight and gradient, in fp32.
+
+    Megatron moves whole parameters, up to one more than the share.
+    """
+    share = config.parallel.optimizer_offload
+    if share == 0:
+        return {}
+    updated = _updated(config, held, _trained(held, head_alone))
+    return {"optimizer, fp32": int(updated * share * 4 * _FP32)}
 
 
 def _trained(held: Held, head_alone: bool) -> dict[str, int]:
