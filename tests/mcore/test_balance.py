@@ -63,7 +63,7 @@ def nothing(outputs, _payload):
     return 0.0 * torch.stack(parts).sum(), LossReport()
 
 
-def batches(actor, passes, sizes=(4,), *, packed=False, routes=None):
+def batches(actor, passes, sizes=(4,), *, packed=False, routes=None, states=None):
     """Four rows of other lengths whose padding differs from one call to the next."""
     noise = random_ids(4, 14, seed=sum(sizes) + len(sizes))
     inside = torch.arange(14) < ENDS.unsqueeze(1)
@@ -80,6 +80,7 @@ def batches(actor, passes, sizes=(4,), *, packed=False, routes=None):
                 passes=passes,
                 ends=ENDS[rows],
                 routes=None if routes is None else routes[rows, :width],
+                states=states,
             )
         )
         start += size
@@ -214,6 +215,22 @@ def test_several_passes_of_the_head_count_once(layout):
             assert_same_up_to_rounding(gradient, once[name])
 
 
+def test_kept_states_train_mtp_layers_and_leave_the_trunk_s_loss_alone(layout):
+    actor = build(layout, moe_config(SIGMOID))
+    (trunk,) = batches(actor, ())
+    states = torch.randn(4, 14, 32, generator=torch.Generator().manual_seed(5))
+    (kept,) = batches(actor, ((False, True),), states=states)
+    found = []
+    for made in ([trunk], [kept], [kept, trunk]):
+        actor.get_loss_and_metrics(made, nothing)
+        found.append((gradients_of(actor), actor.pop_routing_metrics()))
+    (alone, trunk_metrics), (head, head_metrics), (both, metrics) = found
+    assert_same(both, {name: head[name] if "mtp." in name else alone[name] for name in both})
+    assert all(part.abs().max() == 0 for name, part in head.items() if "mtp." not in name)
+    assert metrics == {**trunk_metrics, **head_metrics}
+    assert metrics.keys() == {"routing/balance", "routing/balance_mtp"}
+
+
 def rows_for_rl():
     mask = torch.zeros(4, 14)
     for row, end in enumerate((9, 4, 12, 7)):
@@ -321,14 +338,14 @@ def test_pretraining_with_it_ends_with_a_more_even_load(layout):
     assert metrics["loss/main"] < 0.5
 
 
-def test_a_finished_mini_batch_leaves_nothing_to_run_again(layout):
+def test_a_mini_batch_that_failed_leaves_nothing_to_run_again(layout):
     actor = build(layout, moe_config(SIGMOID, "recompute=full"))
 
     def broken(_outputs, _payload):
         raise RuntimeError("in the loss")
 
     with pytest.raises(RuntimeError, match="in the loss"):
-        actor.get_loss_and_metrics(batches(actor, COUPLED), broken)
+        actor.get_loss_and_metrics(batches(actor, COUPLED, (1, 3)), broken)
     found = balance_gradients(actor, COUPLED)
     fresh = build(layout, moe_config(SIGMOID, "recompute=full"))
     assert_same(found, balance_gradients(fresh, COUPLED))
