@@ -5,17 +5,22 @@ Other layouts: ``test_layouts.py``.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_occ.config import load_config
 from megatron_occ.losses.heads import LossReport
 from megatron_occ.mcore.actor import MegatronGPTActor
+from megatron_occ.mcore.balance import BalanceTerm
 from megatron_occ.mcore.micro_batches import MiniBatchPlacer
+from megatron_occ.mcore.placement import place_packed
 from megatron_occ.rl.batch import MiniBatch, RolloutBatch, route_dtype
 from megatron_occ.rl.head_update import build_updater
 from megatron_occ.rl.pretraining import PretrainTrainer
 from tests.mcore.conftest import VOCABULARY, assert_same_up_to_rounding, random_ids, small_config
+from tests.mcore.simulated_cuda import CUDA, simulated_cuda
 from tests.unit.test_losses_balance import naive
 
 SOFTMAX = dict(num_experts=8, top_k=2, ffn_hidden_size=16, first_dense_layers=1)
@@ -336,6 +341,32 @@ def test_pretraining_with_it_ends_with_a_more_even_load(layout):
     assert with_it < 0.17 < 0.185 < busiest
     # and it learns all the same, from 3.1 = ln 23
     assert metrics["loss/main"] < 0.5
+
+
+def test_what_it_computes_lies_on_the_device_and_the_host_does_not_wait(layout):
+    actor = build(layout, moe_config(SIGMOID))
+    balance, (router, *_) = actor.chunks[0].balance, routers(actor)
+    with simulated_cuda() as mode:
+        placement = place_packed((4, 14), ENDS.tolist(), CUDA, multiple=4)
+        term = BalanceTerm(ENDS.cuda(), torch.tensor([0.1, 0.2, 0.3]).cuda())
+        scores = torch.randn(placement.local.numel(), 8).cuda()
+        chosen = scores > 0.5
+        # its weights are on the host
+        stand_in = SimpleNamespace(
+            gating=lambda inputs: inputs * 2.0,
+            topk=2,
+            score_function="sigmoid",
+            config=router.config,
+            cp_group=router.cp_group,
+        )
+        mode.waits.clear()
+        balance.begin(term, placement, trains=True)
+        balance.begin_depths(term, placement, trains=True)
+        hook = balance._depths[1]
+        weights, _ = hook(stand_in, (scores.unsqueeze(1).requires_grad_(),), (scores, chosen))
+        assert not mode.waits
+        assert weights.device == hook.sums.device == CUDA
+        assert float(balance.pop_sums()[1, 1]) == float((ENDS - 2).clamp(min=0).sum())
 
 
 def test_a_mini_batch_that_failed_leaves_nothing_to_run_again(layout):
