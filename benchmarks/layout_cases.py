@@ -69,6 +69,8 @@ MOE = (
     "model.moe.score_function=sigmoid",
     "model.moe.expert_bias=true",
 )
+# large enough that gradients of routers are those of this loss
+BALANCED = (*MOE, "rl.balance_loss=0.5")
 # experts of the trunk and of MTP layers given
 REPLAYED = (*MOE, "rl.routing_replay=rollout")
 # of the trunk, as the old log-probs chose them
@@ -282,6 +284,49 @@ CASES = (
         REPLAYED + UNTIED + _depths(2),
         "parallel.pipeline=3",
         "parallel.pipeline_layout=Etttt|mm|L",
+        PACKED,
+    ),
+    _case(
+        "1 process, MoE, balance loss, recompute, packed",
+        1,
+        BALANCED + _depths(2),
+        "recompute=full",
+        PACKED,
+    ),
+    _case("MoE, DP2, balance loss, packed", 2, BALANCED + _depths(2), SPLIT, PACKED),
+    _case("MoE, EP2, balance loss", 2, BALANCED + _depths(2), "parallel.expert=2"),
+    _case("MoE, TP2 + SP, balance loss", 2, BALANCED + _depths(2), TP2, SEQUENCE),
+    _case("MoE, CP2, balance loss, packed", 2, BALANCED + _depths(2), CP2, PACKED),
+    _case(
+        "MoE, PP2, balance loss, packed, recompute",
+        2,
+        BALANCED + _depths(2),
+        PP2,
+        PACKED,
+        "recompute=full",
+    ),
+    _case(
+        "MoE, TP2 + SP, balance loss, recompute of experts",
+        2,
+        BALANCED + _depths(2),
+        TP2,
+        SEQUENCE,
+        "recompute=selective",
+        "recompute_modules=[moe]",
+    ),
+    _case(
+        "MoE, CP2, balance loss, head alone",
+        2,
+        (*BALANCED[len(DENSE) :], *HEAD, *_depths(2)),
+        CP2,
+    ),
+    _case(
+        "MoE, TP2 x CP2 + SP, balance loss, packed",
+        4,
+        BALANCED + _depths(2),
+        TP2,
+        CP2,
+        SEQUENCE,
         PACKED,
     ),
     _case("MoE, CP2, experts replayed, packed", 2, REPLAYED + _depths(2), CP2, PACKED),

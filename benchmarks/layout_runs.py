@@ -93,7 +93,7 @@ def measure_and_keep(
             gradient = _compare_gradients(actor, folder)
     parameters = _compare(actor, folder / "end", folder / "end_scale", missing)
     found = Measured(
-        loss=_largest(metrics, expected, ("loss/",)),
+        loss=_largest(metrics, expected, ("loss/", "routing/balance")),
         grad_norm=_largest(metrics, expected, ("grad_norm/",)),
         coefficient=_largest(metrics, expected, ("lambda/",)),
         gradient=gradient[0],
@@ -121,6 +121,7 @@ def _actor(config: Config) -> MegatronGPTActor:
         total_updates=UPDATES,
         train_head=regime_from(config.mtp).trains_head,
         train_trunk=config.rl.train_trunk,
+        balance_loss=config.rl.balance_loss,
     )
 
 

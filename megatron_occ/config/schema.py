@@ -230,6 +230,12 @@ class RLConfig:
         "update those of the old log-probs (training, R2); in both those of the rollout (R3)",
         choices=("none", "training", "rollout"),
     )
+    balance_loss: float = option(
+        0.0,
+        "the same as pretrain.balance_loss, in updates of RL",
+        minimum=0,
+        maximum=limits.FACTOR,
+    )
     advantage: AdvantageConfig = section(AdvantageConfig, "advantages")
     loss: PolicyLossConfig = section(PolicyLossConfig, "policy loss")
     correction: CorrectionConfig = section(

@@ -52,6 +52,12 @@ class PretrainConfig:
         minimum=0,
         maximum=limits.FACTOR,
     )
+    balance_loss: float = option(
+        0.0,
+        "coefficient of the balance loss of experts (DeepSeek-V3: 1e-4; 0: off)",
+        minimum=0,
+        maximum=limits.FACTOR,
+    )
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer of pretraining")
     save_every: int = option(250, "updates between checkpoints", minimum=1, maximum=limits.STEPS)
     log_every: int = option(10, "updates between lines of metrics", minimum=1, maximum=limits.STEPS)

@@ -14,7 +14,11 @@ SWITCHES = (
     Switch(
         "model.moe.num_experts",
         is_one_of(None),
-        (*all_but("model.moe", "num_experts"), "parallel.token_dispatcher"),
+        (
+            *all_but("model.moe", "num_experts"),
+            "parallel.token_dispatcher",
+            "pretrain.balance_loss",
+        ),
         "model.moe.num_experts",
     ),
     Switch(
@@ -82,6 +86,7 @@ SWITCHES = (
             "pretrain.validate_every",
             "pretrain.stop_at_pass_rate",
             "pretrain.label_noise",
+            "pretrain.balance_loss",
             "data.corpus",
         ),
         "pretrain.steps=1 or more",

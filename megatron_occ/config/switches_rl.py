@@ -28,7 +28,7 @@ RL_SWITCHES = (
     Switch(
         "model.moe.num_experts",
         is_one_of(None),
-        ("rl.routing_replay",),
+        ("rl.routing_replay", "rl.balance_loss"),
         "model.moe.num_experts",
     ),
     Switch(

@@ -15,6 +15,7 @@ from megatron_occ.config.presets import preset_conflicts
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import BEHIND_DRAFTS
 from megatron_occ.config.validate_async import async_problems
+from megatron_occ.config.validate_balance import balance_problems
 from megatron_occ.config.validate_eval import eval_problems, set_problems
 from megatron_occ.config.validate_exact import audit_problems, exact_problems
 from megatron_occ.config.validate_layout import layout_problems
@@ -97,6 +98,7 @@ def _problems(config: Config, command: str, world_size: int) -> Iterator[str]:
         yield from exact_problems(config)
     if command == "audit":
         yield from audit_problems(config)
+    yield from balance_problems(config, pretrains=pretrains, trains=trains)
     yield from profile_problems(config, world_size, pretrains=pretrains, trains=trains)
     yield from switch_problems(flat_values(config), pretrains=pretrains, trains=trains)
 

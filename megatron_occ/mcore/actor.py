@@ -16,11 +16,12 @@ from torch import Tensor
 from megatron_occ.config.schema import Config, OptimizerConfig
 from megatron_occ.config.sizes import sequence_multiple
 from megatron_occ.losses.heads import HeadOutputs, LossReport
+from megatron_occ.mcore.balance import Balance
 from megatron_occ.mcore.gradients import Gradient, GradientSpace
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.mcore.loss_reports import join_reports
-from megatron_occ.mcore.micro_batches import MiniBatchPlacer, Sequences
+from megatron_occ.mcore.micro_batches import MiniBatchPlacer, Sequences, with_balance
 from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.optimizer import JointOptimizer, StepReport
 from megatron_occ.mcore.provider import (
@@ -31,6 +32,7 @@ from megatron_occ.mcore.provider import (
 )
 from megatron_occ.mcore.reference import ReferencePolicy
 from megatron_occ.mcore.routing import RouteLog
+from megatron_occ.mcore.routing_metrics import pop_routing_metrics
 from megatron_occ.mcore.snapshot import restored
 from megatron_occ.mcore.training import MicroBatch, configure_gradients, run_mini_batch
 from megatron_occ.rl.batch import head_targets
@@ -50,6 +52,8 @@ class MegatronGPTActor:
         train_head: False freezes the MTP head (regime ``none``): no update, no weight decay.
         train_trunk: False freezes all the rest, embedding and output layer included.
         draws: initial weights are drawn; False: they are loaded before anything else is done.
+        balance_loss: coefficient of the balance loss of experts in updates, see
+            ``losses/balance.py``; 0: none.
 
     Attributes:
         has_weights: whether parameters have values.
@@ -66,6 +70,7 @@ class MegatronGPTActor:
         train_head: bool = True,
         train_trunk: bool = True,
         draws: bool = True,
+        balance_loss: float = 0.0,
     ) -> None:
         self.has_weights = draws
         self.config, self.layout, self._train_trunk = config, layout, train_trunk
@@ -98,9 +103,12 @@ class MegatronGPTActor:
         self._placer = MiniBatchPlacer(config, layout)
         self.reference = ReferencePolicy(self.chunks)
         self._routers = 0
-        if self._routers_are_replayed:
+        if config.rl.routing_replay != "none":
             for chunk in self.chunks:
                 self._routers = chunk.replay_routing(self._routers)
+        self._balance_loss = balance_loss
+        for chunk in self.chunks if balance_loss else ():
+            chunk.balance = Balance(chunk)
         self._inference: list[InferenceChunk] | None = None
 
     @property
@@ -202,6 +210,10 @@ class MegatronGPTActor:
         Returns:
             Metrics and calibration sums of the whole mini-batch, over micro-batches and ranks.
         """
+        if self._balance_loss and not forward_only:
+            micro_batches = with_balance(
+                micro_batches, self._balance_loss, self.num_depths, self.layout
+            )
         placed = self._placer.place(micro_batches)
         return join_reports(self._run(placed, loss, forward_only=forward_only), self.layout)
 
@@ -214,6 +226,8 @@ class MegatronGPTActor:
         counts: bool = False,
     ) -> tuple[Gradient, LossReport]:
         """Gradient of a loss by a pass of its own, and the report over micro-batches and ranks.
+
+        The balance loss of experts has no part in it.
 
         Args:
             micro_batches: from :meth:`micro_batch`.
@@ -252,6 +266,7 @@ class MegatronGPTActor:
         main_head: bool = True,
         masks: Tensor | None = None,
         routes: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> Sequences:
         """A micro-batch that asks for the main head and, in ``passes``, for all depths.
 
@@ -261,6 +276,7 @@ class MegatronGPTActor:
             lengths: tokens of each row: packed; None: padded.
             passes, temperature, entropy, distance, leaks, states, main_head, masks, routes: see
                 ``HeadRequest``.
+            ends: [b] tokens of each row, what follows is padding, for the balance loss.
         """
         targets = head_targets(ids, self.num_depths)
         request = HeadRequest(
@@ -276,37 +292,23 @@ class MegatronGPTActor:
             masks=masks,
             routes=routes,
         )
-        return Sequences(ids, lengths, request, payload)
+        return Sequences(ids, lengths, request, payload, ends)
 
     def restored(self, *, moments: bool = True) -> AbstractContextManager[None]:
         """A block whose updates are undone at its end, see :func:`snapshot.restored`."""
         return restored(self.chunks, self.optimizer, moments=moments)
 
     def pop_routing_metrics(self) -> dict[str, float]:
-        """Share of the replayed experts that routers would not have chosen, since the last call.
-
-        Of all training passes on all ranks, called by all of them: ``routing/replaced`` of the
-        trunk and ``routing/replaced_mtp`` of MTP layers, each where anything was replayed.
-        """
-        if not self._routers_are_replayed:
-            return {}
-        counts = sum(chunk.routing.pop_counts() for chunk in self.chunks)
-        total = self.layout.gather_ranks(counts.to(self.layout.device).unsqueeze(0)).sum(0)
-        names = ("routing/replaced", "routing/replaced_mtp")
-        pairs = zip(names, total.tolist(), strict=True)
-        return {name: changed / replayed for name, (replayed, changed) in pairs if replayed}
-
-    @property
-    def _routers_are_replayed(self) -> bool:
-        return self.config.rl.routing_replay != "none"
+        """See :func:`routing_metrics.pop_routing_metrics`."""
+        return pop_routing_metrics(self.chunks, self.layout)
 
     def _run(self, placed: list[MicroBatch], loss: LossFunction, **how: bool) -> list[Any]:
         """See :func:`run_mini_batch`."""
         try:
             return run_mini_batch(self.wrapped, placed, loss, **how)
         finally:
-            for chunk in self.chunks if self._routers_are_replayed else ():
-                chunk.routing.forget()
+            for chunk in self.chunks:
+                chunk.forget_micro_batches()
 
 
 def _freeze(chunk: OCCGPTModel, *, trunk: bool, head: bool) -> None:

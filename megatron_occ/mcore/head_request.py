@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_occ.mcore.balance import BalanceTerm
 from megatron_occ.mcore.placement import Placement
 from megatron_occ.mcore.vocabulary.logprobs import (
     HeadTokens,
@@ -40,6 +41,7 @@ class HeadRequest:
         routes: [b, s, routers of this rank, k] experts that tokens go to, see ``routing``; None:
             routers choose.
         record: gets the first router of a chunk and what the chunk's routers chose.
+        balance: of the balance loss of experts; None: the pass has none.
     """
 
     targets: Tensor
@@ -55,6 +57,7 @@ class HeadRequest:
     masks: Tensor | None = None
     routes: Tensor | None = None
     record: Callable[[int, Tensor], None] | None = None
+    balance: BalanceTerm | None = None
 
 
 def head_tokens(

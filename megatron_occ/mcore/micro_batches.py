@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_occ.config.schema import Config
 from megatron_occ.config.sizes import sequence_multiple
+from megatron_occ.mcore.balance import BalanceTerm
 from megatron_occ.mcore.capabilities import token_dispatcher
 from megatron_occ.mcore.head_request import HeadRequest
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
@@ -33,12 +35,14 @@ class Sequences:
         lengths: tokens of each row: packed; None: padded.
         request: without placement.
         payload: for the loss function.
+        ends: [b] tokens of each row, what follows is padding; None where nothing asks for them.
     """
 
     ids: Tensor
     lengths: Sequence[int] | None
     request: HeadRequest
     payload: Any
+    ends: Tensor | None = None
 
 
 class MiniBatchPlacer:
@@ -89,3 +93,37 @@ class MiniBatchPlacer:
         if batch.lengths is None:
             return place_padded(size, device, **common)
         return place_packed(size, batch.lengths, device, total=total, **common)
+
+
+def with_balance(
+    batches: Sequence[Sequences], coefficient: float, depths: int, layout: Layout
+) -> list[Sequences]:
+    """The micro-batches of an update, with the balance loss of their routers.
+
+    Args:
+        batches: of this rank, with ``ends``.
+        coefficient: of the loss.
+        depths: MTP depths K.
+        layout: this rank's place.
+    """
+    counts = torch.stack([_balanced_tokens(batch, depths) for batch in batches]).sum(0)
+    tokens = layout.all_reduce_data_parallel(counts)
+    weights = (coefficient / tokens.clamp(min=1)).float()
+    return [
+        replace(batch, request=replace(batch.request, balance=BalanceTerm(batch.ends, weights)))
+        for batch in batches
+    ]
+
+
+def _balanced_tokens(batch: Sequences, depths: int) -> Tensor:
+    """[1+K] tokens in whose loss the trunk's routers, and those of each depth, have a part.
+
+    A token that passes an MTP layer twice counts twice.
+    """
+    assert batch.ends is not None, "padding has no part in the load of experts"
+    request = batch.request
+    trunk = request.states is None and not request.frozen_trunk
+    head = sum(to_head for _, to_head in request.passes)
+    passes = [int(trunk)] + [head] * depths
+    counts = [times * (batch.ends - depth).clamp(min=0).sum() for depth, times in enumerate(passes)]
+    return torch.stack(counts).double()

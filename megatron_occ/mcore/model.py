@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_occ.losses.heads import HeadOutputs
+from megatron_occ.mcore.balance import Balance
 from megatron_occ.mcore.final_norm import FinalNorm
 from megatron_occ.mcore.head_request import HeadRequest, agreement, head_tokens, token_statistics
 from megatron_occ.mcore.placement import Placement, place_padded
@@ -71,6 +72,8 @@ class OCCGPTModel(GPTModel):
         self.mtp_reads = mtp_reads
         # where experts are replayed, see `replay_routing`
         self.routing: Routing | None = None
+        # where they have a balance loss
+        self.balance: Balance | None = None
         self._final_norm = FinalNorm(self.decoder, mtp_reads, has_mtp=self.mtp_process)
         self.decoder.register_forward_pre_hook(self._keep_block_arguments, with_kwargs=True)
         # not a submodule: it has no weights, and is the decoder for the time of one call
@@ -105,9 +108,11 @@ class OCCGPTModel(GPTModel):
         # behind the MTP block, on a stage of its own, the head's gradient passes through
         comes_after_mtp = self.post_process and not self.mtp_process and depths > 0
         is_frozen = request.frozen_trunk and not comes_after_mtp
+        trains = torch.is_grad_enabled() and not is_frozen
         if self.routing is not None:
-            trains = torch.is_grad_enabled() and not is_frozen
             self.routing.begin(request.routes, placement, trains=trains)
+        if self.balance is not None:
+            self.balance.begin(request.balance, placement, trains=trains)
         with (
             self._as_inner_stage(),
             self._instead_of_trunk(request, placement) as states,
@@ -123,6 +128,9 @@ class OCCGPTModel(GPTModel):
             states[0], read = self._final_norm.split(hidden)
             depth_ids = placement.as_input(targets[:depths])
             for to_trunk, to_head in request.passes:
+                if self.balance is not None:
+                    trains = torch.is_grad_enabled() and to_head
+                    self.balance.begin_depths(request.balance, placement, trains=trains)
                 states += self._mtp_hidden(read, depth_ids, args[1], to_trunk, to_head)
         if self.mtp_process and not any(to_trunk for to_trunk, _ in request.passes):
             states[0] = self._with_embedding(states[0])
@@ -145,6 +153,12 @@ class OCCGPTModel(GPTModel):
         """
         self.routing = Routing(self, first)
         return first + self.routing.count
+
+    def forget_micro_batches(self) -> None:
+        """After a mini-batch: no router is to be run again."""
+        for each in (self.routing, self.balance):
+            if each is not None:
+                each.forget()
 
     def output_weight(self) -> Tensor:
         """Rows of the output layer on this tensor-parallel rank, [v_local, h]."""

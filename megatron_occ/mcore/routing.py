@@ -11,7 +11,6 @@ place. Choices are written as 1 + the expert, and 0 where the router is to choos
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_occ.config.schema_model import MoEConfig
 from megatron_occ.mcore.placement import Placement
+from megatron_occ.mcore.reruns import OfMicroBatch
 from megatron_occ.rl.batch import route_dtype
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
@@ -29,10 +29,6 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 class Choices:
     """What one router is to choose, and what it chose.
-
-    Recompute runs a router again in the backward pass, when other micro-batches have gone forward
-    since: what it is to choose then waits in a queue. A pass that will be run again has no graph
-    the first time, and backward passes come in the order of the forward passes.
 
     Attributes:
         chosen: [n, k] experts of the last pass.
@@ -42,9 +38,7 @@ class Choices:
     def __init__(self) -> None:
         self.chosen: Tensor | None = None
         self.counts: Tensor | None = None
-        self._wanted: Tensor | None = None
-        self._trains = False
-        self._again: deque[Tensor | None] = deque()
+        self._wanted: OfMicroBatch[Tensor] = OfMicroBatch()
 
     def begin(self, wanted: Tensor | None, *, trains: bool) -> None:
         """Before a micro-batch.
@@ -53,13 +47,12 @@ class Choices:
             wanted: [n, k] choices; None: the router chooses.
             trains: a backward pass follows.
         """
-        self._wanted, self._trains = wanted, trains
+        self._wanted.begin(wanted, trains=trains)
 
     def forget(self) -> None:
         """After a mini-batch: nothing is to be run again, and routers choose for themselves."""
-        self._again.clear()
-        self._wanted = self.chosen = None
-        self._trains = False
+        self._wanted.forget()
+        self.chosen = None
 
     def get_replay_topk(
         self,
@@ -74,16 +67,13 @@ class Choices:
         values, own = default_compute_topk(
             scores, topk, num_groups=num_groups, group_topk=group_topk
         )
-        is_again = bool(self._again) and torch.is_grad_enabled()
-        wanted = self._again.popleft() if is_again else self._wanted
-        if self._trains and not torch.is_grad_enabled():
-            self._again.append(wanted)
+        wanted, is_again = self._wanted.take()
         self.chosen = own
         if wanted is None:
             return values, own
         is_replayed = wanted > 0
         self.chosen = torch.where(is_replayed, wanted.long() - 1, own)
-        if self._trains and not is_again:
+        if self._wanted.trains and not is_again:
             self._count(is_replayed, own)
         return scores.gather(1, self.chosen), self.chosen
 

@@ -143,7 +143,7 @@ def _experts(config: Config) -> dict[str, Any]:
         moe_router_num_groups=moe.groups,
         moe_router_group_topk=moe.top_groups,
         # Megatron's balancing loss is a mean over a micro-batch and a rank: it would depend on the
-        # layout
+        # layout. Ours is in balance.py
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=token_dispatcher(config),

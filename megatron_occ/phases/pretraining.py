@@ -31,6 +31,7 @@ def pretrain(run: Run, inputs: Inputs) -> Path | None:
         optimizer=config.pretrain.optimizer,
         total_updates=derive(config, run.layout.world_size).pretrain_updates,
         draws=begins and config.model.from_hf is None,
+        balance_loss=config.pretrain.balance_loss,
     )
     if config.model.from_hf is not None and begins:
         load_weights(converted(run), actor, meta)

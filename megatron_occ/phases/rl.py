@@ -69,6 +69,7 @@ def build_policy(run: Run, start: Path | None) -> MegatronGPTActor:
         train_trunk=config.rl.train_trunk,
         # a resumed run too: random weights are what its reference policy has
         draws=start is None,
+        balance_loss=config.rl.balance_loss,
     )
     if start is not None:
         load_weights(start, actor, run.describe({}))

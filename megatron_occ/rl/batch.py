@@ -62,8 +62,7 @@ class RolloutBatch:
 
     def lengths(self) -> Tensor:
         """[n] tokens up to the last response token; what follows is padding."""
-        ends = torch.arange(1, self.ids.size(1) + 1, device=self.ids.device)
-        return torch.where(self.response_mask > 0, ends, 1).amax(1)
+        return sequence_ends(self.response_mask).clamp(min=1)
 
     def with_logprobs(self, old: Tensor, reference: Tensor | None) -> RolloutBatch:
         """The same batch with the log-probs of the old and of the reference policy."""
@@ -122,6 +121,12 @@ class MiniBatch:
     def with_routes(self, routes: Tensor) -> MiniBatch:
         """The same mini-batch, whose tokens go to these experts, see :class:`RolloutBatch`."""
         return replace(self, rows=replace(self.rows, routes=routes))
+
+
+def sequence_ends(mask: Tensor) -> Tensor:
+    """[n] tokens of rows [n, s] up to the last one that counts; 0 where none does."""
+    ends = torch.arange(1, mask.size(1) + 1, device=mask.device)
+    return torch.where(mask > 0, ends, 0).amax(1)
 
 
 def consecutive(sizes: Iterable[int]) -> list[range]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_occ.config.schema import Config, RLConfig
 from megatron_occ.losses.heads import HeadTargets
-from megatron_occ.rl.batch import head_masks
+from megatron_occ.rl.batch import head_masks, sequence_ends
 from megatron_occ.rl.interfaces import Actor, Collectives
 from megatron_occ.rl.sampler import Samples
 
@@ -39,6 +39,8 @@ class HeadBatch:
             self.ids,
             self.targets,
             lengths=self.lengths,
+            # the mask is in the source frame
+            ends=1 + sequence_ends(self.targets.mask[0]),
             passes=((False, True),),
             temperature=config.rl.rollout.temperature,
             distance=config.mtp.head.signal,

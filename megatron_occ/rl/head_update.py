@@ -63,7 +63,8 @@ class HeadUpdater:
         report = self.actor.get_loss_and_metrics(batches, loss)
         step = self.actor.finish_training_step()
         events = [SKIPPED] if step.skipped else []
-        return Update(update_metrics(on_host(report), step), events, {}, step.skipped)
+        metrics = update_metrics(on_host(report), step) | self.actor.pop_routing_metrics()
+        return Update(metrics, events, {}, step.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept from step to step."""

@@ -177,7 +177,14 @@ class Actor(Protocol):
         main_head: bool = True,
         masks: Tensor | None = None,
         routes: Tensor | None = None,
-    ) -> Any: ...
+        ends: Tensor | None = None,
+    ) -> Any:
+        """A micro-batch of an update.
+
+        ``ends`` [b] are the tokens of each row, padded ones too: what follows has no part in the
+        balance loss of experts.
+        """
+        ...
 
     def get_loss_and_metrics(
         self, micro_batches: Sequence[Any], loss: LossFunction, *, forward_only: bool = False
@@ -198,7 +205,7 @@ class Actor(Protocol):
         ...
 
     def pop_routing_metrics(self) -> dict[str, float]:
-        """What replayed experts changed since the last call; called by all ranks."""
+        """What routers did in training passes since the last call; called by all ranks."""
         ...
 
     def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReportLike: ...

@@ -22,12 +22,13 @@ CountedLoss = Callable[[HeadOutputs, JointTargets, Normalizers], tuple[Tensor, L
 class Constants:
     """A micro-batch: token ids [b, s], constants of the loss, lengths where it is packed.
 
-    ``masks`` and ``routes``: see ``Actor.micro_batch``.
+    ``ends``, ``masks`` and ``routes``: see ``Actor.micro_batch``.
     """
 
     ids: Tensor
     targets: JointTargets
     lengths: list[int] | None
+    ends: Tensor
     masks: Tensor | None
     routes: Tensor | None
 
@@ -64,6 +65,7 @@ class PreparedBatch:
                 rows.ids,
                 joint_targets(corrected(rows), actor.num_depths),
                 lengths,
+                rows.lengths(),
                 masks_at_source(rows),
                 rows.routes,
             )
@@ -86,6 +88,7 @@ class PreparedBatch:
                 part.ids,
                 part.targets,
                 lengths=part.lengths,
+                ends=part.ends,
                 temperature=self._temperature,
                 masks=part.masks,
                 routes=part.routes,

@@ -14,7 +14,7 @@ from megatron_occ.losses.heads import Normalizers
 from megatron_occ.losses.pretraining import PretrainLoss
 from megatron_occ.observe.metrics import MetricsLogger
 from megatron_occ.observe.progress import Progress
-from megatron_occ.rl.batch import MiniBatch, RolloutBatch, head_masks
+from megatron_occ.rl.batch import MiniBatch, RolloutBatch, head_masks, sequence_ends
 from megatron_occ.rl.evaluation import Validation
 from megatron_occ.rl.interfaces import Actor
 from megatron_occ.rl.profiling import StepProfiler
@@ -178,9 +178,10 @@ class PretrainTrainer:
         normalizers = Normalizers.from_counts(counts)
         size = settings.micro_batch_size
         passes = _BOTH if depths else ()
+        parts = (ids.split(size), masks.split(size, dim=1), sequence_ends(token_mask).split(size))
         batches = [
-            self.actor.micro_batch(part, mask, passes=passes)
-            for part, mask in zip(ids.split(size), masks.split(size, dim=1), strict=True)
+            self.actor.micro_batch(part, mask, ends=ends, passes=passes)
+            for part, mask, ends in zip(*parts, strict=True)
         ]
         report = self.actor.get_loss_and_metrics(
             batches, lambda outputs, mask: self.loss(outputs, mask, normalizers)
@@ -190,7 +191,7 @@ class PretrainTrainer:
             self.logger.event(self.step + 1, SKIPPED)
         mine = MiniBatch.padded(_rows(ids, token_mask), size)
         self.supervision.after_update(step.skipped, self.step + 1, 0, mine)
-        return update_metrics(on_host(report), step)
+        return update_metrics(on_host(report), step) | self.actor.pop_routing_metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, and metrics of a step that is not logged."""

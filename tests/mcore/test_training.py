@@ -45,6 +45,7 @@ def actor_and_updater(layout, config):
         optimizer=config.rl.optimizer,
         total_updates=10,
         train_head=regime_from(config.mtp).trains_head,
+        balance_loss=config.rl.balance_loss,
     )
     return actor, PolicyUpdater(config, actor)
 

@@ -185,6 +185,7 @@ class FakeActor:
         main_head=True,
         masks=None,
         routes=None,
+        ends=None,
     ):
         assert states is None, "this model keeps none"
         assert lengths is None or (len(lengths) == len(ids) and max(lengths) <= ids.size(1))

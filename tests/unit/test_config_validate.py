@@ -215,6 +215,21 @@ REFUSED = [
         "rl.routing_replay=training: experts come",
         "rl.old_logprobs=training",
     ),
+    (
+        "rl.balance_loss=0.1 model.moe.num_experts=4 model.moe.top_k=4",
+        "rl.balance_loss=0.1: with model.moe.top_k=4 every token goes to all",
+        "a smaller model.moe.top_k",
+    ),
+    (
+        "pretrain.balance_loss=0.1 model.moe.num_experts=4 model.moe.top_k=4",
+        "pretrain.balance_loss=0.1: with model.moe.top_k=4 every token goes to all",
+        "pretrain.balance_loss=0",
+    ),
+    (
+        "rl.balance_loss=0.1 model.moe.num_experts=4 mtp.preset=occ_exact",
+        "rl.balance_loss=0.1: would be part of RL's gradient",
+        "rl.balance_loss=0, or another estimator",
+    ),
     # optimizers: 2 steps of 2 updates in RL, 60 in pretraining
     ("rl.optimizer.min_lr=1e-5", "rl.optimizer.min_lr=1e-05", "rl.optimizer.schedule=cosine"),
     (

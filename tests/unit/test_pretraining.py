@@ -40,6 +40,21 @@ def test_it_runs_all_steps_and_logs_and_saves_when_due():
         assert name in logger.lines[0][2]
 
 
+def test_the_actor_is_told_where_the_text_of_each_row_ends(monkeypatch):
+    trainer, _, _ = make_trainer()
+    own, told = trainer.actor.micro_batch, []
+
+    def micro_batch(ids, mask, **named):
+        told.append((ids, named["ends"]))
+        return own(ids, mask, **named)
+
+    monkeypatch.setattr(trainer.actor, "micro_batch", micro_batch)
+    trainer.run_step()
+    assert [len(ends) for _, ends in told] == [2, 2]
+    for ids, ends in told:
+        assert ends.tolist() == [row.index(TOKENIZER.eos_id) + 1 for row in ids.tolist()]
+
+
 def test_it_learns():
     trainer, logger, _ = make_trainer("steps=40", "log_every=1")
     trainer.fit()

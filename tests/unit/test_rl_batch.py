@@ -17,6 +17,7 @@ from megatron_occ.rl.batch import (
     masks_at_source,
     pad_masks,
     pad_sequences,
+    sequence_ends,
 )
 from megatron_occ.rl.correction import Corrections
 from tests.unit.fake_layouts import FakeLayout
@@ -73,6 +74,7 @@ def test_lengths_end_with_the_last_response_token():
     mask = torch.tensor([[0.0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
     batch = RolloutBatch(torch.zeros(2, 5).long(), mask, torch.zeros(2, 5), torch.zeros(2))
     assert batch.lengths().tolist() == [4, 1]  # a sequence is never empty
+    assert sequence_ends(mask).tolist() == [4, 0]
 
 
 def test_padded_micro_batches_hold_every_row_and_what_belongs_to_it():

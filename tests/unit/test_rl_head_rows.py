@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_occ.config.schema import RLConfig
+from megatron_occ.config.schema import Config, RLConfig
 from megatron_occ.rl.head_rows import HeadRows
 from megatron_occ.rl.sampler import Samples
 
@@ -54,6 +54,21 @@ def test_a_micro_batch_by_hand():
         [[1, 1, 0, 0], [1, 1, 0, 0]],
         [[1, 0, 0, 0], [1, 0, 0, 0]],
     ]
+
+
+def asked(rows, depths=1):
+    """What the actor is asked for the first micro-batch of these rows."""
+    (batch,) = batches(rows, depths)
+    actor = SimpleNamespace(micro_batch=lambda ids, targets, **named: named)
+    return batch.for_actor(actor, Config())
+
+
+def test_the_actor_is_told_where_each_sequence_ends():
+    rows = HeadRows.of(samples([0, 1, 4, 5]), 2, rank(0, 1))
+    by_length = sorted((len(ids) for ids in rows.ids), reverse=True)
+    assert asked(rows)["ends"].tolist() == by_length
+    # one without a token that counts has none for any depth either
+    assert asked(HeadRows.of(samples([0, 1]), 2, rank(0, 3)).share(2, 6))["ends"].tolist() == [1]
 
 
 def test_every_sequence_trains_in_one_update_the_same_on_any_number_of_ranks():
