@@ -35,6 +35,7 @@ def restored(
     try:
         yield
     finally:
+        optimizer.finish_gathers()
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         # Megatron adds the steps of a loaded state to its own
