@@ -14,6 +14,7 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from benchmarks.layout_cases import COUPLED, DENSE, HEAD, MOE, PACKED, PP2, SPLIT, UNTIED, read
 from benchmarks.layout_runs import VOCABULARY, _actor, mini_batches
 from megatron_occ.config import validate
+from megatron_occ.losses.heads import LossReport
 from megatron_occ.mcore import provider
 from megatron_occ.mcore.checkpoint import model_state, read_plain
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation
@@ -50,12 +51,17 @@ class Late:
             memory.copy_(values)
 
 
+# groups of this process, as their gathers began
+STARTED = []
+
+
 def make_late():
     """For this process."""
     start = _ParamAndGradBucketGroup.start_param_sync
 
     def start_late(group, *arguments, **named):
         start(group, *arguments, **named)
+        STARTED.append(group)
         if group.param_gather_handle is not None:
             group.param_gather_handle = Late(group)
 
@@ -110,10 +116,28 @@ def reference(actor):
     return logprobs(actor, actor.get_init_policy_logprobs)
 
 
+def head_of_kept_states(actor):
+    """A pass that does without the trunk; there is none in a pipeline."""
+    if actor.config.parallel.pipeline > 1:
+        return None
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, VOCABULARY, (4, 11), generator=generator)
+    states = torch.randn(4, 11, actor.config.model.hidden_size, generator=generator)
+    states = states.to(next(actor._chunks[0].parameters()).dtype)
+    batch = actor.micro_batch(ids, None, passes=((False, True),), states=states, main_head=False)
+
+    def loss(outputs, _):
+        total = outputs.passes[0].sum()
+        return total, LossReport({"total": total.detach().double()})
+
+    return actor.get_loss_and_metrics([batch], loss, forward_only=True).metrics
+
+
 READERS = {
     "weights": weights,
     "log-probs": lambda actor: logprobs(actor, actor.get_inference_log_probs),
     "responses": responses,
+    "head of kept states": head_of_kept_states,
     "a new reference policy": reference,
     "weights again": weights,
     "log-probs of the reference policy": lambda actor: logprobs(
@@ -232,6 +256,9 @@ def gathers(model, layout):
 
     (batch, _) = mini_batches(actor.config, actor)
     build_updater(actor.config, actor).run_update(batch)
+    # the last weights of the model are in the first bucket
+    assert wrapped.bucket_groups[::-1] == STARTED
+    assert chunk.embedding.word_embeddings.weight in STARTED[0].params
     after_update, at_layers = open_now(), []
     for layer in chunk.decoder.layers:
         layer.register_forward_pre_hook(lambda *_: at_layers.append(sum(open_now())))
