@@ -196,6 +196,14 @@ CASES = (
         "parallel.overlap_grad_reduce=true",
     ),
     _case(
+        "DP2, overlapped gathers, packed",
+        2,
+        DENSE + UNTIED + _depths(2),
+        SPLIT,
+        "parallel.overlap_param_gather=true",
+        PACKED,
+    ),
+    _case(
         "PP2, no MTP training, overlapped reduction",
         2,
         ("mtp.preset=none", *UNTIED, *_depths(1)),

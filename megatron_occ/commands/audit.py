@@ -128,8 +128,8 @@ def _check_pairs(rounds: int, mini_batches: int, window: int) -> None:
 def audit_config(config: Config) -> Config:
     """The configuration of an audit: what MTP sends into the trunk is measured, not applied.
 
-    Gradients are taken one by one, which an overlapped reduction does not allow; it changes no
-    number.
+    Gradients are taken one by one, which an overlapped reduction does not allow, and the
+    overlapped gathering needs that; neither changes a number.
     """
     config = copy.deepcopy(config)
     config.mtp.preset = None
@@ -142,5 +142,5 @@ def audit_config(config: Config) -> Config:
     config.rl.optimizer.warmup_steps = 0
     config.rl.optimizer.schedule = "constant"
     config.rl.optimizer.min_lr = 0.0
-    config.parallel.overlap_grad_reduce = False
+    config.parallel.overlap_grad_reduce = config.parallel.overlap_param_gather = False
     return config

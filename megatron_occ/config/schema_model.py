@@ -213,6 +213,9 @@ class ParallelConfig:
         False, "reduce gradients over data-parallel ranks during the backward pass"
     )
     distributed_optimizer: bool = option(False, "split optimizer state over data-parallel ranks")
+    overlap_param_gather: bool = option(
+        False, "gather updated weights of data-parallel ranks during the next forward pass"
+    )
     moments_dtype: str = option(
         "fp32", "precision in which Adam's moments are kept", choices=("fp32", "bf16")
     )

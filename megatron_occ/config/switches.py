@@ -58,6 +58,19 @@ SWITCHES = (
         "recompute=full",
     ),
     Switch(
+        "parallel.distributed_optimizer",
+        is_one_of(False),
+        ("parallel.overlap_param_gather",),
+        "parallel.distributed_optimizer=true",
+    ),
+    # otherwise all weights are one bucket, whose gather ends before the first layer
+    Switch(
+        "parallel.overlap_grad_reduce",
+        is_one_of(False),
+        ("parallel.overlap_param_gather",),
+        "parallel.overlap_grad_reduce=true",
+    ),
+    Switch(
         "model.from_hf", is_given, ("model.init_device",), "model.from_hf=null (random weights)"
     ),
     Switch("fp8.format", is_one_of("none"), all_but("fp8", "format"), "fp8.format=hybrid or e4m3"),

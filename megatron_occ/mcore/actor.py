@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_occ.config.schema import Config, OptimizerConfig
@@ -78,13 +79,13 @@ class MegatronGPTActor:
         self.sequence_multiple = sequence_multiple(config)
         parallel = config.parallel
         self.micro_batch_multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-        self.chunks = build_chunks(config, vocab_size, layout.device, draws=draws)
-        for chunk in self.chunks:
+        self._chunks = build_chunks(config, vocab_size, layout.device, draws=draws)
+        for chunk in self._chunks:
             _freeze(chunk, trunk=not train_trunk, head=not train_head)
-        self.wrapped = wrap_data_parallel(self.chunks, config)
-        configure_gradients(self.wrapped)
+        self._wrapped = wrap_data_parallel(self._chunks, config)
+        configure_gradients(self._wrapped)
         self.optimizer = JointOptimizer(
-            self.wrapped,
+            self._wrapped,
             optimizer,
             bf16=config.precision == "bf16",
             parallel=parallel,
@@ -93,7 +94,7 @@ class MegatronGPTActor:
             any_rank=layout.any_rank,
         )
         self.gradient_space = GradientSpace(
-            self.chunks,
+            self._chunks,
             self.optimizer.megatron,
             num_layers=config.model.num_layers,
             beta2=optimizer.beta2,
@@ -101,15 +102,27 @@ class MegatronGPTActor:
             updates=lambda: self.optimizer.updates,
         )
         self._placer = MiniBatchPlacer(config, layout)
-        self.reference = ReferencePolicy(self.chunks)
+        self.reference = ReferencePolicy(lambda: self.chunks)
         self._routers = 0
         if config.rl.routing_replay != "none":
-            for chunk in self.chunks:
+            for chunk in self._chunks:
                 self._routers = chunk.replay_routing(self._routers)
         self._balance_loss = balance_loss
-        for chunk in self.chunks if balance_loss else ():
+        for chunk in self._chunks if balance_loss else ():
             chunk.balance = Balance(chunk)
         self._inference: list[InferenceChunk] | None = None
+
+    @property
+    def chunks(self) -> list[OCCGPTModel]:
+        """This rank's model; gathers of the last update's weights end here, if any are open."""
+        self.optimizer.finish_gathers()
+        return self._chunks
+
+    @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """The same, wrapped for data parallelism."""
+        self.optimizer.finish_gathers()
+        return self._wrapped
 
     @property
     def version(self) -> int:
@@ -118,8 +131,9 @@ class MegatronGPTActor:
 
     def inference_chunks(self) -> list[OCCGPTModel]:
         """This rank's model for generation, on the present weights."""
+        chunks = self.chunks
         if self._inference is None:
-            self._inference = [build_inference_chunk(chunk, self.config) for chunk in self.chunks]
+            self._inference = [build_inference_chunk(chunk, self.config) for chunk in chunks]
         return [chunk.refresh() for chunk in self._inference]
 
     def get_inference_log_probs(
@@ -235,7 +249,7 @@ class MegatronGPTActor:
             head: also the gradient of the MTP head's own parameters.
             counts: the pass is a part of the coming update: its tokens count for routers.
         """
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
+        buffers = [buffer for chunk in self._chunks for buffer in chunk.buffers()]
         before = [] if counts else [buffer.clone() for buffer in buffers]
         placed = self._placer.place(micro_batches)
         report = join_reports(self._run(placed, loss, completes=False), self.layout)
@@ -245,6 +259,8 @@ class MegatronGPTActor:
 
     def finish_training_step(self, mix: Callable[[], None] | None = None) -> StepReport:
         """Clip and update.
+
+        Gathers of the new weights may still be open: :attr:`chunks` waits for them.
 
         Args:
             mix: called before, with gradients in place that it may change by ``gradient_space``.
@@ -300,14 +316,14 @@ class MegatronGPTActor:
 
     def pop_routing_metrics(self) -> dict[str, float]:
         """See :func:`routing_metrics.pop_routing_metrics`."""
-        return pop_routing_metrics(self.chunks, self.layout)
+        return pop_routing_metrics(self._chunks, self.layout)
 
     def _run(self, placed: list[MicroBatch], loss: LossFunction, **how: bool) -> list[Any]:
         """See :func:`run_mini_batch`."""
         try:
-            return run_mini_batch(self.wrapped, placed, loss, **how)
+            return run_mini_batch(self._wrapped, placed, loss, **how)
         finally:
-            for chunk in self.chunks:
+            for chunk in self._chunks:
                 chunk.forget_micro_batches()
 
 

@@ -20,6 +20,7 @@ from megatron_occ.config.schema import OptimizerConfig, ParallelConfig
 from megatron_occ.mcore.moments import set_updates
 from megatron_occ.mcore.optimizer_settings import optimizer_settings
 from megatron_occ.mcore.optimizer_state import load_state, sharded_state
+from megatron_occ.mcore.weight_gathers import finish_gathers, start_gathers
 
 # Megatron tells parameter groups of a checkpoint apart by four keys; this one is free for the head
 _HEAD_GROUP = "is_decoupled_lr"
@@ -61,7 +62,7 @@ class JointOptimizer:
         head_clip: float,
         any_rank: Callable[[bool], bool],
     ) -> None:
-        self._any_rank = any_rank
+        self._chunks, self._any_rank = chunks, any_rank
         self.trunk_clip, self.head_clip = config.clip_grad, head_clip
         no_decay = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
         overrides = {
@@ -85,6 +86,8 @@ class JointOptimizer:
     def step(self, mix: Callable[[], None] | None = None) -> StepReport:
         """Clip, update, and advance the schedule.
 
+        Gathers of the new weights may be open afterwards, see :meth:`finish_gathers`.
+
         Non-finite gradients skip the update. Trunk or head stay as they are where their whole
         gradient is 0: nothing was learned about them, so that neither decay nor the moments of
         earlier updates may move them.
@@ -106,6 +109,7 @@ class JointOptimizer:
             self._clip(True, norms[True], self.head_clip)
             self._hold({head for head, norm in norms.items() if norm == 0})
             self.megatron.step_with_ready_grads()
+            start_gathers(self._chunks)
             self.updates += 1
         # `prepare_grads` made each p.grad an alias of the gradient buffer: left in place, the next
         # backward pass would add into the buffer twice
@@ -113,6 +117,10 @@ class JointOptimizer:
         # also on a rank without a parameter to train
         lr = self.schedule.get_lr({})
         return StepReport(norms[False], norms[True], lr, skipped=skipped)
+
+    def finish_gathers(self) -> None:
+        """Wait for weights of the last update that other ranks send; see ``weight_gathers.py``."""
+        finish_gathers(self._chunks)
 
     def set_updates(self, updates: int) -> None:
         """Count the updates anew, as where moments are put back."""

@@ -38,6 +38,7 @@ from megatron_occ.mcore.model import OCCGPTModel
 from megatron_occ.mcore.mtp_layer import MTPLayer
 from megatron_occ.mcore.shared_copy import SharedCopy
 from megatron_occ.mcore.transformer_config import transformer_config
+from megatron_occ.mcore.weight_gathers import wait_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -226,16 +227,18 @@ def wrap_data_parallel(chunks: list[OCCGPTModel], config: Config) -> list[Distri
         grad_reduce_in_fp32=parallel.grad_reduce_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
         megatron = chunk.config
         module = Float16Module(megatron, chunk) if megatron.bf16 else chunk
-        wrapped.append(
-            DistributedDataParallel(
-                config=megatron, ddp_config=settings, module=module, disable_bucketing=index > 0
-            )
+        around = DistributedDataParallel(
+            config=megatron, ddp_config=settings, module=module, disable_bucketing=index > 0
         )
+        if parallel.overlap_param_gather:
+            wait_in_turn(chunk, around)
+        wrapped.append(around)
     fuse_weight_gradients(wrapped, config)
     return wrapped
 

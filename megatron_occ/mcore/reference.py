@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ class ReferencePolicy:
     """Copies of the parameters on this rank.
 
     Args:
-        chunks: of the model on this rank.
+        chunks: gives those of the model on this rank.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+    def __init__(self, chunks: Callable[[], Sequence[nn.Module]]) -> None:
         self._chunks = chunks
         self._kept: list[Tensor] | None = None
 
@@ -74,14 +74,14 @@ class ReferencePolicy:
         assert self._kept is not None, "keep() was not called"
         places = (
             (f"model{index}", name)
-            for index, chunk in enumerate(self._chunks)
+            for index, chunk in enumerate(self._chunks())
             for name, _ in chunk.named_parameters()
         )
         for (chunk, name), kept in zip(places, self._kept, strict=True):
             kept.copy_(state[chunk][name])
 
     def _parameters(self) -> Iterator[nn.Parameter]:
-        for chunk in self._chunks:
+        for chunk in self._chunks():
             yield from chunk.parameters()
 
 

@@ -36,6 +36,7 @@ def restored(
     try:
         yield
     finally:
+        optimizer.finish_gathers()
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         refresh_host_copies(optimizer.megatron)

@@ -99,6 +99,7 @@ ELSEWHERE = {
     # tests/mcore/test_moments.py and test_offload.py
     "parallel.moments_dtype",
     "parallel.optimizer_offload",
+    "parallel.overlap_param_gather",
     "attention_backend",
     # set in the modules, which tests/mcore/test_convert_engine.py compares with transformers
     "model.mla.norm_epsilon",
@@ -169,6 +170,23 @@ def test_reduction_and_optimizer_are_as_given(overlap, distributed):
         assert wrapped.ddp_config.overlap_grad_reduce is overlap
         parts = actor.optimizer.megatron.chained_optimizers
         assert [isinstance(part, DistributedOptimizer) for part in parts] == [distributed]
+    finally:
+        shutdown()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gathers_are_overlapped_as_given(overlap):
+    """What they do then: tests/mcore/test_weight_gathers.py."""
+    config = small_config()
+    config.parallel.distributed_optimizer = config.parallel.overlap_grad_reduce = True
+    config.parallel.overlap_param_gather = overlap
+    layout = initialize(config)
+    try:
+        actor = MegatronGPTActor(
+            config, VOCABULARY, layout, optimizer=config.rl.optimizer, total_updates=1
+        )
+        (wrapped,) = actor.wrapped
+        assert wrapped.ddp_config.overlap_param_gather is overlap
     finally:
         shutdown()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_occ.cli import main
+from megatron_occ.commands.audit import audit_config
+from megatron_occ.config import load_config
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,9 @@ def test_an_audit_that_would_measure_nothing_is_refused(given, parts, tmp_path, 
         main(["audit", "--checkpoint", str(folder), f"run_dir={tmp_path / 'run'}", *given])
     text = f"{caught.value} {capsys.readouterr().err}"
     assert all(part in text for part in parts), text
+
+
+def test_an_audit_overlaps_no_messages_with_its_passes():
+    overlapped = ["distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"]
+    config = audit_config(load_config([], [f"parallel.{key}=true" for key in overlapped]))
+    assert [getattr(config.parallel, key) for key in overlapped] == [True, False, False]

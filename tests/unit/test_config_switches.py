@@ -89,6 +89,18 @@ SWITCHED_OFF = [
         "model.moe.num_experts=null",
         "model.moe.num_experts",
     ),
+    (
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+        "parallel.distributed_optimizer=false",
+        "parallel.distributed_optimizer=true",
+    ),
+    (
+        "parallel.distributed_optimizer=true",
+        "parallel.overlap_param_gather=true",
+        "parallel.overlap_grad_reduce=false",
+        "parallel.overlap_grad_reduce=true",
+    ),
     ("recompute=full", "recompute_modules=[mlp]", "recompute=full", "recompute=selective"),
     ("recompute=none", "recompute_layers=1", "recompute=none", "recompute=full"),
     ("mtp.preset=occ", "mtp.trunk.weight=0.5", "coefficient=occ, set by mtp.preset=occ", "=0.1"),
