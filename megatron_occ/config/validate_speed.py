@@ -103,7 +103,7 @@ def _rounded_rollouts(config: Config) -> Iterator[str]:
     if config.fp8.scaling == "delayed":
         yield (
             f"{key}: fp8.scaling=delayed rounds by the scales of earlier passes, to other values "
-            f"than rollouts could. Give fp8.scaling=block or current, or rl.rollout.fp8=false"
+            "than rollouts could. Give fp8.scaling=current or block, or rl.rollout.fp8=false"
         )
     if config.model.moe.num_experts is not None:
         yield (
