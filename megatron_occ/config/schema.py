@@ -135,6 +135,11 @@ class RolloutConfig:
     cuda_graphs: bool = option(
         True, "decode by CUDA graphs (engine=megatron; dense models on one rank of a GPU)"
     )
+    fp8: bool = option(
+        False,
+        "round weights and inputs of products as FP8 training does (engine=megatron; "
+        "fp8.scaling=block or current)",
+    )
     speculative: SpeculativeConfig = section(
         SpeculativeConfig, "speculative decoding of engine=megatron"
     )

@@ -75,6 +75,12 @@ def fp8_multiple(config: Config) -> int:
     return 128 if config.fp8.scaling == "block" else 16
 
 
+def fp8_layers(config: Config) -> range:
+    """Numbers of the trunk's layers, from 1, that ``fp8`` does not leave in bf16."""
+    last = config.model.num_layers - config.fp8.last_layers_bf16
+    return range(config.fp8.first_layers_bf16 + 1, last + 1)
+
+
 def derive(config: Config, world_size: int = 1) -> Sizes:
     """The sizes of a configuration, for the phases in which ``validate`` accepts it.
 

@@ -73,7 +73,12 @@ SWITCHES = (
     Switch(
         "model.from_hf", is_given, ("model.init_device",), "model.from_hf=null (random weights)"
     ),
-    Switch("fp8.format", is_one_of("none"), all_but("fp8", "format"), "fp8.format=hybrid or e4m3"),
+    Switch(
+        "fp8.format",
+        is_one_of("none"),
+        (*all_but("fp8", "format"), "rl.rollout.fp8"),
+        "fp8.format=hybrid or e4m3",
+    ),
     # one scale for all layers of a step: Megatron-Core refuses it as well
     Switch(
         "fp8.scaling",
@@ -135,6 +140,7 @@ SWITCHES = (
             "rl.rollout.batch_size",
             "rl.rollout.cache_tokens",
             "rl.rollout.cuda_graphs",
+            "rl.rollout.fp8",
             *all_but("rl.rollout.speculative"),
         ),
         "rl.rollout.engine=megatron (drafts of a server are an option of its start)",

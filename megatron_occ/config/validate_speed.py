@@ -1,4 +1,4 @@
-"""What keys of speed and memory must satisfy: kernels of attention, messages, recompute."""
+"""What keys of speed and memory must satisfy: attention, messages, recompute, rollouts in FP8."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def speed_problems(config: Config) -> Iterator[str]:
         yield from _modules(config)
     if config.recompute == "full" and config.recompute_layers is not None:
         yield from _layers(config, config.recompute_layers)
+    if config.rl.rollout.fp8 and config.fp8.format != "none":
+        yield from _rounded_rollouts(config)
 
 
 def _attention(config: Config) -> Iterator[str]:
@@ -93,4 +95,19 @@ def _layers(config: Config, layers: int) -> Iterator[str]:
         yield (
             f"recompute_layers={layers}: no model chunk has more than "
             f"{counted(most, 'transformer layer')}. Give at most {most}, or null for all"
+        )
+
+
+def _rounded_rollouts(config: Config) -> Iterator[str]:
+    key = "rl.rollout.fp8=true"
+    if config.fp8.scaling == "delayed":
+        yield (
+            f"{key}: fp8.scaling=delayed rounds by the scales of earlier passes, to other values "
+            "than rollouts could. Give fp8.scaling=current or block, or rl.rollout.fp8=false"
+        )
+    if config.model.moe.num_experts is not None:
+        yield (
+            f"{key}: rollouts of model.moe.num_experts={config.model.moe.num_experts} run experts "
+            "by Megatron's module in bf16, so most of the model would not be rounded. Give "
+            "rl.rollout.fp8=false"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +12,14 @@ from megatron_occ.config.schema import Config
 
 # modules of recompute_modules: 0.16.1 takes any norm for one in FP8
 ENGINE_MODULES = ("layernorm", "moe_act")
+# TransformerEngine's recipe of fp8.scaling, and what gives it scales that are powers of two
+_POWERS_OF_TWO = {
+    "block": ("Float8BlockScaling", "unset NVTE_FP8_BLOCK_SCALING_FP32_SCALES"),
+    "current": (
+        "Float8CurrentScaling",
+        "export NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1, or use fp8.scaling=block",
+    ),
+}
 
 
 def uses_transformer_engine() -> bool:
@@ -58,6 +67,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     _check_dispatcher(config, device)
     _check_optimizer(config, device)
     if uses_transformer_engine():
+        _check_scales(config)
         return
     where = "there is no CUDA device" if device.type == "cpu" else "it is not installed"
     if config.attention_backend in ("flash", "fused", "unfused"):
@@ -110,4 +120,18 @@ def _check_dispatcher(config: Config, device: torch.device) -> None:
         raise ValueError(
             "parallel.token_dispatcher=flex: needs DeepEP, and it is not installed here: install "
             "deep_ep, or use parallel.token_dispatcher=alltoall"
+        )
+
+
+def _check_scales(config: Config) -> None:
+    """Rollouts are rounded to powers of two, see ``inference/rounding.py``: so must training be."""
+    if not config.rl.rollout.fp8:
+        return
+    name, remedy = _POWERS_OF_TWO[config.fp8.scaling]
+    recipe = getattr(import_module("transformer_engine.common.recipe"), name)
+    if not (recipe.fp8_quant_fwd_inp.power_2_scale and recipe.fp8_quant_fwd_weight.power_2_scale):
+        raise ValueError(
+            f"rl.rollout.fp8=true: TransformerEngine's scales of fp8.scaling={config.fp8.scaling} "
+            f"are no powers of two here, and rollouts would round to other values than training: "
+            f"{remedy}, or use rl.rollout.fp8=false"
         )

@@ -17,6 +17,7 @@ from megatron_occ.mcore.capabilities import captures_cycles
 from megatron_occ.mcore.export import HuggingFaceExport
 from megatron_occ.mcore.inference.engine import MegatronEngine, speculation_from
 from megatron_occ.mcore.inference.graphs import CUDACapture
+from megatron_occ.mcore.inference.rounding import rounding_from
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.mcore.memory_export import MemoryExport
 from megatron_occ.mcore.served_engine import ServedEngine
@@ -59,6 +60,7 @@ def build_engine(
             speculation=speculation_from(config),
             decode=tokenizer.decode,
             capture=CUDACapture if captures and config.rl.rollout.cuda_graphs else None,
+            rounding=rounding_from(config),
         )
     return _served(config, actor, tokenizer, prompts)
 

@@ -15,6 +15,7 @@ from megatron_occ.data.tokenizers import build_tokenizer
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.inference.engine import MegatronEngine
 from megatron_occ.mcore.inference.graphs import CUDACapture
+from megatron_occ.mcore.inference.rounding import Rounding
 from megatron_occ.mcore.main_rank import MainRank
 from megatron_occ.phases.engines import ProbeMaterial, build_engine, remote_settings
 
@@ -79,6 +80,17 @@ def test_cycles_are_captured_on_a_gpu_where_they_can_be(layout, device, keys, ca
     config = load_config([], ["model.num_layers=1", *keys])
     engine = build_engine(config, actor, TOKENIZER, PromptStream(TASK))
     assert engine.capture is (CUDACapture if captures else None)
+
+
+def test_the_engine_rounds_what_the_configuration_says(layout):
+    actor = build(layout)
+    given = ["precision=bf16", "model.num_layers=3", "fp8.format=e4m3", "fp8.scaling=block"]
+    for more, rounding in (
+        ((), None),
+        (("rl.rollout.fp8=true", "fp8.first_layers_bf16=1"), Rounding(128, range(2, 4))),
+    ):
+        config = load_config([], [*given, *more])
+        assert build_engine(config, actor, TOKENIZER, PromptStream(TASK)).rounding == rounding
 
 
 def one_token_prompts(tmp_path):

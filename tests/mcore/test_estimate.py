@@ -345,6 +345,24 @@ def test_layers_that_stay_in_bf16_have_no_fp8_weights():
     assert everywhere - inside == 3 * layer
 
 
+def test_rollouts_in_fp8_have_a_rounded_copy_of_what_they_multiply():
+    given = ("fp8.format=e4m3", "fp8.scaling=current", "rl.rollout.fp8=true")
+    name = "weights rounded to FP8"
+    plain = paper_layout(*given[:2])
+    whole = paper_layout(*given, "rl.rollout.speculative.mode=fixed", "mtp.num_layers=1")
+    parts = whole.parameters
+    assert name not in plain.memory.generation
+    assert whole.memory.generation[name] == 2 * (parts["trunk"] + parts["MTP"])
+    # MTP layers that draft nothing are not rounded, nor are layers that stay in bf16
+    off = paper_layout(*given, "rl.rollout.speculative.mode=off", "mtp.num_layers=1")
+    assert off.memory.generation[name] == 2 * parts["trunk"]
+    kept = paper_layout(*given, "fp8.last_layers_bf16=1", "mtp.num_layers=0", "mtp.preset=none")
+    layers = PAPER["num_layers"]
+    assert kept.memory.generation[name] == pytest.approx(
+        2 * parts["trunk"] * (layers - 1) / layers, rel=1e-3
+    )
+
+
 def test_a_head_trained_alone_needs_gradients_and_moments_of_its_own_alone():
     given = ("rl.init_from=c", "rl.rollout.speculative.mode=off")
     whole, alone = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,6 +94,35 @@ def test_the_flexible_dispatcher_needs_its_library(monkeypatch):
         check_machine(config, torch.device("cuda"))
     monkeypatch.setattr(capabilities, "find_spec", lambda name: name)
     check_machine(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "name", "remedy"),
+    [
+        ("block", "Float8BlockScaling", "unset NVTE_FP8_BLOCK_SCALING_FP32_SCALES"),
+        ("current", "Float8CurrentScaling", "export NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1"),
+    ],
+)
+def test_rollouts_in_fp8_want_scales_that_are_powers_of_two(monkeypatch, scaling, name, remedy):
+    def recipes(of_inputs, of_weights):
+        quantized = [SimpleNamespace(power_2_scale=each) for each in (of_inputs, of_weights)]
+        recipe = SimpleNamespace(fp8_quant_fwd_inp=quantized[0], fp8_quant_fwd_weight=quantized[1])
+        module = SimpleNamespace(**{name: recipe})
+        monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", module)
+
+    monkeypatch.setattr(capabilities, "uses_transformer_engine", lambda: True)
+    config = small_config()
+    config.precision, config.fp8.format, config.fp8.scaling = "bf16", "e4m3", scaling
+    device = torch.device("cuda")
+    recipes(False, False)
+    check_machine(config, device)
+    config.rl.rollout.fp8 = True
+    for given in ((False, True), (True, False)):
+        recipes(*given)
+        with pytest.raises(ValueError, match=rf"rl\.rollout\.fp8=true.*={scaling} .*{remedy}"):
+            check_machine(config, device)
+    recipes(True, True)
+    check_machine(config, device)
 
 
 def test_nothing_is_refused_where_nothing_is_computed():

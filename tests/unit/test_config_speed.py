@@ -11,6 +11,7 @@ from tests.unit.test_config_layouts import MLA, MOE, problems
 
 SELECTIVE = "recompute=selective"
 FP8 = "precision=bf16 fp8.format=hybrid model.hidden_size=64 model.ffn_hidden_size=64"
+ROUNDED = "rl.rollout.fp8=true"
 
 SPLIT = "parallel.distributed_optimizer=true"
 LOW = f"parallel.moments_dtype=bf16 {SPLIT}"
@@ -107,6 +108,16 @@ REFUSED = [
         "fp8.scaling=current or block",
     ),
     (
+        f"{FP8} {ROUNDED}",
+        "rl.rollout.fp8=true: fp8.scaling=delayed rounds by the scales of earlier passes",
+        "Give fp8.scaling=current or block, or rl.rollout.fp8=false",
+    ),
+    (
+        f"{FP8} {ROUNDED} fp8.scaling=current {MOE}",
+        "rl.rollout.fp8=true: rollouts of model.moe.num_experts=8 run experts",
+        "Give rl.rollout.fp8=false",
+    ),
+    (
         "recompute=full recompute_layers=3",
         "recompute_layers=3: no model chunk has more than 2 transformer layers",
         "Give at most 2, or null",
@@ -133,6 +144,9 @@ ACCEPTED = [
     f"{SELECTIVE} {MOE} recompute_modules=[moe,layernorm]",
     f"{SELECTIVE} {FP8} fp8.scaling=current {MOE} recompute_modules=[moe_act]",
     "recompute=full recompute_layers=2",
+    f"{FP8} {ROUNDED} fp8.scaling=current",
+    f"{FP8} {ROUNDED} fp8.scaling=current {MLA} model.num_query_groups=null",
+    f"{FP8} {ROUNDED} fp8.scaling=block model.hidden_size=128 model.ffn_hidden_size=128",
 ]
 
 

@@ -218,6 +218,7 @@ SWITCHED_OFF = [
         for given in ("profile.phase=pretrain", "profile.ranks=[1]")
     ),
     ("", "fp8.scaling=current", "fp8.format=none", "fp8.format=hybrid or e4m3"),
+    ("", "rl.rollout.fp8=true", "fp8.format=none", "fp8.format=hybrid or e4m3"),
     *(
         ("precision=bf16 fp8.format=hybrid", f"fp8.{name}=1", "fp8.scaling=delayed", "or block")
         for name in ("first_layers_bf16", "last_layers_bf16")
@@ -253,6 +254,12 @@ SWITCHED_OFF = [
     (SERVED, "rl.rollout.batch_size=32", "rl.rollout.engine=vllm", "rl.rollout.engine=megatron"),
     (SERVED, "rl.rollout.cache_tokens=5000", "rl.rollout.engine=vllm", "engine=megatron"),
     (SERVED, "rl.rollout.cuda_graphs=false", "rl.rollout.engine=vllm", "cuda_graphs=true"),
+    (
+        f"{SERVED} precision=bf16 fp8.format=e4m3 fp8.scaling=current",
+        "rl.rollout.fp8=true",
+        "rl.rollout.engine=vllm",
+        "rl.rollout.fp8=false",
+    ),
     (SERVED, "rl.rollout.speculative.mode=off", "rl.rollout.engine=vllm", "mode=auto"),
     (SERVED, "rl.rollout.speculative.draft_length=2", "rl.rollout.engine=vllm", "length=3"),
     (

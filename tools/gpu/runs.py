@@ -43,6 +43,8 @@ FP8 = {
     "fp8 delayed": ("fp8.format=hybrid", "fp8.scaling=delayed"),
     "fp8 current": ("fp8.format=hybrid", "fp8.scaling=current"),
     "fp8 block": ("fp8.format=e4m3", "fp8.scaling=block"),
+    # its logprob_gap is to be below that of the one before
+    "fp8 block and rollouts": ("fp8.format=e4m3", "fp8.scaling=block", "rl.rollout.fp8=true"),
 }
 BASE, RESUME = "bf16", "resume"
 RESUME_STEPS = 6

@@ -30,12 +30,16 @@ def generation_memory(config: Config, held: Held, world_size: int, command: str)
     choices = routed_choices(config, held, rows, command)
     if choices and config.rl.routing_replay == "rollout":
         use["experts of tokens"] = 2 * choices
-    if not held.has_output:
-        return use
     drafts, depths = 0, config.mtp.num_layers
     if settings.speculative.mode != "off" and drafts_on_last_stage(config):
         drafts = settings.speculative.draft_length
-    if drafts or config.mtp.head.states == "rollout":
+    runs_head = drafts or config.mtp.head.states == "rollout"
+    if settings.fp8:
+        left_out = 0 if runs_head else held.parameters.get("MTP", 0)
+        use["weights rounded to FP8"] = (held.fp8_matrices - left_out) * width
+    if not held.has_output:
+        return use
+    if runs_head:
         kept = depths * (each + config.model.hidden_size)
         use["drafts: cache, hidden states"] = int(tokens * kept * width)
     logits = rows * (drafts + 1) * held.vocabulary * config.parallel.tensor

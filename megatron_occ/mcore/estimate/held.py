@@ -35,6 +35,12 @@ class Held:
     replicas: int
     expert_replicas: int
 
+    @property
+    def fp8_matrices(self) -> int:
+        """Parameters of layers whose products are in FP8, if any are."""
+        outside = sum(self.parameters.get(name, 0) for name in ("embedding", "output layer"))
+        return sum(self.parameters.values()) - outside - self.kept_in_bf16
+
 
 def element_bytes(config: Config) -> int:
     """Bytes of a parameter or activation."""

@@ -105,10 +105,7 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
     updated, gradients = _updated(config, held, trained), sum(trained.values())
     resident = {"weights": everything * element_bytes(config)}
     if config.fp8.format != "none":
-        matrices = everything - sum(
-            held.parameters.get(name, 0) for name in ("embedding", "output layer")
-        )
-        resident["FP8 weights and transposes"] = 2 * (matrices - held.kept_in_bf16)
+        resident["FP8 weights and transposes"] = 2 * held.fp8_matrices
     width = 2 if config.parallel.grad_reduce_dtype == "bf16" else _FP32
     resident[f"gradients, {config.parallel.grad_reduce_dtype}"] = gradients * width
     if config.precision == "bf16":

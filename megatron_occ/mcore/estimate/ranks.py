@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_occ.config.schema import Config
+from megatron_occ.config.sizes import fp8_layers
 from megatron_occ.mcore.cpu.backend import apply_cpu_backend
 from megatron_occ.mcore.estimate.held import Held
 from megatron_occ.mcore.estimate.memory import MemoryUse, memory_use
@@ -165,10 +166,8 @@ def _held(config: Config, chunks: list[OCCGPTModel], groups: dict[str, list[int]
 
 
 def _kept_in_bf16(config: Config, layers: list[TransformerLayer]) -> int:
-    """Parameters of layers that ``fp8`` leaves out, by their number in the trunk, from 1."""
-    first, last = config.fp8.first_layers_bf16, config.fp8.last_layers_bf16
-    fp8 = range(first + 1, config.model.num_layers - last + 1)
-    kept = [layer for layer in layers if layer.layer_number not in fp8]
+    """Parameters of layers that ``fp8`` leaves out."""
+    kept = [layer for layer in layers if layer.layer_number not in fp8_layers(config)]
     return sum(parameter.numel() for layer in kept for parameter in layer.parameters())
 
 

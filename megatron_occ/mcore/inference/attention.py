@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megatron_occ.mcore.inference.cache import Tokens, rotate, write
+from megatron_occ.mcore.inference.linear import Linear, tensor_of
+from megatron_occ.mcore.inference.rounding import Rounding
 
 Shapes = list[tuple[int, ...]]
 
@@ -39,15 +41,6 @@ def gather_last(values: Tensor, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def tensor_of(module: Any, name: str = "weight") -> Tensor | None:
-    """A module's parameter without autograd; None where the module has none.
-
-    TransformerEngine's layers without a bias have an empty tensor in its place.
-    """
-    found = getattr(module, name, None)
-    return None if found is None or not found.numel() else found.detach()
-
-
 def norm_before(linear: Any, module: Any) -> Tensor | None:
     """Weight of the norm in front of a linear layer: fused into it, or a module of its own."""
     fused = tensor_of(linear, "layer_norm_weight")
@@ -67,28 +60,31 @@ class GroupedAttention:
         module: Megatron's self-attention.
         config: of the model.
         group: tensor-parallel ranks.
+        rounding: of products; None: none.
     """
 
-    def __init__(self, module: Any, config: Any, group: ProcessGroup) -> None:
+    def __init__(
+        self, module: Any, config: Any, group: ProcessGroup, rounding: Rounding | None
+    ) -> None:
         self.group, self.eps, self.width = group, config.layernorm_epsilon, config.kv_channels
         self.groups = config.num_query_groups // group.size()
         self.share = config.num_attention_heads // config.num_query_groups
-        self.weight = tensor_of(module.linear_qkv)
-        self.bias = tensor_of(module.linear_qkv, "bias")
+        self.qkv, self.out = (
+            Linear(layer, rounding) for layer in (module.linear_qkv, module.linear_proj)
+        )
         self.q_norm, self.k_norm = tensor_of(module.q_layernorm), tensor_of(module.k_layernorm)
-        self.out = tensor_of(module.linear_proj)
         # key and value of a group side by side, as the projection gives them: one write
         self.cached: Shapes = [(self.groups, 2, self.width)]
 
     def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
         """[n * q, h] to [n * q, h]; the tokens' keys and values are in the cache afterwards."""
-        mixed = functional.linear(hidden, self.weight, self.bias)
+        mixed = self.qkv(hidden)
         # of each group its queries, then key, then value
         mixed = mixed.view(-1, self.groups, self.share + 2, self.width)
         mixed = rotate(self._normed(mixed), tokens)
         write(cache[0], tokens.places, mixed[:, :, -2:])
         context = self._attend(mixed[:, :, :-2], tokens, cache[0])
-        return sum_over(functional.linear(context, self.out), self.group)
+        return sum_over(self.out(context), self.group)
 
     def _normed(self, mixed: Tensor) -> Tensor:
         """Queries and keys under norms of their own, where the model has them."""
@@ -122,9 +118,12 @@ class LatentAttention:
         module: Megatron's latent self-attention.
         config: of the model.
         group: tensor-parallel ranks.
+        rounding: of products; None: none.
     """
 
-    def __init__(self, module: Any, config: Any, group: ProcessGroup) -> None:
+    def __init__(
+        self, module: Any, config: Any, group: ProcessGroup, rounding: Rounding | None
+    ) -> None:
         self.group = group
         self.eps = epsilon_before(
             module.linear_kv_up_proj, module.kv_layernorm, config.layernorm_epsilon
@@ -133,45 +132,47 @@ class LatentAttention:
         self.rank, self.rotary = config.kv_lora_rank, config.qk_pos_emb_head_dim
         self.plain, self.q_rank = config.qk_head_dim, config.q_lora_rank
         self.scale = module.softmax_scale
-        self.kv_down = tensor_of(module.linear_kv_down_proj)
+        self.kv_down = Linear(module.linear_kv_down_proj, rounding)
         self.kv_norm = norm_before(module.linear_kv_up_proj, module.kv_layernorm)
+        self.kv_up = Linear(module.linear_kv_up_proj, rounding)
         # [heads, plain + value, rank]
-        up = tensor_of(module.linear_kv_up_proj).view(self.heads, -1, self.rank)
+        up = self.kv_up.weight.view(self.heads, -1, self.rank)
         self.key_up, self.value_up = up[:, : self.plain], up[:, self.plain :]
         self.q_down, self.q_norm = None, None
         if self.q_rank is None:
-            self.q_up = tensor_of(module.linear_q_proj)
+            self.q_up = Linear(module.linear_q_proj, rounding)
         else:
-            self.q_down = tensor_of(module.linear_q_down_proj)
-            self.q_up = tensor_of(module.linear_q_up_proj)
+            self.q_down = Linear(module.linear_q_down_proj, rounding)
+            self.q_up = Linear(module.linear_q_up_proj, rounding)
             self.q_norm = norm_before(module.linear_q_up_proj, module.q_layernorm)
-        self.out = tensor_of(module.linear_proj)
+        self.out = Linear(module.linear_proj, rounding)
         self.cached: Shapes = [(self.rank + self.rotary,)]
 
     def __call__(self, hidden: Tensor, tokens: Tokens, cache: list[Tensor]) -> Tensor:
         """[n * q, h] to [n * q, h]; the tokens' latents are in the cache afterwards."""
-        down = functional.linear(hidden, self.kv_down)
-        compressed, key = down.split([self.rank, self.rotary], dim=-1)
+        compressed, key = self.kv_down(hidden).split([self.rank, self.rotary], dim=-1)
         if self.kv_norm is not None:
             compressed = norm(compressed, self.kv_norm, self.eps)
         turned = rotate(_by_halves(key)[:, None, None], tokens)[:, 0, 0]
+        # what the absorbed up-projections read
+        compressed = self.kv_up.read(compressed)
         write(cache[0], tokens.places, torch.cat((compressed, turned), dim=-1))
         query, turned = self._query(hidden).split([self.plain, self.rotary], dim=-1)
         query = torch.einsum("thd,hdr->thr", query, self.key_up)
         turned = rotate(_by_halves(turned).unsqueeze(1), tokens).squeeze(1)
         context = self._attend(torch.cat((query, turned), dim=-1), tokens, cache[0])
         context = torch.einsum("thr,hdr->thd", context, self.value_up)
-        return sum_over(functional.linear(context.flatten(1), self.out), self.group)
+        return sum_over(self.out(context.flatten(1)), self.group)
 
     def _query(self, hidden: Tensor) -> Tensor:
         """[n * q, heads, plain + rotary]."""
         if self.q_down is not None:
-            hidden = functional.linear(hidden, self.q_down)
+            hidden = self.q_down(hidden)
             if hidden.size(-1) != self.q_rank:
                 hidden = gather_last(hidden, self.group)
             if self.q_norm is not None:
                 hidden = norm(hidden, self.q_norm, self.eps)
-        mixed = functional.linear(hidden, self.q_up)
+        mixed = self.q_up(hidden)
         return mixed.view(mixed.size(0), self.heads, -1)
 
     def _attend(self, query: Tensor, tokens: Tokens, cache: Tensor) -> Tensor:

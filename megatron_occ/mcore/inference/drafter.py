@@ -99,6 +99,7 @@ class Drafter:
                 trunk.tensor,
                 self.company,
                 keeps=trunk.keeps_experts,
+                rounding=trunk.rounding,
             )
             for layer in trunk.chunks[-1].mtp.layers
         ]

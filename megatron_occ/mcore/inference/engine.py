@@ -19,6 +19,7 @@ from megatron_occ.mcore.inference.kernels import choose_attention
 from megatron_occ.mcore.inference.layers import Company
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.room import PagedRoom, Room
+from megatron_occ.mcore.inference.rounding import Rounding
 from megatron_occ.mcore.inference.slots import Slots
 from megatron_occ.mcore.inference.trunk import Trunk
 from megatron_occ.mcore.layout import Layout
@@ -71,6 +72,7 @@ class MegatronEngine:
         speculation: use of drafts.
         decode: text of token ids, for stop strings.
         capture: makes what captures the cycles of a call, where they can be; None: nothing does.
+        rounding: of products, anew at each call; None: none.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class MegatronEngine:
         speculation: Speculation = NO_DRAFTS,
         decode: Callable[[Sequence[int]], str] | None = None,
         capture: Callable[[], Capture] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         self._chunks, self.layout = chunks, layout
         self.slots, self.cache_tokens = slots, cache_tokens
         self.speculation, self.decode, self.capture = speculation, decode, capture
-        self.company = Company(layout)
+        self.rounding, self.company = rounding, Company(layout)
         self.draft_length = DraftLength(speculation.length, adaptive=speculation.adaptive)
         self._aborted, self._version = threading.Event(), 0
         # chosen where the model is known
@@ -148,7 +151,12 @@ class MegatronEngine:
             return Generation()
         self.draft_length.begin()
         # the weights may have moved in memory since the last call
-        trunk = Trunk(self._chunks(), self.company, keeps_experts=sampling.keep_routes)
+        trunk = Trunk(
+            self._chunks(),
+            self.company,
+            keeps_experts=sampling.keep_routes,
+            rounding=self.rounding,
+        )
         drafter = None
         kept = min(sampling.top_k, trunk.vocabulary) if sampling.keep_masks else 0
         slots = self._new_slots(len(requests), prompt, sampling, kept)

@@ -17,9 +17,10 @@ from megatron_occ.mcore.inference.attention import (
     norm,
     norm_before,
     sum_over,
-    tensor_of,
 )
 from megatron_occ.mcore.inference.cache import Tokens, write
+from megatron_occ.mcore.inference.linear import Linear, tensor_of
+from megatron_occ.mcore.inference.rounding import Rounding
 from megatron_occ.mcore.layout import Layout, expert_sharing_group
 from megatron_occ.mcore.routing import Choices, place_choices
 
@@ -56,15 +57,19 @@ class Company:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)); gate and up lie one after the other in ``linear_fc1``."""
 
-    def __init__(self, module: Any, group: ProcessGroup) -> None:
-        self.gate, self.up = tensor_of(module.linear_fc1).chunk(2)
-        self.down, self.group = tensor_of(module.linear_fc2), group
+    def __init__(self, module: Any, group: ProcessGroup, rounding: Rounding | None) -> None:
+        self.inner, self.down = (
+            Linear(layer, rounding) for layer in (module.linear_fc1, module.linear_fc2)
+        )
+        self.gate, self.up = self.inner.weight.chunk(2)
+        self.group = group
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[t, h] to [t, h]."""
+        hidden = self.inner.read(hidden)
         inner = functional.silu(functional.linear(hidden, self.gate), inplace=True)
         inner.mul_(functional.linear(hidden, self.up))
-        return sum_over(functional.linear(inner, self.down), self.group)
+        return sum_over(self.down(inner), self.group)
 
 
 class ExpertsMLP:
@@ -102,18 +107,26 @@ class Layer:
         group: tensor-parallel ranks.
         company: see :class:`Company`.
         keeps: keep each token's experts in the cache.
+        rounding: of products; None: none. Experts are Megatron's module, which knows none.
     """
 
     def __init__(
-        self, module: Any, config: Any, group: ProcessGroup, company: Company, *, keeps: bool
+        self,
+        module: Any,
+        config: Any,
+        group: ProcessGroup,
+        company: Company,
+        *,
+        keeps: bool,
+        rounding: Rounding | None,
     ) -> None:
         self.eps = config.layernorm_epsilon
         kind = LatentAttention if config.multi_latent_attention else GroupedAttention
-        self.attention = kind(module.self_attention, config, group)
+        self.attention = kind(module.self_attention, config, group, rounding)
         if isinstance(module.mlp, MoELayer):
             self.mlp = ExpertsMLP(module.mlp, company, keeps=keeps)
         else:
-            self.mlp = GatedMLP(module.mlp, group)
+            self.mlp = GatedMLP(module.mlp, group, rounding)
         # in latent attention several layers read the norm's output: it is never fused
         first = getattr(module.self_attention, "linear_qkv", None)
         second = getattr(module.mlp, "linear_fc1", None)
@@ -142,7 +155,7 @@ class MTPModule:
     Args:
         module: Megatron's MTP layer.
         inner: its transformer layer.
-        config, group, company, keeps: see :class:`Layer`.
+        config, group, company, keeps, rounding: see :class:`Layer`.
     """
 
     def __init__(
@@ -154,11 +167,12 @@ class MTPModule:
         company: Company,
         *,
         keeps: bool,
+        rounding: Rounding | None,
     ) -> None:
         self.group, self.eps = group, config.layernorm_epsilon
         self.norms = [tensor_of(n) for n in (module.enorm, module.hnorm, module.final_layernorm)]
-        self.projection = tensor_of(module.eh_proj)
-        self.layer = Layer(inner, config, group, company, keeps=keeps)
+        self.projection = Linear(module.eh_proj, rounding)
+        self.layer = Layer(inner, config, group, company, keeps=keeps, rounding=rounding)
 
     def __call__(
         self, embedded: Tensor, hidden: Tensor, tokens: Tokens, cache: list[Tensor]
@@ -166,6 +180,6 @@ class MTPModule:
         """Embeddings and hidden states [n * q, h] to hidden states [n * q, h]."""
         of_embedding, of_hidden, final = self.norms
         both = norm(embedded, of_embedding, self.eps), norm(hidden, of_hidden, self.eps)
-        joined = functional.linear(torch.cat(both, dim=-1), self.projection)
+        joined = self.projection(torch.cat(both, dim=-1))
         output = self.layer(gather_last(joined, self.group), tokens, cache)
         return norm(output, final, self.eps)

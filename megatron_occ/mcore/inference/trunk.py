@@ -14,11 +14,13 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megatron_occ.mcore.inference.attend import Attend, Attention
-from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over, tensor_of
+from megatron_occ.mcore.inference.attention import gather_last, norm, sum_over
 from megatron_occ.mcore.inference.cache import Cache, Rotary, Tokens
 from megatron_occ.mcore.inference.kernels import Shapes
 from megatron_occ.mcore.inference.layers import Company, Layer
+from megatron_occ.mcore.inference.linear import tensor_of
 from megatron_occ.mcore.inference.room import Room
+from megatron_occ.mcore.inference.rounding import Rounding
 from megatron_occ.mcore.model import OCCGPTModel
 
 
@@ -43,22 +45,23 @@ class Trunk:
             ``provider.build_inference_chunk``.
         company: see ``layers.Company``.
         keeps_experts: caches keep those of each token.
+        rounding: of products, on copies of the weights as they are now; None: none.
     """
 
     def __init__(
-        self, chunks: Sequence[OCCGPTModel], company: Company, *, keeps_experts: bool = False
+        self,
+        chunks: Sequence[OCCGPTModel],
+        company: Company,
+        *,
+        keeps_experts: bool = False,
+        rounding: Rounding | None = None,
     ) -> None:
         self.chunks, self.company, self.keeps_experts = chunks, company, keeps_experts
+        self.rounding = rounding
         self.config = chunks[0].config
         self.tensor: ProcessGroup = chunks[0].pg_collection.tp
         self.pipeline: ProcessGroup = chunks[0].pg_collection.pp
-        self.layers = [
-            [
-                Layer(layer, self.config, self.tensor, company, keeps=keeps_experts)
-                for layer in chunk.decoder.layers
-            ]
-            for chunk in chunks
-        ]
+        self.layers = [[self._layer(layer) for layer in chunk.decoder.layers] for chunk in chunks]
         self.eps = self.config.layernorm_epsilon
         # of each chunk, where the trunk ends in it
         self.final_norms = [
@@ -71,6 +74,17 @@ class Trunk:
         ]
         self.is_last = chunks[-1].post_process
         self.output = chunks[-1].output_weight().detach() if self.is_last else None
+
+    def _layer(self, module: Any) -> Layer:
+        rounds = self.rounding is not None and module.layer_number in self.rounding.layers
+        return Layer(
+            module,
+            self.config,
+            self.tensor,
+            self.company,
+            keeps=self.keeps_experts,
+            rounding=self.rounding if rounds else None,
+        )
 
     @property
     def vocabulary(self) -> int:
