@@ -66,11 +66,14 @@ def sampled(model, rounding, many=None, *, slots=6, speculation=PLAIN, seeds=Non
 
 def gaps_to_training(model, found, many=None):
     """|log-prob of the rollout - that of the training forward| of all tokens."""
-    many, gaps = many or prompts(), []
-    for prompt, tokens, logprobs in zip(many, found.tokens, found.logprobs, strict=True):
-        ids = torch.tensor([prompt + tokens])
-        expected = training_logprobs(model, ids, head_targets(ids, 0))[0, len(prompt) - 1 : -1]
-        gaps.append((expected - torch.tensor(logprobs)).abs())
+    sequences = [a + b for a, b in zip(many or prompts(), found.tokens, strict=True)]
+    ids = torch.full((len(sequences), max(map(len, sequences))), VOCABULARY - 1)
+    for row, tokens in zip(ids, sequences, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    expected, gaps = training_logprobs(model, ids, head_targets(ids, 0)), []
+    for row, tokens, logprobs in zip(expected, sequences, found.logprobs, strict=True):
+        end = len(tokens) - 1
+        gaps.append((row[end - len(logprobs) : end] - torch.tensor(logprobs)).abs())
     return torch.cat(gaps)
 
 
@@ -114,14 +117,17 @@ def test_a_token_is_rounded_alike_whatever_is_beside_it():
 @pytest.mark.parametrize("block", [None, BLOCK])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_are_those_of_training_in_fp8(layout, kind, block):
-    """In fp32, where nothing else differs; a value between two roundings may fall to either."""
+    """In fp32, where nothing else differs.
+
+    Under one scale for all tokens the smallest numbers of a small token have fewer digits.
+    """
     model = model_of(layout, kind)
     found, plain = sampled(model, Rounding(block, EVERYWHERE)), sampled(model, None)
     with fp8_training(model, block, EVERYWHERE):
         gaps, before = gaps_to_training(model, found), gaps_to_training(model, plain)
     assert before.mean() > 0.02
-    assert gaps.median() < 1e-4
-    assert gaps.mean() < 0.05 * before.mean()
+    assert gaps.median() < (1e-5 if block else 0.01)
+    assert gaps.mean() < (1e-3 if block else 0.2) * before.mean()
 
 
 @pytest.mark.parametrize("block", [None, BLOCK])
@@ -191,7 +197,6 @@ def test_mtp_layers_draft_as_those_of_training_in_fp8(layout, drafted, kind):
         same = [drafts == greedy_drafts(model, tokens, 2) for tokens, drafts in drafted]
     plain = [drafts == greedy_drafts(model, tokens, 2) for tokens, drafts in drafted]
     assert len(same) > 20
-    print(kind, len(same), sum(same), sum(plain))
     assert sum(same) > 0.95 * len(same) > sum(plain)
 
 
