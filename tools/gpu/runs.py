@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -46,6 +46,13 @@ FP8 = {
     # its logprob_gap is to be below that of the one before
     "fp8 block and rollouts": ("fp8.format=e4m3", "fp8.scaling=block", "rl.rollout.fp8=true"),
 }
+# memory of the optimizer: begun when the others are done, where time is left
+_SPLIT = "parallel.distributed_optimizer=true"
+SAVING = {
+    "moments in bf16": (_SPLIT, "parallel.moments_dtype=bf16"),
+    "moments on the host": (_SPLIT, "parallel.optimizer_offload=0.5"),
+}
+SAVING_NEEDS = 40.0
 BASE, RESUME = "bf16", "resume"
 RESUME_STEPS = 6
 RESUMED = (
@@ -82,7 +89,14 @@ def measure(session: Session) -> None:
         session.run(RESUME, lambda: _resume(session, settings, resumed, control))
         for name in fp8:
             if name in others:
-                session.run(name, functools.partial(_fp8, name, others[name], base))
+                session.run(name, functools.partial(_beside, name, "fp8", others[name], base))
+            else:
+                session.add(Row(name, SKIPPED, "no TransformerEngine on a CUDA device"))
+        for name in filter(session.wants, SAVING):
+            if uses_transformer_engine():
+                begin = functools.partial(start, _folder(name), (*settings, *SAVING[name]))
+                judged = functools.partial(_begun_beside, name, begin, base)
+                session.run(name, judged, needs=SAVING_NEEDS)
             else:
                 session.add(Row(name, SKIPPED, "no TransformerEngine on a CUDA device"))
 
@@ -153,9 +167,15 @@ def _judged(name: str, folder: Path, precision: str) -> Iterator[Row]:
     yield Row(name, INFO, f"peak of {peak / 2**20:.0f} MiB", {"peak": peak})
 
 
-def _fp8(name: str, run: Future[Path], base: Future[Path]) -> Iterator[Row]:
+def _begun_beside(
+    name: str, begin: Callable[[], Future[Path]], base: Future[Path]
+) -> Iterator[Row]:
+    yield from _beside(name, "bf16", begin(), base)
+
+
+def _beside(name: str, precision: str, run: Future[Path], base: Future[Path]) -> Iterator[Row]:
     folder = run.result()
-    yield from _judged(name, folder, "fp8")
+    yield from _judged(name, folder, precision)
     yield judge_rewards(name, *(rl_values(one, "reward/mean") for one in (folder, base.result())))
 
 
