@@ -235,6 +235,12 @@ def _cache_tokens(config: Config) -> Iterator[str]:
             f"model.max_position_embeddings={limit}, and what is drafted behind it take {needed}. "
             "Give at least as many, or null"
         )
+    elif rollout.cache_tokens is not None and rollout.cache_tokens >= rollout.batch_size * needed:
+        yield (
+            f"rl.rollout.cache_tokens={rollout.cache_tokens}: is no less than "
+            f"rl.rollout.batch_size={rollout.batch_size} of the longest sequences take. Give less "
+            "than that, a larger batch_size, or null"
+        )
 
 
 def _speculation(config: Config) -> Iterator[str]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from megatron_occ.config.schema import Config, OptimizerConfig
 
-# bf16 has 8 bits: a change by less than half of the last one, 2**-9 to 2**-8 of a number, is lost
-LARGEST_DECAY = 1 - 2**-8
+# bf16 has 8 bits: a change by less than half of the last one, 2**-9 to 2**-8 of a number, is lost.
+# With this decay a second moment that has to fall stops at twice what it should be at the latest
+LARGEST_DECAY = 1 - 2**-7
 
 
 def optimizer_problems(config: Config, *, pretrains: bool, trains: bool) -> Iterator[str]:
@@ -52,8 +53,8 @@ def optimizer_problems(config: Config, *, pretrains: bool, trains: bool) -> Iter
 def _decays(key: str, optimizer: OptimizerConfig) -> Iterator[str]:
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
-        if value >= LARGEST_DECAY:
+        if value > LARGEST_DECAY:
             yield (
-                f"{key}.{name}={value:g}: in bf16 rounding can undo such a decay, and a moment "
-                "that rose never falls. Give at most 0.996, or parallel.moments_dtype=fp32"
+                f"{key}.{name}={value:g}: in bf16 rounding undoes such a decay, and a moment "
+                "that rose stays far too large. Give at most 0.992, or parallel.moments_dtype=fp32"
             )

@@ -10,6 +10,7 @@ copied there too (:func:`refresh_host_copies`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -75,12 +76,19 @@ def _allocate_parts(inner: HybridDeviceOptimizer) -> None:
 
 def _set_updates(part: MegatronOptimizer, updates: int) -> None:
     for each in _updating(part.optimizer):
-        if isinstance(each, _TORCH_ADAM):
-            for state in each.state.values():
-                state["step"] = torch.tensor(float(updates))
-        else:
-            for group in each.param_groups:
+        for group in each.param_groups:
+            if isinstance(each, _TORCH_ADAM):
+                _set_steps(each, group, float(updates))
+            else:
                 group["step"] = updates
+
+
+def _set_steps(optimizer: Optimizer, group: dict[str, Any], updates: float) -> None:
+    """Where torch has them: its fused kernel reads the count on the parameter's device."""
+    for parameter in group["params"]:
+        if parameter in optimizer.state:
+            device = parameter.device if group.get("fused") else torch.device("cpu")
+            optimizer.state[parameter]["step"] = torch.full((), updates, device=device)
 
 
 def _updating(inner: Optimizer | None) -> Sequence[Optimizer]:

@@ -24,6 +24,7 @@ class _Settings(MegatronOptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert hasattr(self, "use_precision_aware_optimizer_no_fp8_or_ds_fp8")
         self.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
 
 

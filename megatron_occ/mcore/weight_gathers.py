@@ -62,9 +62,18 @@ def start_gathers(chunks: Sequence[DistributedDataParallel]) -> None:
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            # buckets begin with the last weights
-            for group in _all_groups(chunk)[::-1]:
+            for group in _in_forward_order(chunk):
                 group.start_param_sync()
+
+
+def _in_forward_order(wrapped: DistributedDataParallel) -> list[Any]:
+    """Groups of dense and of expert weights, by the first weight of each in the model."""
+    numbers = {id(p): number for number, p in enumerate(wrapped.module.parameters())}
+
+    def first(group: Any) -> int:
+        return min(numbers[id(p)] for bucket in group.buckets for p in bucket.params_list)
+
+    return sorted(_all_groups(wrapped), key=first)
 
 
 def finish_gathers(chunks: Sequence[DistributedDataParallel]) -> None:

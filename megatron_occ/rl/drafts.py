@@ -18,17 +18,19 @@ def draft_metrics(drafts: DraftStatistics, layout: Collectives) -> dict[str, flo
     Returns:
         ``draft/acceptance_length``, 1 without drafts; for each place k that had drafts
         ``draft/proposed_k``, their share of the passes, and ``draft/accepted_k``, the share of them
-        that stayed.
+        that stayed. Where caches were full ``rollout/preempted``, how often a sequence gave way.
     """
     places = torch.tensor(float(len(drafts.proposed)), dtype=torch.float64, device=layout.device)
     length = int(layout.all_reduce_data_parallel(places, maximum=True))
-    counts = [drafts.passes, drafts.tokens]
+    counts = [drafts.passes, drafts.tokens, drafts.preempted]
     for each in (drafts.proposed, drafts.accepted):
         counts += [*each, *[0] * (length - len(each))]
     local = torch.tensor(counts, dtype=torch.float64, device=layout.device)
     sums = layout.all_reduce_data_parallel(local).tolist()
-    (passes, tokens), proposed, accepted = sums[:2], sums[2 : 2 + length], sums[2 + length :]
+    (passes, tokens, preempted), places = sums[:3], sums[3:]
+    proposed, accepted = places[:length], places[length:]
     metrics = {"draft/acceptance_length": tokens / passes if passes else 1.0}
+    metrics |= {"rollout/preempted": preempted} if preempted else {}
     for place, (tried, kept) in enumerate(zip(proposed, accepted, strict=True), start=1):
         if tried:
             metrics[f"draft/proposed_{place}"] = tried / passes

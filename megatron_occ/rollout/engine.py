@@ -216,7 +216,6 @@ def merge_shares(shares: Sequence[Generation], count: int) -> Generation:
         merged.logprobs[first :: len(shares)] = share.logprobs
         merged.finish_reasons[first :: len(shares)] = share.finish_reasons
         merged.drafts.add(share.drafts)
-        merged.events += share.events
     return merged
 
 

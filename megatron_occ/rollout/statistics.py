@@ -15,12 +15,14 @@ class DraftStatistics:
         accepted: those that were kept.
         passes: trunk passes times sequences in them, prefill not counted.
         tokens: tokens that these passes committed.
+        preempted: times that a sequence gave its room in the caches to others, to go on later.
     """
 
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     passes: int = 0
     tokens: int = 0
+    preempted: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -34,8 +36,8 @@ class DraftStatistics:
             mine += [0] * (len(theirs) - len(mine))
             for index, count in enumerate(theirs):
                 mine[index] += count
-        self.passes += other.passes
-        self.tokens += other.tokens
+        for name in ("passes", "tokens", "preempted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass

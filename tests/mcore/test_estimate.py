@@ -328,9 +328,13 @@ def test_moments_in_bf16_take_4_bytes_of_an_entry_and_those_on_the_host_none_her
     assert low.memory.resident["Adam moments, bf16"] == 4 * share
     resident = [sum(each.memory.resident.values()) for each in (full, low, half, host)]
     assert [(resident[0] - each) / share for each in resident] == [0, 4, 4, 8]
-    # two moments, a main weight and a gradient of each
-    found = [each.memory.host.get("optimizer, fp32", 0) / share for each in (full, low, half, host)]
-    assert found == [0, 0, 8, 16]
+    # two moments, a main weight and a gradient of each; at the start copies of all four shares
+    found = [each.memory.host.get("optimizer", 0) / share for each in (full, low, half, host)]
+    assert found == [0, 0, (4 * 6 + 4) / 2, 4 * 6 + 4]
+    # in fp32 what stays, when there are no moments yet
+    start = [sum(each.memory.start.values()) / share for each in (full, low, half, host)]
+    assert start == [0, 0, (4 * 4 - 8) / 2, 0]
+    assert half.memory.peak >= sum(half.memory.resident.values()) + 4 * share
 
 
 def test_layers_that_stay_in_bf16_have_no_fp8_weights():

@@ -29,7 +29,7 @@ from benchmarks.layout_runs import VOCABULARY, routed_layers
 from megatron_occ.config import Config, validate
 from megatron_occ.mcore.actor import MegatronGPTActor
 from megatron_occ.mcore.checkpoint import load_model, model_state
-from megatron_occ.mcore.inference import sampler
+from megatron_occ.mcore.inference import room, sampler
 from megatron_occ.mcore.inference.engine import MegatronEngine, Speculation, speculation_from
 from megatron_occ.mcore.startup import initialize, shutdown
 from megatron_occ.rl.batch import pad_masks
@@ -146,12 +146,11 @@ def respond(actor: MegatronGPTActor, numbers: list[int], speculation: Speculatio
     found = engine.generate(requests, SAMPLING)
     training = [training_logprobs(actor, chosen, found, packed) for packed in (False, True)]
     has_experts = actor.config.model.moe.num_experts is not None
-    if torch.distributed.get_world_size() > 1:
-        # two pages: rows take turns
-        engine = MegatronEngine(
-            actor.inference_chunks, actor.layout, slots=3, speculation=speculation, cache_tokens=32
-        )
-    cut = engine.generate(requests, replace(CUT, keep_routes=has_experts))
+    if torch.distributed.get_world_size() > 1 and speculation.coupled:
+        # too few for three rows at their ends
+        engine.cache_tokens = 24
+    with mock.patch.object(room, "OTHER_PAGE", 4):
+        cut = engine.generate(requests, replace(CUT, keep_routes=has_experts))
     free = replace(cut, masks=[])
     both = [training_logprobs(actor, chosen, each, True) for each in (cut, free)]
     layers = routed_layers(actor) if has_experts else []
@@ -275,6 +274,18 @@ def test_tokens_come_with_what_they_were_drawn_from(alone, split, name):
             for place, number in enumerate(responses.numbers):
                 assert cut.tokens[place] == expected.tokens[number]
                 assert torch.equal(cut.masks[place], expected.masks[number])
+
+
+WITHOUT_DRAFTS = ("rejection", "MTP stage of its own")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith(WITHOUT_DRAFTS)])
+def test_they_do_where_sequences_give_way_to_others(split, name):
+    many, one = split[name]
+    # ranks with few sequences have room for all of them
+    gave_way = [responses.cut.drafts.preempted for responses in many]
+    assert all(times > 0 or len(r.numbers) < 5 for times, r in zip(gave_way, many, strict=True))
+    assert not any(responses.cut.drafts.preempted for responses in one)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "MoE" in name])

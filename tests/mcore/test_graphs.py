@@ -142,7 +142,7 @@ def test_captured_cycles_find_rows_in_pages(layout, captured, monkeypatch, kind)
     assert found.tokens == expected.tokens
     assert TapeCapture.replayed > 4 * TapeCapture.captured > 0
     # some gave way to others, and pages went from row to row
-    assert "had to begin again" in found.events[0]
+    assert found.drafts.preempted > 0
 
 
 def test_a_length_that_changes_is_a_cycle_of_its_own(layout, captured, monkeypatch):

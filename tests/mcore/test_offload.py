@@ -153,6 +153,19 @@ def held(given):
         return mains(run)
 
 
+def steps_elsewhere(given):
+    """Counts of updates that do not lie where torch has them; after an update and after a trial."""
+    with started(given) as run:
+        run.update(1)
+        with run.actor.restored():
+            run.update(1)
+        run.update(1)
+        optimizers = [o for part in parts_of(run) for o in part.optimizer.sub_optimizers]
+        states = [(p, o.state[p]) for o in optimizers for p in o.state]
+        devices = [(str(p.device), str(state["step"].device)) for p, state in states]
+        return [pair for pair in devices if pair[0] != pair[1]], len(devices)
+
+
 def norm_in_adams_metric(given):
     with started(given) as run:
         run.update(1)
@@ -195,6 +208,7 @@ def results(tmp_path_factory):
         "weights": (from_weights, (), plain),
         "weights to the host": (from_weights, (HOST,), plain),
         "weights, half to the host": (from_weights, (HALF,), plain),
+        "steps": (steps_elsewhere, (HALF,)),
         "metric": (norm_in_adams_metric, ()),
         "metric, host": (norm_in_adams_metric, (HOST,)),
     }
@@ -222,6 +236,11 @@ def test_a_share_of_the_moments_lies_on_the_host(results):
 def test_updates_are_those_of_the_device(results, name):
     function, _ = CASES[name]
     assert difference(results[name], results[f"plain {function.__name__}"]) < LIMIT
+
+
+def test_counts_of_updates_lie_where_torch_s_fused_kernel_reads_them(results):
+    elsewhere, count = results["steps"]
+    assert elsewhere == [] and count > 4
 
 
 def test_those_of_a_trunk_without_a_gradient_move_the_head_alone(results):

@@ -113,6 +113,11 @@ REFUSED = [
     ("pretrain.sequence_length=17", "pretrain.sequence_length=17", "model.max_position_embeddings"),
     ("rl.rollout.max_response_length=16", "rl.rollout.max_response_length=16", "Lower"),
     ("rl.rollout.cache_tokens=20", "rl.rollout.cache_tokens=20: the longest sequence", "or null"),
+    (
+        "rl.rollout.cache_tokens=9000 rl.rollout.batch_size=8",
+        "rl.rollout.cache_tokens=9000: is no less than rl.rollout.batch_size=8 of",
+        "a larger batch_size, or null",
+    ),
     ("rl.overlong.buffer=10", "rl.overlong.buffer=10", "at most 9"),
     ("rl.overlong.buffer=4 rl.overlong.penalty=0", "rl.overlong.penalty=0", "overlong.buffer=0"),
     # batches

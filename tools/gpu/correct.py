@@ -44,8 +44,8 @@ MODELS = {
 }
 PYTEST = "pytest -m gpu"
 _RESPONSE, _REQUESTS = 12, 8
-# tokens in the caches of four rows: two of the pages of a GPU
-PAGES = 512
+# tokens in the caches of four rows: a page of a GPU for each
+PAGES = 1024
 # seconds
 _TESTS_NEED = 20.0
 

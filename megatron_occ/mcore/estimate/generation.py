@@ -27,7 +27,7 @@ def generation_memory(config: Config, held: Held, world_size: int, command: str)
     layers = held.dense_layers + held.moe_layers
     use = {"KV cache": int(tokens * each * layers * width)}
     use |= mask_memory(config, held.vocabulary, rows, command)
-    choices = routed_choices(config, held, rows, command)
+    choices = routed_choices(config, held, tokens, command)
     if choices and config.rl.routing_replay == "rollout":
         use["experts of tokens"] = 2 * choices
     drafts, depths = 0, config.mtp.num_layers
@@ -57,7 +57,8 @@ def host_memory(config: Config, held: Held, rows: int, command: str) -> dict[str
     drawn = 3 + config.rl.async_.max_lag
     masks = mask_memory(config, held.vocabulary, rows, command)
     found = {name: drawn * size for name, size in masks.items()}
-    choices = routed_choices(config, held, rows, command)
+    tokens = rows * config.model.max_position_embeddings
+    choices = routed_choices(config, held, tokens, command)
     if choices:
         copies = drawn if config.rl.routing_replay == "rollout" else 1
         width = route_dtype(config.model.moe.num_experts).itemsize
@@ -74,8 +75,8 @@ def mask_memory(config: Config, vocabulary: int, rows: int, command: str) -> dic
     return {"sampling masks": 4 * rows * config.model.max_position_embeddings * most}
 
 
-def routed_choices(config: Config, held: Held, rows: int, command: str) -> int:
-    """Experts of all tokens of rows in the layers of a rank, where they are kept; 0: they are not.
+def routed_choices(config: Config, held: Held, tokens: int, command: str) -> int:
+    """Experts of tokens in the layers of a rank, where they are kept; 0: they are not.
 
     MTP layers have the trunk's kind of last layer.
     """
@@ -83,7 +84,7 @@ def routed_choices(config: Config, held: Held, rows: int, command: str) -> int:
     if config.rl.routing_replay == "none" or command in ("pretrain", "eval"):
         return 0
     routers = held.moe_layers + config.mtp.num_layers * held.has_mtp
-    return rows * config.model.max_position_embeddings * routers * moe.top_k
+    return tokens * routers * moe.top_k
 
 
 def _cached_elements(config: Config) -> float:

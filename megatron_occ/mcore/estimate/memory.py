@@ -23,10 +23,11 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes by use. Training and generation take turns: the peak has the larger of the two.
+    """Bytes by use. Start, training and generation take turns: the peak has the largest of them.
 
     Args:
         resident: always there: weights, gradients, optimizer.
+        start: while the optimizer is made, besides.
         training: in an update, besides.
         generation: in a rollout, besides.
         activations: what the backward pass reads of one micro-batch, without and with recompute.
@@ -36,6 +37,7 @@ class MemoryUse:
     """
 
     resident: dict[str, int]
+    start: dict[str, int]
     training: dict[str, int]
     generation: dict[str, int]
     activations: tuple[int, int]
@@ -46,7 +48,7 @@ class MemoryUse:
     @property
     def peak(self) -> int:
         """Most bytes at once."""
-        turns = (self.training, self.generation)
+        turns = (self.start, self.training, self.generation)
         return sum(self.resident.values()) + max(sum(turn.values()) for turn in turns)
 
 
@@ -86,6 +88,7 @@ def memory_use(config: Config, held: Held, world_size: int, command: str, window
     return MemoryUse(
         resident=_resident(config, held, command, head_alone)
         | _gradient_copies(config, held, command, window),
+        start=_start(config, held, head_alone) if command != "eval" else {},
         training=training,
         generation=generation,
         activations=(int(plain.each + plain.once), int(recomputed.each + recomputed.once)),
@@ -119,16 +122,32 @@ def _resident(config: Config, held: Held, command: str, head_alone: bool) -> dic
     return resident
 
 
+def _start(config: Config, held: Held, head_alone: bool) -> dict[str, int]:
+    """Where moments go to the host: what Megatron's optimizer holds before it knows the share.
+
+    It makes fp32 copies of all of a rank's parameters that are to stay, when there are no moments.
+    """
+    stays = 1 - config.parallel.optimizer_offload
+    if stays == 1:
+        return {}
+    trained = _trained(held, head_alone)
+    copies = sum(trained.values()) * _FP32 - _updated(config, held, trained) * 2 * _FP32
+    return {"copies of all parameters, beyond moments": max(int(stays * copies), 0)}
+
+
 def _on_the_host(config: Config, held: Held, head_alone: bool) -> dict[str, int]:
     """Of each entry that is updated there two moments, main weight and gradient, in fp32.
 
-    Megatron moves whole parameters, up to one more than the share.
+    Megatron moves whole parameters, up to one more than the share. At the start a rank has copies
+    of all its parameters there, in bf16 and fp32, beside the main weights.
     """
     share = config.parallel.optimizer_offload
     if share == 0:
         return {}
-    updated = _updated(config, held, _trained(held, head_alone))
-    return {"optimizer, fp32": int(updated * share * 4 * _FP32)}
+    trained = _trained(held, head_alone)
+    updated, everything = _updated(config, held, trained), sum(trained.values())
+    start = everything * (2 + _FP32) + updated * _FP32
+    return {"optimizer": int(share * max(updated * 4 * _FP32, start))}
 
 
 def _trained(held: Held, head_alone: bool) -> dict[str, int]:

@@ -104,6 +104,7 @@ def _memory(estimates: Sequence[RankEstimate], gpu_memory: float) -> list[str]:
     size = partial(_size, unit=unit)
     lines = [_row(f"memory, {unit}", [f"rank {entry.rank}" for entry in estimates])]
     lines += _rows([use.resident for use in uses], size)
+    lines += _rows([use.start for use in uses], size, "start: ")
     lines += _rows([use.training for use in uses], size, "update: ")
     lines += _rows([use.generation for use in uses], size, "rollout: ")
     fits = ["yes" if use.peak <= gpu_memory * GIB else "no" for use in uses]

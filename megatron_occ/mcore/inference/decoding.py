@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 
 import numpy as np
 import torch
 
-from megatron_occ.config.words import counted
 from megatron_occ.mcore.inference.attend import rows_to_swap
 from megatron_occ.mcore.inference.passes import Passes
 from megatron_occ.mcore.inference.prefill import Prefix, choose_prompts
-from megatron_occ.mcore.inference.slots import Slots, Verified
+from megatron_occ.mcore.inference.slots import Begun, Slots, Verified
 from megatron_occ.mcore.layout import Layout
 from megatron_occ.rollout import DraftStatistics, Generation, Request, SamplingSettings
 from megatron_occ.rollout.draft_length import DraftLength
@@ -57,8 +56,8 @@ class Decoding:
         # the request in each row
         self.owners: list[int | None] = [None] * slots.rows
         self.active = self.cycles = 0
-        # responses that gave way to others, and their tokens
-        self.begun_again = self.given_up = 0
+        # responses that wait to go on, by request
+        self.begun: dict[int, Begun] = {}
         self.generation = Generation(
             [[] for _ in requests], [[] for _ in requests], [ABORT] * len(requests)
         )
@@ -70,7 +69,7 @@ class Decoding:
             self.generation.masks = [torch.empty(0)] * len(requests)
 
     def run(self, aborted: threading.Event) -> Generation:
-        """Answer all requests; after ``aborted`` is set, with what is there."""
+        """Answer all requests; after ``aborted`` is set, with what is in the rows."""
         length = self.draft_length.limit
         while True:
             self._admit(reads=length > 0)
@@ -80,11 +79,6 @@ class Decoding:
             self._make_room(length)
             self._cycle(length)
         self._answer({row: ABORT for row in range(self.active)})
-        if self.begun_again:
-            self.generation.events.append(
-                f"rollouts: {counted(self.begun_again, 'response')} had to begin again, and "
-                f"{counted(self.given_up, 'token')} were lost: rl.rollout.cache_tokens were used up"
-            )
         return self.generation
 
     def _decide(self, aborted: threading.Event) -> tuple[int, bool]:
@@ -97,7 +91,7 @@ class Decoding:
 
     def _cycle(self, length: int) -> None:
         """Draft, verify, commit."""
-        started, counted = time.perf_counter(), DraftStatistics()
+        started, drafts = time.perf_counter(), DraftStatistics()
         if self.passes.attends_by_spans and self.cycles % LOOK_EVERY == 0:
             self._bring_long_rows_forward()
         self.cycles += 1
@@ -106,10 +100,10 @@ class Decoding:
         verified = self.passes.draft_and_verify(rows, length)
         if not self.active:
             return
-        self._commit(slice(0, self.active), verified.first(self.active), counted)
+        self._commit(slice(0, self.active), verified.first(self.active), drafts)
         seconds = time.perf_counter() - started
-        self.draft_length.observe(self.active, length, seconds, counted)
-        self.generation.drafts.add(counted)
+        self.draft_length.observe(self.active, length, seconds, drafts)
+        self.generation.drafts.add(drafts)
 
     def _admit(self, *, reads: bool) -> None:
         """Fill free rows with waiting requests; then the rows in use are the first ones."""
@@ -128,10 +122,17 @@ class Decoding:
 
     def _fitting(self, count: int) -> int:
         """How many of the next ``count`` requests there is room for."""
-        # with the token that is drawn after the prompt
-        tokens = [len(self.prompts[index]) + 1 for index in islice(self.waiting, count)]
-        used = sum(owner is not None for owner in self.owners)
-        return self.passes.room.fitting(tokens, used)
+        return self.passes.room.fitting(*self._sizes(islice(self.waiting, count)))
+
+    def _sizes(self, requests: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Tokens that rows of these requests begin with, and have at most."""
+        tokens, ends = [], []
+        for index in requests:
+            request = self.requests[index]
+            # with the token that is drawn after the prompt
+            tokens.append(len(self.prompts[index]) + 1)
+            ends.append(len(request.prompt) + self._limit(request) + self.draft_length.limit)
+        return tokens, ends
 
     def _is_read(self, request: int) -> bool:
         return self.prefix is not None and self.prompts[request] in self.prefix.rows
@@ -161,8 +162,10 @@ class Decoding:
         prompts = [self.prompts[index] for index in chosen]
         limits = [self._limit(request) for request in picked]
         rows = free[: len(chosen)]
-        self.passes.room.reserve(rows, np.array([len(prompt) + 1 for prompt in prompts]))
-        self.slots.admit(rows, prompts, limits, [request.seed for request in picked])
+        self.passes.room.admit(rows, *self._sizes(chosen))
+        begun = [self.begun.pop(index, None) for index in chosen]
+        seeds = [request.seed for request in picked]
+        self.slots.admit(rows, prompts, limits, seeds, begun)
         for row, index in zip(rows, chosen, strict=True):
             self.owners[row] = index
         sources = [self.prefix.rows[prompt] for prompt in prompts]
@@ -201,29 +204,39 @@ class Decoding:
             self._free(row)
 
     def _make_room(self, length: int) -> None:
-        """Let rows grow by a cycle; where there is no room, the shortest responses begin again.
+        """Let rows grow by the tokens of a cycle; where there is no room, some give way."""
+        wanted = self.slots.known[: self.active] + length
+        if self.passes.room.lacks(wanted):
+            self._put_back(wanted)
+            wanted = self.slots.known[: self.active] + length
+        self.passes.room.reserve(wanted)
 
-        They are drawn as before: random numbers go by seed and position.
+    def _put_back(self, wanted: np.ndarray) -> None:
+        """Let the shortest responses wait until the others have room; they go on from their tokens.
+
+        Drawn anew they would be others where tokens hang on how much was drafted, and short ones
+        preferred: a response that has ended is never put back.
+
+        Args:
+            wanted: tokens of each row in use.
         """
-        slots, room = self.slots, self.passes.room
-        # behind the drafts lies the token that follows them
-        ahead = length + 1
-        if room.lacks(slots.known[: self.active] + ahead):
-            made = slots.known[: self.active] - slots.start[: self.active]
-            shortest = deque(np.argsort(made, kind="stable").tolist())
-            staying = slots.known[: self.active] + ahead
-            while room.lacks(staying):
-                row = shortest.popleft()
-                self._put_back(row)
-                staying[row] = 0
-            self._compact()
-        room.reserve(range(self.active), slots.known[: self.active] + ahead)
+        made = wanted - self.slots.start[: self.active]
+        for row in np.argsort(made, kind="stable").tolist():
+            self._let_wait(row)
+            wanted[row] = 0
+            if not self.passes.room.lacks(wanted):
+                break
+        self._compact()
 
-    def _put_back(self, row: int) -> None:
-        """Take a request out of its row, to begin again."""
-        self.begun_again += 1
-        self.given_up += int(self.slots.known[row] - self.slots.start[row])
-        self.waiting.appendleft(self.owners[row])
+    def _let_wait(self, row: int) -> None:
+        owner = self.owners[row]
+        assert owner is not None, "a free row has nothing to go on with"
+        tokens, self.begun[owner] = self.slots.take_out(row)
+        self.prompts[owner] = tuple(self.requests[owner].prompt) + tuple(tokens)
+        # behind those that are read already: reading it first would throw them away
+        read = sum(1 for _ in takewhile(self._is_read, self.waiting))
+        self.waiting.insert(read, owner)
+        self.generation.drafts.preempted += 1
         self._free(row)
 
     def _free(self, row: int) -> None:
@@ -231,7 +244,7 @@ class Decoding:
         self.passes.room.release([row])
 
     def _bring_long_rows_forward(self) -> None:
-        """So that they can attend on their own, see ``cache.long_rows``."""
+        """So that they can attend on their own, see ``attend.long_rows``."""
         front, behind = rows_to_swap(self.slots.known[: self.active]) if self.active else ([], [])
         if not front:
             return

@@ -206,7 +206,13 @@ class MegatronEngine:
                 f"cache_tokens={self.cache_tokens}: the longest sequence with what is drafted "
                 f"behind it takes {slots.length}. Give at least as many, or None"
             )
-        return PagedRoom(slots.rows, slots.length, slots.device, tokens=self.cache_tokens)
+        return PagedRoom(
+            slots.rows,
+            slots.length,
+            slots.device,
+            tokens=self.cache_tokens,
+            ahead=self.speculation.length + 1,
+        )
 
 
 def gather_shares(layout: Layout, mine: Generation) -> list[Generation]:

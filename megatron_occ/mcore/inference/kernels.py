@@ -254,7 +254,9 @@ def choose_attention(
             logger.info("rollouts: attention by %s", name)
             return attention
         logger.warning("rollouts: no %s: it is off by %.2g, see AGREES", name, gap)
-    logger.info("rollouts: attention by %s; cycles are no CUDA graphs", masks.name)
+    level = logging.WARNING if paged else logging.INFO
+    how = "rows are copied out of their pages, and " if paged else ""
+    logger.log(level, "rollouts: attention by %s; %scycles are no CUDA graphs", masks.name, how)
     return masks
 
 
@@ -294,9 +296,9 @@ def _trial_pages(lengths: np.ndarray, device: torch.device) -> PagedRoom:
     """Rows whose pages do not follow each other."""
     size = PAGE.get(device.type, OTHER_PAGE)
     tokens = TRIAL_ROWS * (TRIAL_LENGTH + size)
-    room = PagedRoom(TRIAL_ROWS, TRIAL_LENGTH, device, tokens=tokens)
+    room = PagedRoom(TRIAL_ROWS, TRIAL_LENGTH, device, tokens=tokens, ahead=1)
     # a row takes its first page, and the others when each has one
     for most in (1, TRIAL_LENGTH):
-        room.reserve(range(len(lengths)), lengths.clip(max=most))
+        room.reserve(lengths.clip(max=most))
     room.send()
     return room

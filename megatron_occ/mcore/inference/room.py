@@ -60,16 +60,24 @@ class Room:
         for each in kept:
             each[targets, :length] = each[rows, :length]
 
-    def fitting(self, tokens: Sequence[int], used: int) -> int:
-        """How many more rows may begin, with so many tokens each, where ``used`` are in use."""
+    def fitting(self, tokens: Sequence[int], ends: Sequence[int]) -> int:
+        """How many of these rows may begin.
+
+        Args:
+            tokens: that each begins with.
+            ends: and that it has at most.
+        """
         return len(tokens)
+
+    def admit(self, rows: Sequence[int], tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """Let rows begin; see :meth:`fitting`."""
 
     def lacks(self, tokens: np.ndarray) -> bool:
         """Whether there is no room for so many tokens [n] in the first n rows."""
         return False
 
-    def reserve(self, rows: Sequence[int] | np.ndarray, tokens: np.ndarray) -> None:
-        """Give rows room for so many tokens [m] each."""
+    def reserve(self, tokens: np.ndarray) -> None:
+        """Give the first n rows room for so many tokens [n]."""
 
     def release(self, rows: Sequence[int]) -> None:
         """Nothing in these rows is needed any more."""
@@ -90,6 +98,7 @@ class PagedRoom(Room):
     Args:
         rows, length, device: see :class:`Room`.
         tokens: of all rows at most; at least ``length``.
+        ahead: tokens that a row grows by in a cycle at most.
         size: tokens of a page; None: as attention's kernels want it.
     """
 
@@ -100,6 +109,7 @@ class PagedRoom(Room):
         device: torch.device,
         *,
         tokens: int,
+        ahead: int,
         size: int | None = None,
     ) -> None:
         self.rows, self.length = rows, length
@@ -109,7 +119,9 @@ class PagedRoom(Room):
         self.blocks = 1 + min(-(-tokens // self.size), rows * each)
         self.table = torch.zeros(rows, each, dtype=torch.int32, device=device)
         self._host = np.zeros((rows, each), dtype=np.int32)
-        self._held = np.zeros(rows, dtype=np.int64)
+        # pages of each row now, and at its end
+        self._held, self._last = np.zeros((2, rows), dtype=np.int64)
+        self._spare = self._pages(np.array(ahead))
         self._free = list(range(self.blocks - 1, 0, -1))
         self._is_sent = True
 
@@ -142,24 +154,35 @@ class PagedRoom(Room):
     def move(self, kept: Sequence[Tensor], rows: Tensor, targets: Tensor, length: int) -> None:
         """Nothing: the pages stay where they are, see :meth:`renamed`."""
 
-    def fitting(self, tokens: Sequence[int], used: int) -> int:
+    def fitting(self, tokens: Sequence[int], ends: Sequence[int]) -> int:
         """See :class:`Room`.
 
-        A page for each row is kept free, so that none that begins has to give way at once.
+        All rows can grow for a cycle then, so that none has to give way at once.
         """
-        taken = np.cumsum(self._pages(np.array(tokens, dtype=np.int64)))
-        kept = used + np.arange(1, len(taken) + 1)
-        count = int((taken + kept <= self.pages_left).sum())
+        taken, last = (self._pages(np.array(each, dtype=np.int64)) for each in (tokens, ends))
+        grow = np.minimum(last - taken, self._spare)
+        used = np.minimum(self._last - self._held, self._spare).sum()
+        count = int((np.cumsum(taken + grow) + used <= self.pages_left).sum())
         # the only row has all pages
-        return count if count or used or not len(taken) else 1
+        is_first = len(taken) > 0 and not self._held.any()
+        return max(count, int(is_first))
+
+    def admit(self, rows: Sequence[int], tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """See :class:`Room`."""
+        self._last[list(rows)] = self._pages(np.array(ends, dtype=np.int64))
+        self._hand_out(rows, np.array(tokens, dtype=np.int64))
 
     def lacks(self, tokens: np.ndarray) -> bool:
         """See :class:`Room`."""
-        return int(self._lacking(np.arange(len(tokens)), tokens).sum()) > self.pages_left
+        lacking = self._pages(tokens) - self._held[: len(tokens)]
+        return int(lacking.clip(min=0).sum()) > self.pages_left
 
-    def reserve(self, rows: Sequence[int] | np.ndarray, tokens: np.ndarray) -> None:
+    def reserve(self, tokens: np.ndarray) -> None:
         """See :class:`Room`."""
-        lacking = self._lacking(np.asarray(rows, dtype=np.int64), tokens)
+        self._hand_out(range(len(tokens)), tokens)
+
+    def _hand_out(self, rows: Sequence[int], tokens: np.ndarray) -> None:
+        lacking = (self._pages(tokens) - self._held[list(rows)]).clip(min=0)
         for row, count in zip(rows, lacking.tolist(), strict=True):
             if count == 0:
                 continue
@@ -176,7 +199,7 @@ class PagedRoom(Room):
 
     def renamed(self, rows: Sequence[int], targets: Sequence[int]) -> None:
         """See :class:`Room`."""
-        for numbers in (self._host, self._held):
+        for numbers in (self._host, self._held, self._last):
             numbers[list(targets)] = numbers[list(rows)]
         self._clear(sorted(set(rows) - set(targets)))
 
@@ -192,15 +215,12 @@ class PagedRoom(Room):
         self._is_sent = True
 
     def _clear(self, rows: Sequence[int]) -> None:
-        self._host[list(rows)] = 0
-        self._held[list(rows)] = 0
+        for numbers in (self._host, self._held, self._last):
+            numbers[list(rows)] = 0
         self._is_sent = False
 
     def _pages(self, tokens: np.ndarray) -> np.ndarray:
         return -(-tokens // self.size)
-
-    def _lacking(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        return (self._pages(tokens) - self._held[rows]).clip(min=0)
 
     def _places(self, table: Tensor, positions: Tensor) -> Tensor:
         pages = table.gather(1, positions // self.size).long()

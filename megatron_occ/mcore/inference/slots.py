@@ -50,6 +50,21 @@ class Verified:
         return Verified(*(a if a is None else a.index_copy(0, rows, b) for a, b in pairs))
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A response that was taken out of its row, and goes on in another one.
+
+    Args:
+        logprobs: [n] of its tokens.
+        masks: [n, m] ids that each was drawn from; None: not kept.
+        tail: its last tokens, for the stop strings.
+    """
+
+    logprobs: Tensor
+    masks: Tensor | None
+    tail: list[int]
+
+
 def pad_right(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
     """[n, width] token ids, behind each prompt zeros."""
     padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
@@ -110,14 +125,16 @@ class Slots:
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         seeds: Sequence[int],
+        begun: Sequence[Begun | None],
     ) -> None:
         """Put prompts into rows.
 
         Args:
             rows: free ones.
-            prompts: their tokens.
+            prompts: their tokens, and behind them those of a response that was begun.
             limits: response tokens at most.
             seeds: of the responses.
+            begun: the rest of these, see :meth:`take_out`.
         """
         lengths = np.array([len(prompt) for prompt in prompts])
         targets, width = torch.tensor(rows, device=self.device), int(lengths.max())
@@ -125,9 +142,27 @@ class Slots:
         self.keys[targets] = row_keys(seeds).to(self.device)
         self.start[rows] = self.known[rows] = lengths
         self.end[rows] = lengths + np.array(limits)
-        for row in rows:
+        for row, part in zip(rows, begun, strict=True):
             self.tails[row] = []
+            if part is not None:
+                self._go_on(row, part)
         self._is_sent = False
+
+    def _go_on(self, row: int, begun: Begun) -> None:
+        count, known = len(begun.logprobs), self.known[row]
+        self.start[row] -= count
+        self.end[row] -= count
+        self.logprobs[row, known - count : known] = begun.logprobs
+        if self.masks is not None:
+            self.masks[row, known - count : known] = begun.masks
+        self.tails[row] = begun.tail
+
+    def take_out(self, row: int) -> tuple[list[int], Begun]:
+        """The response in a row so far: its tokens, and what else :meth:`admit` needs to go on."""
+        made = slice(self.start[row], self.known[row])
+        masks = None if self.masks is None else self.masks[row, made].clone()
+        begun = Begun(self.logprobs[row, made].clone(), masks, self.tails[row])
+        return self.ids[row, made].tolist(), begun
 
     def send(self) -> None:
         """Tell the device how far rows have come, if it does not know; the host does not wait."""
