@@ -138,6 +138,8 @@ def audit_config(config: Config) -> Config:
         config.mtp.head = HeadConfig(signal="ce")
     config.mtp.head.states = "training"
     config.rl.train_trunk = True
+    # updates between measurements follow RL's gradient alone, which is what is measured
+    config.rl.balance_loss = 0.0
     # the policy has to move for the paper's proxies, by as much as in the middle of a run
     config.rl.optimizer.warmup_steps = 0
     config.rl.optimizer.schedule = "constant"

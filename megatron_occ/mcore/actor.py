@@ -213,6 +213,7 @@ class MegatronGPTActor:
         loss: LossFunction,
         *,
         forward_only: bool = False,
+        balanced: bool = True,
     ) -> LossReport:
         """Run a mini-batch; gradients stay in the buffers until :meth:`finish_training_step`.
 
@@ -220,11 +221,12 @@ class MegatronGPTActor:
             micro_batches: from :meth:`micro_batch`.
             loss: from outputs and payload to (loss, report), summed over micro-batches and ranks.
             forward_only: no gradients.
+            balanced: False: without the balance loss of experts.
 
         Returns:
             Metrics and calibration sums of the whole mini-batch, over micro-batches and ranks.
         """
-        if self._balance_loss and not forward_only:
+        if self._balance_loss and balanced and not forward_only:
             micro_batches = with_balance(
                 micro_batches, self._balance_loss, self.num_depths, self.layout
             )

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_occ.losses.balance import balance_sum, sequence_loads
+from megatron_occ.losses.balance import balance_sum, highest, sequence_loads
 from megatron_occ.mcore.placement import Placement
 from megatron_occ.mcore.reruns import OfMicroBatch
 
@@ -71,7 +71,9 @@ class _RouterHook:
         weights, chosen = output
         # the router's own product once more: its graph leads to its weights and its input
         logits = router.gating(inputs[0]).flatten(0, -2)
-        loads = sequence_loads(chosen, part.sequences, part.lengths.numel())
+        # not `chosen`, which a bias, groups and replay have a part in
+        asked = highest(logits, router.topk, router.score_function)
+        loads = sequence_loads(asked, part.sequences, part.lengths.numel())
         if (group := _sharing_ranks(router)).size() > 1:
             torch.distributed.all_reduce(loads, group=group)
         leaf = logits.detach().requires_grad_()

@@ -122,8 +122,7 @@ def _balanced_tokens(batch: Sequences, depths: int) -> Tensor:
     """
     assert batch.ends is not None, "padding has no part in the load of experts"
     request = batch.request
-    trunk = request.states is None and not request.frozen_trunk
     head = sum(to_head for _, to_head in request.passes)
-    passes = [int(trunk)] + [head] * depths
+    passes = [int(request.states is None)] + [head] * depths
     counts = [times * (batch.ends - depth).clamp(min=0).sum() for depth, times in enumerate(passes)]
     return torch.stack(counts).double()

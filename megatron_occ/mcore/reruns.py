@@ -15,7 +15,8 @@ class OfMicroBatch(Generic[Value]):
 
     Recompute runs a module again in the backward pass, when other micro-batches have gone forward
     since: their values then wait in a queue. A pass that will be run again has no graph the first
-    time, and backward passes come in the order of the forward passes.
+    time, and backward passes come in the order of the micro-batches. Several passes of one
+    micro-batch, as over MTP layers, go backward last to first, and hold equal values.
 
     Attributes:
         trains: a backward pass follows the present micro-batch.

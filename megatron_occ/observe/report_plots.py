@@ -47,7 +47,7 @@ def rl_cards(run: RunData) -> list[str]:
             Panel(depth_series(run, "rl", "loss/head_mtp_"), caption="distance to the main head"),
         ],
         "Gradient norms": _gradient_panels(run, "rl"),
-        "Load of experts": _load_panels(run, "rl"),
+        "Balance loss of experts": _balance_panels(run, "rl"),
         "Policy update": _update_panels(run),
         "Correction for the rollout's policy": _correction_panels(run),
         "Response length": _length_panels(run),
@@ -70,7 +70,7 @@ def pretrain_cards(run: RunData) -> list[str]:
         "Sampled pass@1": [Panel(pass_rate, percent=True)],
         "MTP agreement with the main head": [Panel(agreement, percent=True)],
         "Gradient norms": _gradient_panels(run, "pretrain"),
-        "Load of experts": _load_panels(run, "pretrain"),
+        "Balance loss of experts": _balance_panels(run, "pretrain"),
         "Tokens per second": [Panel(speed, include_zero=True)],
     }
     cards = [card(title, group, x_label="pretraining step") for title, group in panels.items()]
@@ -135,12 +135,12 @@ def _gradient_panels(run: RunData, phase: str) -> list[Panel]:
     return [Panel(trunk, include_zero=True), Panel(head, include_zero=True)]
 
 
-def _load_panels(run: RunData, phase: str) -> list[Panel]:
+def _balance_panels(run: RunData, phase: str) -> list[Panel]:
     wanted = [
         ("routing/balance", "trunk", MAIN_COLOR),
         ("routing/balance_mtp", "MTP layers", depth_color(1)),
     ]
-    return [Panel(some_series(run, wanted, phase), caption="balance loss; even: 1")]
+    return [Panel(some_series(run, wanted, phase), caption="even scores: 1")]
 
 
 def _length_panels(run: RunData) -> list[Panel]:

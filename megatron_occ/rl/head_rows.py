@@ -35,12 +35,13 @@ class HeadBatch:
 
     def for_actor(self, actor: Actor, config: Config) -> Any:
         """The actor's micro-batch: one pass of the depths, cut off from the trunk."""
+        # the mask is in the source frame
+        last = sequence_ends(self.targets.mask[0])
         return actor.micro_batch(
             self.ids,
             self.targets,
             lengths=self.lengths,
-            # the mask is in the source frame
-            ends=1 + sequence_ends(self.targets.mask[0]),
+            ends=torch.where(last > 0, last + 1, 0),
             passes=((False, True),),
             temperature=config.rl.rollout.temperature,
             distance=config.mtp.head.signal,

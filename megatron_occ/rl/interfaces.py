@@ -187,8 +187,15 @@ class Actor(Protocol):
         ...
 
     def get_loss_and_metrics(
-        self, micro_batches: Sequence[Any], loss: LossFunction, *, forward_only: bool = False
-    ) -> LossReport: ...
+        self,
+        micro_batches: Sequence[Any],
+        loss: LossFunction,
+        *,
+        forward_only: bool = False,
+        balanced: bool = True,
+    ) -> LossReport:
+        """Run a mini-batch; without ``balanced`` it has no balance loss of experts."""
+        ...
 
     def get_gradient(
         self,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from megatron_occ.config.schema import Config
 from megatron_occ.losses.heads import HeadOutputs, JointTargets, LossReport, Normalizers
-from megatron_occ.rl.batch import MiniBatch, consecutive, joint_targets, masks_at_source
+from megatron_occ.rl.batch import (
+    MiniBatch,
+    consecutive,
+    joint_targets,
+    masks_at_source,
+    sequence_ends,
+)
 from megatron_occ.rl.correction import Corrections
 from megatron_occ.rl.interfaces import Actor
 
@@ -59,13 +65,16 @@ class PreparedBatch:
 
     def __init__(self, config: Config, actor: Actor, mini_batch: MiniBatch) -> None:
         self._actor, self._temperature = actor, config.rl.rollout.temperature
+        loss = config.rl.loss
+        self._has_terms_on_all = loss.kl_coefficient > 0 or loss.entropy_coefficient > 0
         corrected = Corrections(config.rl.correction)
         self.parts = [
             Constants(
                 rows.ids,
                 joint_targets(corrected(rows), actor.num_depths),
                 lengths,
-                rows.lengths(),
+                # a row that is left out has no token for routers to balance
+                sequence_ends(rows.response_mask),
                 masks_at_source(rows),
                 rows.routes,
             )
@@ -79,6 +88,24 @@ class PreparedBatch:
     def num_parts(self) -> int:
         """Parts of the mini-batch, which share no prompt."""
         return len(self._spans)
+
+    def teaches_policy(self) -> bool:
+        """Whether the policy loss has anything to learn from on any rank; called by all ranks.
+
+        Otherwise its gradient is 0: no token that counts has an advantage, and no KL penalty or
+        entropy bonus is about the others.
+        """
+        counts = torch.stack([self._taught_tokens(part.targets).sum() for part in self.parts])
+        return bool(self._actor.layout.all_reduce_data_parallel(counts.sum()))
+
+    def _taught_tokens(self, targets: JointTargets) -> Tensor:
+        """[b, s] tokens that the main head's policy loss is about."""
+        counts = targets.mask[0] > 0
+        if self._has_terms_on_all:
+            return counts
+        counts = counts & (targets.advantages != 0).unsqueeze(1)
+        weights = targets.importance_weights
+        return counts if weights is None else counts & (weights != 0)
 
     def micro_batches(self, part: int | None = None, **wanted: Any) -> list[Any]:
         """For a pass of the actor, see ``Actor.micro_batch``; of one part, or of all."""

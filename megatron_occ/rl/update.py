@@ -184,7 +184,8 @@ class PolicyUpdater:
             report, step = self._measured_step(prepared, head_batches, loss)
         else:
             batches = head_batches + self._for_training(prepared, cut=cut)
-            report = self.actor.get_loss_and_metrics(batches, loss)
+            balanced = self.config.rl.balance_loss > 0 and prepared.teaches_policy()
+            report = self.actor.get_loss_and_metrics(batches, loss, balanced=balanced)
             step = self.actor.finish_training_step()
         # of all ranks already, as the report is by now
         report.metrics.update(prepared.metrics)

@@ -20,7 +20,7 @@ def test_each_phase_has_its_own_coefficient_and_the_page_shows_it(run):
     for line in (*pretrained, *trained):
         assert 0.9 < line["routing/balance"] < 4
         assert 0.9 < line["routing/balance_mtp"] < 4
-    assert (folder / "report.html").read_text().count("<h3>Load of experts</h3>") == 2
+    assert (folder / "report.html").read_text().count("<h3>Balance loss of experts</h3>") == 2
     folder = run("rl", "rl", *EXPERTS, "rl.balance_loss=0.01")
     other = metrics(folder, "pretrain")
     assert not any("routing/balance" in line for line in other)

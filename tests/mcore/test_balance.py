@@ -5,6 +5,7 @@ Other layouts: ``test_layouts.py``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,7 @@ def moe_config(settings, *overrides):
 
 def build(layout, config, balance_loss=0.7, **more):
     torch.manual_seed(0)
+    config.rl.balance_loss = balance_loss
     actor = MegatronGPTActor(
         config,
         VOCABULARY,
@@ -111,12 +113,16 @@ def assert_same(found, expected):
 
 
 def by_hand(actor, passes, coefficient, routes=None):
-    """Gradients and mean losses (trunk, MTP) from what routers read and chose, in plain torch."""
-    config, seen = actor.config, []
+    """Gradients and mean losses (trunk, MTP) from what routers read, in plain torch."""
+    config, seen, moved = actor.config, [], []
 
     def see(router, inputs, output):
         logits = inputs[0].float() @ router.weight.float().t()
-        seen.append((logits, output[1]))
+        highest = logits.topk(config.model.moe.top_k, dim=-1).indices
+        asked = torch.zeros_like(logits).scatter(-1, highest, 1.0).flatten(0, 1)
+        seen.append((logits, asked))
+        # what a bias, groups and replay make of it is no part of the formula
+        moved.append(bool((asked.bool() != output[1].bool()).any()))
 
     hooks = [router.register_forward_hook(see) for router in routers(actor)]
     placer = MiniBatchPlacer(config, actor.layout)
@@ -126,6 +132,7 @@ def by_hand(actor, passes, coefficient, routes=None):
     for hook in hooks:
         hook.remove()
     moe, found = config.model.moe, []
+    assert any(moved) == (moe.expert_bias or routes is not None)
     for number, (logits, chosen) in enumerate(seen):
         # two in the trunk, then one for each depth; the frozen copy of MTP layers is not seen
         depth = max(0, number - 1)
@@ -189,19 +196,15 @@ def test_recompute_changes_nothing(layout):
     assert again.pop_routing_metrics() == pytest.approx(actor.pop_routing_metrics(), rel=1e-6)
 
 
-def test_it_counts_the_experts_that_were_replayed(layout):
+def test_it_counts_the_highest_scores_and_not_the_experts_that_were_replayed(layout):
     actor = build(layout, moe_config(SIGMOID, "rl.routing_replay=rollout"))
     generator = torch.Generator().manual_seed(4)
     made = 1 + torch.rand(4, 14, 4, 8, generator=generator).topk(2, dim=3).indices
     routes = made.to(route_dtype(8))
-    own = balance_gradients(actor, COUPLED)
-    actor.pop_routing_metrics()
     expected, (trunk, _) = by_hand(actor, COUPLED, 0.7, routes)
     found = balance_gradients(actor, COUPLED, (2, 2), routes=routes)
     assert_same(found, expected)
     assert actor.pop_routing_metrics()["routing/balance"] == pytest.approx(trunk, rel=1e-5)
-    name = "decoder.layers.2.mlp.router.weight"
-    assert (found[name] - own[name]).abs().max() > 1e-3
 
 
 def test_several_passes_of_the_head_count_once(layout):
@@ -271,6 +274,30 @@ def test_an_update_of_rl_has_it_besides_its_own_losses(layout):
     scale = max(float(gradient.abs().max()) for gradient in plain.values())
     for name, gradient in added.items():
         assert (difference[name] - gradient).abs().max() <= 1e-6 * max(scale, 1), name
+
+
+@pytest.mark.parametrize(
+    "term", [None, "rl.loss.kl_coefficient=0.1", "rl.loss.entropy_coefficient=0.1"]
+)
+def test_an_update_of_rl_without_anything_to_learn_from_moves_no_trunk(layout, term):
+    terms = ["rl.optimizer.warmup_steps=0"] + ([term] if term else [])
+    config = moe_config(SIGMOID, "mtp.preset=detach", *terms)
+    actor = build(layout, config)
+    actor.keep_reference()
+    updater, rows = build_updater(config, actor), rows_for_rl()
+    rows = replace(rows, advantages=torch.zeros(4))
+    (mini,) = updater.compute_logprobs([MiniBatch.padded(rows, 2)])
+    before = {name: value.detach().clone() for name, value in actor.chunks[0].named_parameters()}
+    metrics = updater.run_update(mini).metrics
+    moved = {
+        name.startswith("mtp.")
+        for name, value in actor.chunks[0].named_parameters()
+        if not torch.equal(value, before[name])
+    }
+    # the head trains by its own loss
+    assert moved == ({True} if term is None else {True, False})
+    assert ("routing/balance" in metrics) == (term is not None)
+    assert (metrics["grad_norm/trunk"] == 0) == (term is None)
 
 
 def test_gradients_that_are_measured_do_not_have_it(layout):

@@ -208,7 +208,7 @@ class FakeActor:
                 self.layout.all_reduce_data_parallel(parameter.grad)
         return self.gradient_space.take(head), self._reduce(reports)
 
-    def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
+    def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False, balanced=True):
         if not forward_only:
             self.model.zero_grad()
         assert len(micro_batches) % self.micro_batch_multiple == 0

@@ -35,3 +35,9 @@ def test_an_audit_overlaps_no_messages_with_its_passes():
     overlapped = ["distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"]
     config = audit_config(load_config([], [f"parallel.{key}=true" for key in overlapped]))
     assert [getattr(config.parallel, key) for key in overlapped] == [True, False, False]
+
+
+def test_an_audit_has_no_balance_loss_between_its_measurements():
+    config = load_config([], ["model.moe.num_experts=4", "rl.balance_loss=0.01"])
+    assert audit_config(config).rl.balance_loss == 0
+    assert config.rl.balance_loss == 0.01

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from megatron_occ.losses.balance import balance_sum, normalized_scores, sequence_loads
+from megatron_occ.losses.balance import (
+    balance_sum,
+    highest,
+    normalized_scores,
+    sequence_loads,
+)
 
 LENGTHS = torch.tensor([5, 1, 0, 7])
 # tokens of four sequences in any order, the last of each other than the first, and padding: 4
@@ -56,6 +61,16 @@ def test_value_and_gradient_are_those_of_the_formula(score_function):
     # padding has no part
     assert not mine.grad[SEQUENCES == 4].any()
     assert mine.grad[SEQUENCES == 1].any()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_the_highest_scores_of_each_token_are_marked(score_function):
+    logits = torch.tensor([[0.3, -2.0, 0.1, 4.0], [-9.0, -3.0, -8.0, -4.0]]).requires_grad_()
+    assert highest(logits, 2, score_function).tolist() == [
+        [True, False, False, True],
+        [False, True, False, True],
+    ]
+    assert highest(logits, 1, score_function).int().sum(1).tolist() == [1, 1]
 
 
 def test_numbers_by_hand():

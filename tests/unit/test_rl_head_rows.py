@@ -67,8 +67,8 @@ def test_the_actor_is_told_where_each_sequence_ends():
     rows = HeadRows.of(samples([0, 1, 4, 5]), 2, rank(0, 1))
     by_length = sorted((len(ids) for ids in rows.ids), reverse=True)
     assert asked(rows)["ends"].tolist() == by_length
-    # one without a token that counts has none for any depth either
-    assert asked(HeadRows.of(samples([0, 1]), 2, rank(0, 3)).share(2, 6))["ends"].tolist() == [1]
+    # of one without a token that counts nothing has a part
+    assert asked(HeadRows.of(samples([0, 1]), 2, rank(0, 3)).share(2, 6))["ends"].tolist() == [0]
 
 
 def test_every_sequence_trains_in_one_update_the_same_on_any_number_of_ranks():

@@ -40,7 +40,7 @@ class MetaActor(FakeActor):
     def __init__(self):
         super().__init__(layout=MetaLayout())
 
-    def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False):
+    def get_loss_and_metrics(self, micro_batches, loss, *, forward_only=False, balanced=True):
         for batch in micro_batches:
             shape, depths = batch.ids.shape, self.num_depths
             each = torch.empty(depths, *shape, device="meta")
