@@ -8,9 +8,9 @@ For a sequence s of T tokens, N experts and K of them for each token (equations 
 
 Scores are those without a bias of the choice. So f is about what the scores ask for: a bias, groups
 of experts or a replayed choice may send a token elsewhere. L_s is 1 where all scores are equal, and
-N / K at most. The loss of a router is the mean of L_s over the
-tokens of an update, ``sum_s T_s / T L_s``. With f a constant it is a sum over tokens, so that each
-rank computes its own tokens' part of value and gradient once the counts of a sequence are known.
+N / K at most. The loss of a router is the mean of L_s over the tokens of an update,
+``sum_s T_s / T L_s``. With f a constant it is a sum over tokens, so that each rank computes its own
+tokens' part of value and gradient once the counts of a sequence are known.
 """
 
 from __future__ import annotations

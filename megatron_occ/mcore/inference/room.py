@@ -8,6 +8,7 @@ caches of a call share one room.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 # tokens of a page: flash attention's kernels take multiples of 256; on a CPU there is no such limit
 PAGE = {"cuda": 256}
 OTHER_PAGE = 16
+
+
+def send_numbers(target: Tensor, numbers: np.ndarray) -> None:
+    """Copy what the host knows to a tensor on the device; the host does not wait."""
+    values = torch.from_numpy(numbers)
+    if target.is_cuda:
+        # of pinned memory of its own: the copy is under way while the host goes on
+        values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+    target.copy_(values, non_blocking=True)
 
 
 class Room:
@@ -114,14 +124,14 @@ class PagedRoom(Room):
     ) -> None:
         self.rows, self.length = rows, length
         self.size = size or PAGE.get(device.type, OTHER_PAGE)
-        each = self._pages(np.array([length]))[0]
+        each = self._pages(length)
         assert tokens >= length, "one row can be finished"
         self.blocks = 1 + min(-(-tokens // self.size), rows * each)
         self.table = torch.zeros(rows, each, dtype=torch.int32, device=device)
         self._host = np.zeros((rows, each), dtype=np.int32)
         # pages of each row now, and at its end
         self._held, self._last = np.zeros((2, rows), dtype=np.int64)
-        self._spare = self._pages(np.array(ahead))
+        self._spare = self._pages(ahead)
         self._free = list(range(self.blocks - 1, 0, -1))
         self._is_sent = True
 
@@ -136,13 +146,13 @@ class PagedRoom(Room):
 
     def first(self, kept: Tensor, rows: int, length: int) -> Tensor:
         """See :class:`Room`; a copy."""
-        count = -(-length // self.size)
+        count = self._pages(length)
         return kept[self.table[:rows, :count]].flatten(1, 2)[:, :length]
 
     def of_row(self, kept: Tensor, row: int, length: int) -> Tensor:
         """See :class:`Room`; a copy."""
         self.send()
-        count = -(-length // self.size)
+        count = self._pages(length)
         return kept[self.table[row, :count]].flatten(0, 1)[:length]
 
     def put(self, kept: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -207,11 +217,7 @@ class PagedRoom(Room):
         """See :class:`Room`."""
         if self._is_sent:
             return
-        table = torch.from_numpy(self._host)
-        if self.table.is_cuda:
-            # of pinned memory of its own: the copy is under way while the host goes on
-            table = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table)
-        self.table.copy_(table, non_blocking=True)
+        send_numbers(self.table, self._host)
         self._is_sent = True
 
     def _clear(self, rows: Sequence[int]) -> None:
@@ -219,7 +225,8 @@ class PagedRoom(Room):
             numbers[list(rows)] = 0
         self._is_sent = False
 
-    def _pages(self, tokens: np.ndarray) -> np.ndarray:
+    def _pages(self, tokens: Any) -> Any:
+        """Pages that a number of tokens takes, or each of an array of them."""
         return -(-tokens // self.size)
 
     def _places(self, table: Tensor, positions: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_occ.mcore.inference.room import send_numbers
 from megatron_occ.rollout import DraftStatistics, row_keys, token_keys
 from megatron_occ.rollout.text import StopText
 
@@ -168,13 +169,7 @@ class Slots:
         """Tell the device how far rows have come, if it does not know; the host does not wait."""
         if self._is_sent:
             return
-        numbers = torch.from_numpy(np.stack((self.known, self.start)))
-        if self.device.type == "cuda":
-            # of pinned memory of its own: the copy is under way while the host goes on
-            numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(
-                numbers
-            )
-        self._numbers.copy_(numbers, non_blocking=True)
+        send_numbers(self._numbers, np.stack((self.known, self.start)))
         self._is_sent = True
 
     def known_on_device(self, rows: Sequence[int] | slice) -> Tensor:
